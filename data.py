@@ -1,0 +1,493 @@
+"""Data: the reviews task, preference files, and the packed row that every objective trains on.
+
+The one idea: a preference is one row. A prompt and all its answers share it,
+
+    tokens     <eot> The acting was | great !  <eot> | dull .  <eot> |  next prompt ...
+    position     0    1    2     3  |   4   5    6   |   4  5    6   |  0 ...
+    answer       0    0    0     0  |   1   1    1   |   2  2    2   |  0 ...        0 = prompt
+
+each answer's positions restart right after the prompt, and an answer sees its prompt and itself,
+never its siblings. So the prompt is computed once, nothing is padded but the end of a row, and pairs,
+rankings of K answers and plain supervised text are all the same batch.
+
+Reading order: the reviews task, tokenizers, files, the packed row, batches.
+Left out on purpose: worker processes and streaming. Preference data fits in memory, and packing the
+batch of a step takes a few milliseconds.
+"""
+
+import gzip
+import json
+import random
+import re
+import zlib
+from collections import Counter, namedtuple
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import tiktoken
+import torch
+
+from model import UserError
+
+# ------------------------------------------------------------------------------------------------
+# The reviews task: C.1 in miniature. A grammar writes film reviews, half of them favourable.
+#
+#     review   = [opener] sentence sentence verdict
+#     sentence = clause "." | clause ", and" clause "." | clause ", but" clause "."
+#     clause   = "The plot was" quality | "I" feeling "the plot"
+#     opener   = "We saw it on Sunday."
+#
+# A quality is "good", "very good", "not good", ...; a feeling "liked", "really liked", "did not like".
+# A verb agrees with its noun, "a" or "an" with the word after it. All this the grammar demands; what it
+# writes makes sense besides: "and" joins two clauses of one sign, "but" two of opposite signs, most
+# clauses are of the tone of the review, and the verdict always is.
+# ------------------------------------------------------------------------------------------------
+
+SINGULAR = "acting plot music script ending pacing dialogue humour photography story".split()
+PLURAL = "actors jokes songs effects characters costumes".split()
+WHO = ["I", "We", "My sister and I", "My friends and I"]
+WHEN = ["last night", "on Sunday", "on a plane", "at home", "in May", "twice", "by chance"]
+WORDS = {"superb": 0.8, "lovely": 0.7, "great": 0.6, "impressive": 0.6, "good": 0.4, "enjoyable": 0.4,
+         "awful": -0.8, "poor": -0.7, "dull": -0.6, "annoying": -0.6, "weak": -0.4, "uneven": -0.4}
+DEGREES = {"rather": 0.75, "very": 1.15, "extremely": 1.25}
+NOT = -0.5      # negation flips and softens: "not superb" is mildly bad, "not awful" mildly good
+
+# Every phrase that carries an opinion, and what it is worth, in [-1, 1].
+FILM_QUALITIES = WORDS | {f"{d} {w}": n * v for d, n in DEGREES.items() for w, v in WORDS.items()}
+QUALITIES = FILM_QUALITIES | {f"not {w}": NOT * v for w, v in WORDS.items()}
+FEELINGS = {feeling: value for verb, past, v in [
+    ("love", "loved", 0.8), ("enjoy", "enjoyed", 0.6), ("like", "liked", 0.4),
+    ("dislike", "disliked", -0.6), ("hate", "hated", -0.8)]
+    for feeling, value in [(past, v), (f"really {past}", 1.25 * v), (f"did not {verb}", NOT * v)]}
+VERDICTS = {f"Overall, it is {'an' if q[0] in 'aeiou' else 'a'} {q} film": v
+            for q, v in FILM_QUALITIES.items()} | {
+    "I would recommend it": 0.8, "I would not recommend it": NOT * 0.8,
+    "I would watch it again": 0.6, "I would not watch it again": NOT * 0.6}
+BEFORE_BUT, AFTER_BUT, VERDICT = 0.5, 1.5, 2.0      # weights in the mean; any other clause has 1
+
+
+def _any(phrases):
+    return "(?:" + "|".join(phrases) + ")"
+
+
+# An opinion wherever it stands, in well-formed text or not ...
+OPINION = re.compile(
+    rf"(?P<but>, but )?(?:[Tt]he (?P<subject>{_any(SINGULAR + PLURAL)}) (?:was|were) "
+    rf"(?P<quality>{_any(QUALITIES)})|I (?P<feeling>{_any(FEELINGS)}) the "
+    rf"(?P<object>{_any(SINGULAR + PLURAL)})|(?P<verdict>{_any(VERDICTS)}))\b(?P<next>(?=, but ))?")
+# ... and a whole review, as the grammar writes it.
+_CLAUSE = (rf"(?:[Tt]he (?:{_any(SINGULAR)} was|{_any(PLURAL)} were) {_any(QUALITIES)}"
+           rf"|I {_any(FEELINGS)} the {_any(SINGULAR + PLURAL)})")
+_SENTENCE = rf"(?=[TI]){_CLAUSE}(?:, (?:and|but) (?=[tI]){_CLAUSE})?\. "
+REVIEW = re.compile(rf"(?:{_any(WHO)} (?:saw|watched) (?:it|this film) {_any(WHEN)}\. )?"
+                    rf"{_SENTENCE}{_SENTENCE}{_any(VERDICTS)}\.")
+
+
+def _value(opinion):
+    """What one match of OPINION says of the film, in [-1, 1]."""
+    return (QUALITIES.get(opinion["quality"]) or FEELINGS.get(opinion["feeling"])
+            or VERDICTS.get(opinion["verdict"]))
+
+
+def reward(text):
+    """The ground truth: how favourable a review is, in [-1, 1]; text without an opinion has 0.
+
+    The weighted mean of its opinions. In "A, but B" the stress is on B: A weighs a half, B one and
+    a half. A verdict on the whole film weighs 2, any other clause 1. A mean, so that a policy
+    gains nothing by writing more.
+    """
+    total = weight = 0.0
+    for opinion in OPINION.finditer(text):
+        w = (VERDICT if opinion["verdict"] else AFTER_BUT if opinion["but"]
+             else BEFORE_BUT if opinion["next"] is not None else 1.0)
+        total, weight = total + w * _value(opinion), weight + w
+    return round(total / weight, 6) if weight else 0.0      # equal sums tie, in whatever order
+
+
+def well_formed(text):
+    """Whether the grammar accepts a review, to the letter."""
+    return REVIEW.fullmatch(text) is not None
+
+
+def write_review(rng):
+    """One review, from a random.Random. A coin decides whether it is favourable (reward > 0)."""
+    tone = rng.choice([1, -1])
+
+    def phrase(table, sign):
+        return rng.choice([p for p, value in table.items() if value * sign > 0])
+
+    def clause(aspect, sign):
+        if rng.random() < 0.3:
+            return f"I {phrase(FEELINGS, sign)} the {aspect}"
+        return f"the {aspect} {'was' if aspect in SINGULAR else 'were'} {phrase(QUALITIES, sign)}"
+
+    while True:
+        aspects = rng.sample(SINGULAR + PLURAL, 4)
+        text = ""
+        if rng.random() < 0.3:
+            text = (f"{rng.choice(WHO)} {rng.choice(['saw', 'watched'])} "
+                    f"{rng.choice(['it', 'this film'])} {rng.choice(WHEN)}. ")
+        for _ in range(2):
+            sign = tone if rng.random() < 0.8 else -tone
+            sentence = clause(aspects.pop(), sign)
+            if rng.random() < 0.6:
+                joint = rng.choice(["and", "but"])
+                sentence += f", {joint} " + clause(aspects.pop(), sign if joint == "and" else -sign)
+            text += sentence[0].upper() + sentence[1:] + ". "
+        text += phrase(VERDICTS, tone) + "."
+        if reward(text) * tone > 0:
+            return text
+
+
+def prefixes(count, held_out, tokenizer, seed):
+    """`count` distinct beginnings of fresh reviews, each 2 to 8 tokens long, as texts; all of them
+    held out or none (see is_held_out), so that training and evaluation never share a prompt."""
+    rng, found = random.Random(f"prefixes {seed}"), {}
+    while len(found) < count:
+        ids = tokenizer.encode_ordinary(write_review(rng))[:rng.randint(2, 8)]
+        text = tokenizer.decode(ids)
+        if is_held_out(text) == held_out:
+            found[text] = None
+    return list(found)
+
+
+def is_held_out(prompt):
+    """One prompt in ten is kept for evaluation. Decided by the prompt alone, so that SFT and DPO,
+    whatever their seeds and the order of the file, never train on it."""
+    return zlib.crc32(prompt.encode("utf-8", "replace")) % 10 == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenizers
+# ------------------------------------------------------------------------------------------------
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def get_tokenizer(name):
+    """"gpt2", or "reviews": a tiktoken.Encoding of the 256 bytes, the words of the reviews task and
+    end-of-text, so any text at all comes back as it went in. Raises UserError."""
+    if name == "reviews":
+        phrases = [*SINGULAR, *PLURAL, *WHO, *WHEN, *QUALITIES, *FEELINGS, *VERDICTS,
+                   "the was were and but saw watched this"]
+        words = {word for phrase in phrases for word in re.findall(r"\w+", phrase)}
+        tokens = sorted({f" {word}" for word in words | {"The"}} | {"The", "I", "My", "We"} - {"I"})
+        ranks = {bytes([b]): b for b in range(256)}
+        ranks |= {token.encode(): 256 + i for i, token in enumerate(tokens)}
+        return tiktoken.Encoding("reviews", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": len(ranks)})
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:      # a network error of whatever kind, or an unwritable cache
+        raise UserError(f"--tokenizer {name}: tiktoken could not load it ({type(error).__name__}); it "
+                        "downloads it once, or finds it in the folder TIKTOKEN_CACHE_DIR") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# Preferences: from files, and from sampled answers
+# ------------------------------------------------------------------------------------------------
+
+# A prompt, its answers, and which is better than which: pairs of (winner, loser) indices.
+Preference = namedtuple("Preference", "prompt answers pairs")
+
+
+def load_preferences(path, skipped=None):
+    """Read a .jsonl or .jsonl.gz file with one of these objects a line; other keys are ignored:
+
+        {"prompt": "...", "chosen": "...", "rejected": "..."}
+        {"prompt": "...", "answers": ["...", ...], "ranking": [2, 0, 1]}      indices, best first
+        {"chosen": "...", "rejected": "..."}      two dialogues of "\\n\\nHuman:" and "\\n\\nAssistant:"
+                                                  turns that differ in the last one (Anthropic's HH)
+
+    Returns a list of Preference. A row that cannot teach anything is left out and counted by its
+    reason in `skipped`, a Counter. Raises UserError with the line of anything else that is wrong.
+    """
+    skipped = Counter() if skipped is None else skipped
+    preferences = []
+    for number, row in _read_objects(path):
+        try:
+            found = _preference(row)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+        if isinstance(found, str):
+            skipped[found] += 1
+        else:
+            preferences.append(found)
+    if not preferences:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in skipped.items())
+        raise UserError(f"{path}: no usable row" + (f" ({reasons})" if reasons else ", the file is empty"))
+    return preferences
+
+
+def _read_objects(path):
+    """Yields (line number, object) of a JSON lines file, gzipped or not."""
+    number = 0
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if line.strip():
+                    yield number, json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}: not JSON; expected one object a line") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, line {number}: not UTF-8 text") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: cannot be read: {reason}") from error
+
+
+def _preference(row):
+    """A Preference, or the reason (a str) why this row cannot teach; ValueError for a broken one."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, not {json.dumps(row)[:40]}")
+
+    def text(key):
+        if not isinstance(row.get(key), str):
+            raise ValueError(f'expected a string under "{key}"')
+        return row[key]
+
+    if "answers" in row:
+        prompt, answers, ranking = text("prompt"), row["answers"], row.get("ranking")
+        if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers) or len(answers) < 2:
+            raise ValueError('expected a list of at least two strings under "answers"')
+        if not isinstance(ranking, list) or not all(type(i) is int for i in ranking) or \
+                sorted(ranking) != list(range(len(answers))):
+            raise ValueError(f'expected under "ranking" each of 0 to {len(answers) - 1} once, best first')
+    elif "prompt" in row:
+        prompt, answers, ranking = text("prompt"), [text("chosen"), text("rejected")], [0, 1]
+    else:
+        dialogues, turn = [text("chosen"), text("rejected")], "\n\nAssistant:"
+        if not all(turn in dialogue for dialogue in dialogues):
+            raise ValueError('expected a "prompt", or dialogues with "\\n\\nAssistant:" turns')
+        (prompt, _, chosen), (other, _, rejected) = (dialogue.rpartition(turn) for dialogue in dialogues)
+        if prompt != other:
+            return "dialogues that differ before the last answer"
+        prompt, answers, ranking = prompt + turn, [chosen, rejected], [0, 1]
+    if not all(answer.strip() for answer in answers):
+        return "empty answer"
+    if len(set(answers)) < len(answers):
+        return "equal answers"
+    return Preference(prompt, answers, ranking_to_pairs(ranking))
+
+
+def ranking_to_pairs(ranking):
+    """[2, 0, 1], best first, to all its pairs: [(2, 0), (2, 1), (0, 1)]."""
+    return [(w, l) for i, w in enumerate(ranking) for l in ranking[i + 1:]]
+
+
+def rank(prompt, answers, rewards):
+    """C.1: rank sampled answers by their reward, best first. Returns a row for a preferences file
+    (a dict), or None where fewer than two rewards differ.
+
+    Answers with the same reward have no preference between them; the first of them stands for all.
+    So K answers make K (K - 1) / 2 pairs, six for C.1's four, unless two of them tie.
+    """
+    first = {}
+    for answer, r in zip(answers, rewards):
+        first.setdefault(r, answer)
+    if len(first) < 2:
+        return None
+    kept = list(first)
+    return {"prompt": prompt, "answers": [first[r] for r in kept],
+            "ranking": sorted(range(len(kept)), key=lambda i: -kept[i]), "rewards": kept}
+
+
+# ------------------------------------------------------------------------------------------------
+# The packed row
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Encoded:
+    """A Preference in ids. The prompt begins with end-of-text; each answer ends with it, unless it
+    was cut. ref_logps: log pi_ref(y|x) of each answer, once it is known."""
+
+    prompt: list
+    answers: list
+    pairs: list
+    ref_logps: list = None
+
+
+def encode(preference, tokenizer, row_length, skipped=None):
+    """A Preference to an Encoded, or None where nothing is left that could be learned from.
+
+    Prompt and answer are encoded apart and joined as ids: that is what the model sees when it
+    samples, and no merge crosses the boundary. Text that looks like a control token stays text. An
+    answer may have row_length - len(prompt) tokens; a longer one is cut, and then has no end-of-text,
+    which would teach the model to stop in mid-sentence. Reasons are counted in `skipped`, a Counter.
+    """
+    skipped = Counter() if skipped is None else skipped
+    eot = tokenizer.eot_token
+    prompt = [eot] + tokenizer.encode_ordinary(preference.prompt)
+    room = row_length - len(prompt)
+    if room < 1:
+        skipped["prompt as long as a row"] += 1
+        return None
+    answers = [tokenizer.encode_ordinary(answer) + [eot] for answer in preference.answers]
+    skipped["answer cut (kept, without end-of-text)"] += sum(len(a) > room for a in answers)
+    answers = [answer[:room] for answer in answers]
+    item = Encoded(prompt, answers, list(preference.pairs))
+    distinct = [i for i, answer in enumerate(answers) if answer not in answers[:i]]
+    if len(distinct) < len(answers):
+        skipped["answers equal after the cut"] += 1
+        item = take(item, [pair for pair in range(len(item.pairs))
+                           if set(item.pairs[pair]) <= set(distinct)])
+        return item if item.pairs else None
+    return item
+
+
+def encode_all(preferences, tokenizer, row_length, skipped):
+    """All that encode makes of a list of Preference."""
+    encoded = [encode(preference, tokenizer, row_length, skipped) for preference in preferences]
+    return [item for item in encoded if item is not None]
+
+
+def take(item, numbers):
+    """The part of an Encoded with only these of its pairs (numbers into item.pairs, not empty), and
+    only the answers they need."""
+    if len(numbers) == len(item.pairs):
+        return item
+    pairs = [item.pairs[n] for n in numbers]
+    kept = sorted({i for pair in pairs for i in pair})
+    new = {old: i for i, old in enumerate(kept)}
+    return Encoded(item.prompt, [item.answers[i] for i in kept], [(new[w], new[l]) for w, l in pairs],
+                   item.ref_logps and [item.ref_logps[i] for i in kept])
+
+
+@dataclass
+class Batch:
+    """Packed rows. B rows of T tokens, N answers, S scored tokens, P pairs, G prompts, K most answers.
+
+    Answers are numbered in the order they were given to `pack`; a place is row * T + column.
+    """
+
+    tokens: torch.Tensor        # (B, T) ids
+    positions: torch.Tensor     # (B, T) restart at 0 with each prompt, and after it with each answer
+    group: torch.Tensor         # (B, T) which prompt a token belongs to, from 0; -1 where a row is empty
+    answer: torch.Tensor        # (B, T) 0 = prompt, else 1, 2, ...
+    source: torch.Tensor        # (S,) place that predicts a scored token: that of the token before it
+    target: torch.Tensor        # (S,) id of the scored token
+    owner: torch.Tensor         # (S,) answer in [0, N - 1] to which it belongs
+    winners: torch.Tensor       # (P,) answers in [0, N - 1]
+    losers: torch.Tensor        # (P,)
+    rankings: torch.Tensor      # (G, K) the answers of each prompt by pairs won, best first, then -1s
+    ref_logps: torch.Tensor     # (N,) float32, zeros where they are not known yet
+    n_answers: int              # N
+
+    def mask(self):
+        """(B, T, T) bool: which tokens (second dimension) may look at which (third)."""
+        T, group, answer = self.tokens.size(1), self.group, self.answer
+        causal = torch.ones(T, T, dtype=torch.bool, device=group.device).tril()
+        same_group = group[:, :, None] == group[:, None, :]
+        visible = (answer[:, None, :] == 0) | (answer[:, :, None] == answer[:, None, :])
+        return causal & same_group & visible
+
+    def to(self, device):
+        """A copy on a device; from pinned memory it does not wait for the host."""
+        def move(value):
+            if not isinstance(value, torch.Tensor):
+                return value
+            if torch.device(device).type == "cuda":
+                value = value.pin_memory()
+            return value.to(device, non_blocking=True)
+        return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+
+
+def pack(encoded, row_length):
+    """A list of Encoded to a Batch: every prompt with all its answers, in as few rows as first-fit
+    over the longest first finds.
+
+    A prompt whose answers don't fit in one row together is repeated in as many as it takes, which
+    changes nothing: answers are blind to each other. Raises ValueError where a single answer does
+    not fit.
+    """
+    # 1. Cut into pieces that fit in a row: (length, prompt, [(answer, its number), ...]).
+    pieces, n = [], 0
+    for item in encoded:
+        room = 0
+        for answer in item.answers:
+            if len(item.prompt) + len(answer) > row_length:
+                raise ValueError(f"a prompt of {len(item.prompt)} tokens and an answer of "
+                                 f"{len(answer)} do not fit in a row of {row_length}")
+            if len(answer) > room:
+                room = row_length - len(item.prompt)
+                pieces.append((item.prompt, []))
+            pieces[-1][1].append((answer, n))
+            room, n = room - len(answer), n + 1
+
+    # 2. Give each piece a row and a column: the longest first, each into the first row with room.
+    def length(piece):
+        return len(piece[0]) + sum(len(answer) for answer, _ in piece[1])
+    ends, placed = [], []
+    for piece in sorted(pieces, key=length, reverse=True):
+        row = next((r for r, end in enumerate(ends) if end + length(piece) <= row_length), len(ends))
+        if row == len(ends):
+            ends.append(0)
+        placed.append((row, ends[row], piece))
+        ends[row] += length(piece)
+
+    # 3. Write them down.
+    tokens, positions, group, answer_of = np.zeros((4, len(ends), row_length), dtype=np.int64)
+    group -= 1
+    scored = []                                         # (source, target, owner), each an array
+    for number, (row, start, (prompt, answers)) in enumerate(placed):
+        at = start + len(prompt)
+        tokens[row, start:at], positions[row, start:at] = prompt, np.arange(len(prompt))
+        last_of_prompt = row * row_length + at - 1
+        for k, (answer, owner) in enumerate(answers, 1):
+            end = at + len(answer)
+            tokens[row, at:end], answer_of[row, at:end] = answer, k
+            positions[row, at:end] = np.arange(len(prompt), len(prompt) + len(answer))
+            source = np.arange(at - 1, end - 1) + row * row_length
+            source[0] = last_of_prompt                  # a first token is predicted by the prompt
+            scored.append((source, answer, np.full(len(answer), owner)))
+            at = end
+        group[row, start:at] = number
+
+    # 4. Number the pairs and rankings over the whole batch.
+    first = np.cumsum([0] + [len(item.answers) for item in encoded])
+    pairs = np.array([(f + w, f + l) for f, item in zip(first, encoded) for w, l in item.pairs],
+                     dtype=np.int64).reshape(-1, 2)
+    rankings = np.full((len(encoded), max(len(item.answers) for item in encoded)), -1)
+    for g, item in enumerate(encoded):
+        won = Counter(w for w, _ in item.pairs)
+        order = sorted(range(len(item.answers)), key=lambda i: -won[i])
+        rankings[g, :len(order)] = first[g] + np.array(order)
+    ref_logps = [r for item in encoded for r in item.ref_logps or [0.0] * len(item.answers)]
+    source, target, owner = (torch.from_numpy(np.concatenate(column)) for column in zip(*scored))
+    return Batch(*map(torch.from_numpy, (tokens, positions, group, answer_of)), source, target, owner,
+                 torch.from_numpy(pairs[:, 0].copy()), torch.from_numpy(pairs[:, 1].copy()),
+                 torch.from_numpy(rankings), torch.tensor(ref_logps), n)
+
+
+class Batches:
+    """Endless batches of exactly `size` units each: batches[step] depends on seed and step alone.
+
+    A unit is a pair, or with whole=True an Encoded with all it has (a text, a ranking). The data is
+    gone through in a new order each epoch; pairs of one prompt stay next to each other, so that its
+    answers are computed once. Where a prompt straddles two batches, each gets its own pairs of it.
+    """
+
+    def __init__(self, encoded, size, seed, whole=False):
+        self.encoded, self.size, self.seed, self.whole = encoded, size, seed, whole
+        self.units = [1 if whole else len(item.pairs) for item in encoded]
+        self.per_epoch, self.orders = sum(self.units), {}
+
+    def order(self, epoch):
+        """All (item, unit) of the epoch in their order; that of the last two epochs is kept."""
+        if epoch not in self.orders:
+            self.orders.pop(epoch - 2, None)
+            shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self.encoded)).tolist()
+            self.orders[epoch] = [(i, unit) for i in shuffled for unit in range(self.units[i])]
+        return self.orders[epoch]
+
+    def __getitem__(self, step):
+        """A list of Encoded."""
+        wanted = {}
+        for k in range(step * self.size, (step + 1) * self.size):
+            epoch, k = divmod(k, self.per_epoch)
+            item, unit = self.order(epoch)[k]
+            wanted.setdefault((epoch, item), []).append(unit)
+        return [self.encoded[item] if self.whole else take(self.encoded[item], units)
+                for (_, item), units in wanted.items()]

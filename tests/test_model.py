@@ -1,0 +1,433 @@
+"""The model: GPT-2 to the letter, log-probs of packed answers, sampling, checkpoints.
+
+    pytest tests/test_model.py
+
+What the model is compared with is written out here: a GPT-2 in NumPy, one sequence at a time, and
+log-probs summed token by token. All in float64, so that equal means equal.
+"""
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import Encoded, pack
+from model import GPT, GPTConfig, UserError, choose, load_checkpoint, save_checkpoint
+
+for_all = settings(deadline=None, max_examples=30, derandomize=True)
+EOT = 12                                                    # the last id of the small vocabulary
+
+
+def small_gpt(seed=0, **sizes):
+    """A GPT of 13 ids whose weights are large enough that every token matters."""
+    torch.manual_seed(seed)
+    config = dict(block_size=24, vocab_size=13, n_layer=2, n_head=2, n_embd=8) | sizes
+    model = GPT(GPTConfig(**config)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+ids = st.integers(0, EOT)
+sequences = st.lists(ids, min_size=1, max_size=6)
+
+
+@st.composite
+def groups(draw):
+    """One to four prompts with one to four answers each."""
+    return [Encoded(prompt, answers, []) for prompt, answers in draw(st.lists(
+        st.tuples(sequences, st.lists(sequences, min_size=1, max_size=4)), min_size=1, max_size=4))]
+
+
+# ------------------------------------------------------------------------------------------------
+# The network
+# ------------------------------------------------------------------------------------------------
+
+
+def gpt2_by_hand(model, tokens):
+    """Logits (T, V) of one sequence, in NumPy, from nothing but the state dict."""
+    w = {name: value.numpy() for name, value in model.state_dict().items()}
+    T, H = len(tokens), model.config.n_head
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    def layer_norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    def attention(x, name):
+        q, k, v = np.split(linear(x, name + ".c_attn"), 3, axis=-1)
+        heads = []
+        for q, k, v in zip(*(np.split(part, H, axis=-1) for part in (q, k, v))):
+            out = np.zeros_like(v)
+            for t in range(T):
+                scores = np.exp(k[:t + 1] @ q[t] / math.sqrt(q.shape[-1]))
+                out[t] = scores / scores.sum() @ v[:t + 1]
+            heads.append(out)
+        return linear(np.concatenate(heads, -1), name + ".c_proj")
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    x = w["wte.weight"][tokens] + w["wpe.weight"][:T]
+    for i in range(model.config.n_layer):
+        x = x + attention(layer_norm(x, f"h.{i}.ln_1"), f"h.{i}.attn")
+        x = x + linear(gelu(linear(layer_norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
+    return layer_norm(x, "ln_f") @ w["wte.weight"].T
+
+
+@for_all
+@given(st.lists(ids, min_size=1, max_size=24), st.integers(0, 3))
+def test_forward_is_gpt2_written_out_by_hand(tokens, seed):
+    """Pre-LayerNorm, tanh GELU, learned positions, tied head: any departure shows here."""
+    model = small_gpt(seed)
+    got = model(torch.tensor([tokens]))[0].detach().numpy()
+    np.testing.assert_allclose(got, gpt2_by_hand(model, tokens), rtol=1e-10, atol=1e-10)
+
+
+def test_default_sizes_are_those_of_the_released_124m_model():
+    """wte 50257 x 768, wpe 1024 x 768, 12 blocks of 12 C^2 + 13 C, ln_f 2 C: 124,439,808; the output
+    head is wte again and adds nothing."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    C = 768
+    expected = (50257 + 1024) * C + 12 * (12 * C * C + 13 * C) + 2 * C
+    assert sum(p.numel() for p in model.parameters()) == expected == 124_439_808
+
+
+def test_residual_projections_start_smaller_by_the_root_of_twice_the_depth():
+    """2 n_layer additions to the residual stream, each of variance 1 / (2 n_layer)."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=8, n_head=1, n_embd=256))
+    assert model.h[3].attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    for projection in (model.h[3].attn.c_proj, model.h[3].mlp.c_proj):
+        assert projection.weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
+        assert not projection.bias.any()
+
+
+@for_all
+@given(st.lists(ids, min_size=2, max_size=24), st.data())
+def test_no_logit_depends_on_a_later_token(tokens, data):
+    """Causality: else the model would read the token that it is asked to predict."""
+    model, t = small_gpt(), data.draw(st.integers(1, len(tokens) - 1))
+    other = tokens[:t] + [data.draw(ids) for _ in tokens[t:]]
+    a, b = model(torch.tensor([tokens])), model(torch.tensor([other]))
+    torch.testing.assert_close(a[:, :t], b[:, :t], rtol=0, atol=1e-12)
+
+
+def test_training_mode_changes_nothing():
+    """No dropout: policy and reference are compared token by token, noise would be all they see."""
+    model, tokens = small_gpt(), torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(model.train()(tokens), model.eval()(tokens))
+
+
+def test_heads_must_divide_channels():
+    with pytest.raises(ValueError, match="n_embd 8 is not a multiple of n_head 3"):
+        GPT(GPTConfig(n_embd=8, n_head=3))
+
+
+# ------------------------------------------------------------------------------------------------
+# Log-probs of packed answers
+# ------------------------------------------------------------------------------------------------
+
+
+def logp_by_hand(model, prompt, answer):
+    """log pi(y|x) of one answer in a row of its own: each token read at the place before it."""
+    log_probs = model(torch.tensor([prompt + answer]))[0].log_softmax(-1)
+    return sum(log_probs[len(prompt) + i - 1, token] for i, token in enumerate(answer))
+
+
+def logps_by_hand(model, items):
+    return torch.stack([logp_by_hand(model, item.prompt, answer) for item in items for answer in item.answers])
+
+
+@for_all
+@given(groups(), st.integers(12, 40))
+def test_packed_logps_are_those_of_one_row_a_sequence(items, row_length):
+    """Any lengths, any number of answers, any row: packing saves arithmetic and changes no number."""
+    model = small_gpt()
+    got = model.logps(pack(items, row_length))
+    torch.testing.assert_close(got, logps_by_hand(model, items), rtol=0, atol=1e-12)
+
+
+@for_all
+@given(groups(), st.integers(12, 40))
+def test_packed_gradients_are_those_of_one_row_a_sequence(items, row_length):
+    """Each answer with a weight of its own, so that none can stand in for another."""
+    packed, single = small_gpt(), small_gpt()
+    weights = torch.arange(1.0, 1 + sum(len(item.answers) for item in items)).double()
+    (packed.logps(pack(items, row_length)) * weights).sum().backward()
+    (logps_by_hand(single, items) * weights).sum().backward()
+    for (name, a), b in zip(packed.named_parameters(), single.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@for_all
+@given(sequences, sequences, st.lists(sequences, min_size=1, max_size=3))
+def test_an_answer_is_blind_to_its_siblings(prompt, answer, siblings):
+    """Rewrite the siblings, token by token: the answer's log-prob does not move by a bit."""
+    model = small_gpt()
+    rewritten = [[(token + 1) % (EOT + 1) for token in sibling] for sibling in siblings]
+    a = model.logps(pack([Encoded(prompt, [*siblings, answer], [])], 40))
+    b = model.logps(pack([Encoded(prompt, [*rewritten, answer], [])], 40))
+    assert a[-1] == b[-1]
+
+
+@for_all
+@given(sequences, sequences)
+def test_probabilities_of_all_next_tokens_sum_to_one(prompt, answer):
+    """exp(logps) over every one-token continuation of a prompt: with a shift missing, or a first
+    token dropped, the sum would be something else."""
+    model = small_gpt()
+    logps = model.logps(pack([Encoded(prompt + answer, [[i] for i in range(EOT + 1)], [])], 40))
+    assert logps.exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+@for_all
+@given(sequences, sequences, sequences)
+def test_logps_follow_the_chain_rule(prompt, begin, end):
+    """log pi(ab|x) = log pi(a|x) + log pi(b|xa): sums of tokens, not means; prompts never scored."""
+    model = small_gpt()
+    whole, first, second = model.logps(pack([
+        Encoded(prompt, [begin + end], []), Encoded(prompt, [begin], []),
+        Encoded(prompt + begin, [end], [])], 40))
+    torch.testing.assert_close(whole, first + second, rtol=0, atol=1e-12)
+
+
+def test_common_mistakes_give_other_numbers():
+    """The oracle can tell: no shift, first token dropped, mean for sum, prompt scored."""
+    model, prompt, answer = small_gpt(), [3, 1, 4], [1, 5, EOT]
+    right = model.logps(pack([Encoded(prompt, [answer], [])], 8)).item()
+    log_probs = model(torch.tensor([prompt + answer]))[0].log_softmax(-1)
+    wrong = {"no shift": sum(log_probs[3 + i, t] for i, t in enumerate(answer)),
+             "first dropped": sum(log_probs[2 + i, t] for i, t in enumerate(answer) if i > 0),
+             "no end-of-text": sum(log_probs[2 + i, t] for i, t in enumerate(answer[:-1])),
+             "mean": sum(log_probs[2 + i, t] for i, t in enumerate(answer)) / 3,
+             "prompt scored": sum(log_probs[i - 1, t] for i, t in enumerate(prompt + answer) if i > 0)}
+    for mistake, value in wrong.items():
+        assert abs(value.item() - right) > 1e-3, mistake
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision_logps_are_float32_and_close(precision):
+    """Products in half precision, softmax and sums in float32. A half has 8 (bfloat16) or 11 bits, so
+    a logit of about 1 is off by less than 2^-7, and a sum of 5 tokens by 5 times that."""
+    model, items = small_gpt().float(), [Encoded([1, 2, 3], [[4, 5, 6, 7, EOT], [8, 9, EOT]], [])]
+    exact = model.logps(pack(items, 16))
+    model.precision = precision
+    rough = model.logps(pack(items, 16))
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    torch.testing.assert_close(rough, exact, rtol=0, atol=5 * 2**-5)
+    model.precision = None
+    assert torch.equal(model.logps(pack(items, 16)), exact)
+
+
+def test_compiled_logps_are_the_eager_ones():
+    """Compilation may reorder float32 sums, by rounding and no more; and no key of the weights changes."""
+    model, items = small_gpt().float(), [Encoded([1, 2, 3], [[4, 5, 6, EOT], [8, EOT]], [])]
+    keys, eager = list(model.state_dict()), model.logps(pack(items, 16))
+    model.logps = torch.compile(model.logps, dynamic=True)
+    try:
+        compiled = model.logps(pack(items, 16))
+    except Exception as error:                              # no C++ compiler on this machine
+        pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+    assert list(model.state_dict()) == keys
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampling
+# ------------------------------------------------------------------------------------------------
+
+
+@for_all
+@given(st.lists(sequences, min_size=1, max_size=4), st.integers(1, 12))
+def test_cached_generation_of_ragged_prompts_is_the_plain_one(prompts, new):
+    """The likeliest token after the whole text so far, each prompt alone, nothing remembered."""
+    model = small_gpt()
+    expected = []
+    for prompt in prompts:
+        text = list(prompt)
+        while len(text) < len(prompt) + new and (text == prompt or text[-1] != EOT):
+            text.append(model(torch.tensor([text]))[0, -1].argmax().item())
+        expected.append(text[len(prompt):])
+    assert model.generate(prompts, new, temperature=0, eot=EOT) == expected
+
+
+def test_sampled_answers_follow_the_models_own_distribution():
+    """4,000 two-token answers: how often each first token comes, against its probability. A share p
+    of n draws has standard deviation sqrt(p (1 - p) / n) < 0.008; we allow five."""
+    model, n = small_gpt(), 4000
+    answers = model.generate([[1, 2, 3]] * n, 2, generator=torch.Generator().manual_seed(0))
+    first = torch.tensor([a[0] for a in answers]).bincount(minlength=EOT + 1) / n
+    expected = model(torch.tensor([[1, 2, 3]]))[0, -1].softmax(-1)
+    assert (first - expected).abs().max() < 5 * 0.008
+    likeliest = int(expected.argmax())
+    second = torch.tensor([a[1] for a in answers if a[0] == likeliest])
+    expected = model(torch.tensor([[1, 2, 3, likeliest]]))[0, -1].softmax(-1)
+    shares = second.bincount(minlength=EOT + 1) / len(second)
+    assert (shares - expected).abs().max() < 5 * 0.5 / len(second) ** 0.5
+
+
+def test_generation_has_its_own_generator():
+    """The same seed gives the same answers, and the state of training's generator does not move."""
+    model = small_gpt()
+
+    def answers(seed):
+        return model.generate([[1]] * 8, 10, generator=torch.Generator().manual_seed(seed))
+    before = torch.get_rng_state()
+    assert answers(1) == answers(1) != answers(2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_answer_ends_with_its_first_end_of_text_or_at_the_limit():
+    model = small_gpt()
+    for answer in model.generate([[1], [2, 3]] * 50, 9, eot=EOT, generator=torch.Generator().manual_seed(0)):
+        assert EOT not in answer[:-1]
+        assert len(answer) == 9 or answer[-1] == EOT
+
+
+def test_each_prompt_may_use_all_positions_there_are():
+    """A long prompt in the batch takes nothing away from a short one: 24 positions, prompts of 20
+    and 2 tokens, so 4 and 22 new ones, the same as if each were alone."""
+    model, prompts = small_gpt(), [[1] * 20, [2] * 2]
+    together = model.generate(prompts, 100, temperature=0)
+    assert [len(answer) for answer in together] == [4, 22]
+    assert together == [model.generate([prompt], 100, temperature=0)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("prompts", [[[]], [[1], []], [[1] * 24]])
+def test_empty_prompts_and_prompts_without_room_are_refused(prompts):
+    with pytest.raises(ValueError, match="prompts must have 1 to 23 tokens"):
+        small_gpt().generate(prompts, 4)
+
+
+logits = st.lists(st.floats(-5, 5), min_size=2, max_size=8, unique_by=lambda z: round(z, 3))
+
+
+def draws(row, **how):
+    """The ids that come up in 200 draws, the settings left open being off."""
+    how = dict(temperature=1.0, top_k=None, top_p=None) | how
+    rows = torch.tensor([row], dtype=torch.float64).expand(200, -1)
+    return set(choose(rows, generator=torch.Generator().manual_seed(0), **how).tolist())
+
+
+@for_all
+@given(logits, st.integers(1, 9))
+def test_top_k_draws_only_the_k_likeliest(row, k):
+    order = sorted(range(len(row)), key=lambda i: -row[i])
+    assert draws(row, top_k=k) <= set(order[:k])
+    assert draws(row, top_k=1) == draws(row, temperature=0) == {order[0]}
+
+
+@for_all
+@given(logits, st.floats(0.01, 1))
+def test_top_p_draws_only_the_fewest_likeliest_that_reach_p(row, p):
+    order = sorted(range(len(row)), key=lambda i: -row[i])
+    weights = [math.exp(row[i]) for i in order]
+    nucleus, mass = set(), 0.0
+    for i, weight in zip(order, weights):
+        if mass >= p - 1e-9:
+            break
+        nucleus.add(i)
+        mass += weight / sum(weights)
+    assert draws(row, top_p=p) <= nucleus
+
+
+def test_temperature_divides_the_logits_once():
+    """Logits 0 and 1 at temperature 0.5 are 0 and 2: the second comes with probability sigma(2), 0.88;
+    applied twice it would be sigma(4), 0.98. 20,000 draws: standard deviation 0.0023."""
+    rows = torch.tensor([[0.0, 1.0]]).expand(20_000, -1)
+    share = choose(rows, 0.5, None, None, torch.Generator().manual_seed(0)).double().mean().item()
+    assert share == pytest.approx(1 / (1 + math.exp(-2)), abs=5 * 0.0023)
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimizer and checkpoints
+# ------------------------------------------------------------------------------------------------
+
+
+def test_weight_decay_shrinks_matrices_and_nothing_else():
+    """With zero gradients AdamW only decays: matrices by lr x decay, biases and gains not at all."""
+    model = small_gpt()
+    before, optimizer = copy.deepcopy(model), model.optimizer(lr=0.1, weight_decay=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for (name, p), old in zip(model.named_parameters(), before.parameters()):
+        torch.testing.assert_close(p, old * (0.95 if old.dim() == 2 else 1.0), msg=name)
+
+
+def test_optimizer_without_decay_is_adam():
+    """Appendix B trains with Adam."""
+    a, b = small_gpt(), small_gpt()
+    optimizers = a.optimizer(lr=1e-2), torch.optim.Adam(b.parameters(), lr=1e-2)
+    for _ in range(3):
+        for model, optimizer in zip((a, b), optimizers):
+            model(torch.tensor([[1, 2, 3]])).log_softmax(-1)[0, -1, 4].neg().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+
+
+def test_a_checkpoint_brings_back_sizes_weights_and_facts(tmp_path):
+    model = small_gpt().float()
+    save_checkpoint(tmp_path / "a.pt", model, tokenizer="reviews", seed=3)
+    loaded, facts = load_checkpoint(tmp_path / "a.pt")
+    assert loaded.config == model.config and facts == {"tokenizer": "reviews", "seed": 3}
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters()))
+
+
+def test_the_same_model_is_saved_to_the_same_bytes_and_leaves_nothing_beside_it(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        save_checkpoint(tmp_path / folder / "sft.pt", small_gpt())
+    assert (tmp_path / "a/sft.pt").read_bytes() == (tmp_path / "b/sft.pt").read_bytes()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["sft.pt"]
+
+
+class Hostile:
+    def __reduce__(self):
+        return open, ("pwned", "w")
+
+
+def test_files_that_are_no_checkpoints_are_refused_in_one_sentence(tmp_path, monkeypatch):
+    """Missing, a folder, cut in half, other content, other sizes, and a pickle that would run code."""
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("good.pt", small_gpt())
+    good = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(good[:len(good) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "hostile.pt").write_bytes(pickle.dumps(Hostile()))
+    torch.save({"model": {}}, "other.pt")
+    saved = torch.load("good.pt", weights_only=True)
+    torch.save(saved | {"config": saved["config"] | {"n_embd": 16}}, "sizes.pt")
+    (tmp_path / "folder.pt").mkdir()
+    for name in ("missing", "half", "text", "empty", "hostile", "other", "sizes", "folder"):
+        with pytest.raises(UserError, match=f"{name}.pt: ") as caught:
+            load_checkpoint(f"{name}.pt")
+        assert "\n" not in str(caught.value), name
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision, tolerance", [(None, 1e-3), (torch.bfloat16, 0.3), (torch.float16, 0.05)])
+def test_cuda_logps_are_those_of_the_cpu(precision, tolerance):
+    model, items = small_gpt().float(), [Encoded([1, 2, 3], [[4, 5, 6, EOT], [8, EOT]], [])] * 8
+    expected = model.logps(pack(items, 32))
+    model = model.cuda()
+    model.precision = precision
+    got = model.logps(pack(items, 32).to("cuda"))
+    torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=tolerance)
+    greedy = model.generate([[1, 2], [3]], 8, temperature=0)
+    if precision is None:
+        assert greedy == model.cpu().generate([[1, 2], [3]], 8, temperature=0)

@@ -1,0 +1,330 @@
+"""Direct Preference Optimization: the mathematics, the step, the loop.
+
+    python train_dpo.py                                # the `reviews` task: SFT if there is none, then DPO
+    python train_dpo.py --data pairs.jsonl             # your own preferences
+
+    loss = -log sigma( beta log pi(y_w|x)/pi_ref(y_w|x) - beta log pi(y_l|x)/pi_ref(y_l|x) )
+
+People compare two answers to a prompt x and prefer y_w to y_l. RLHF fits a reward to such pairs and
+then optimizes a policy for it. DPO turns the optimum around: a policy *is* the optimum of some
+reward, so the pairs can be fitted by the policy itself, with the logistic loss above. The reference
+pi_ref is the SFT model; its log-probabilities never change, so they are computed once.
+
+Writes to out/<task>/: preferences.jsonl (where the task samples its own), dpo.pt, metrics.csv,
+results.json. Left out on purpose: the reward model and PPO, which DPO is there to do without.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import train_sft
+from data import (Batches, encode_all, get_tokenizer, is_held_out, load_preferences, prefixes, rank,
+                  reward, well_formed)
+from model import UserError, load_checkpoint, save_checkpoint
+from sample import evaluate, sample, score, side_by_side, table
+from train_sft import (Log, Parser, add_shared_flags, add_training_flags, command, grad_scaler, in_batches,
+                       is_time, micro_batches, number, prepare, report_skipped, row_length, settle,
+                       update, warmup)
+
+
+# ------------------------------------------------------------------------------------------------
+# The mathematics. Pure functions of log-probabilities; nothing here knows what a Transformer is.
+# ------------------------------------------------------------------------------------------------
+
+
+def bradley_terry(r_w, r_l):
+    """Eq. 16: log p(y_w > y_l | x) = log sigma(r_w - r_l).
+
+    r_w, r_l: rewards of the winner and the loser, any shapes that broadcast.
+    """
+    return F.logsigmoid(r_w - r_l)
+
+
+def plackett_luce(rewards, ranking):
+    """Eq. 18: log p(ranking | answers, x), the answers being drawn one after the other, best first,
+    each with probability proportional to exp(reward) among those not drawn yet.
+
+    rewards: (B,) one per answer. ranking: (..., K) indices into rewards, best first; a ranking of
+    fewer than K answers ends in -1s, which count for nothing. Returns (...).
+    """
+    drawn = ranking >= 0                                            # (..., K)
+    r = rewards[ranking.clamp(min=0)]                               # (..., K) in order of rank
+    k = torch.arange(ranking.size(-1), device=ranking.device)
+    left = (k[None, :] >= k[:, None]) & (drawn[..., None, :] | (k[None, :] == k[:, None]))  # (..., K, K)
+    left_over = r[..., None, :].masked_fill(~left, -math.inf)       # row k: who is left at draw k
+    return ((r - left_over.logsumexp(-1)) * drawn).sum(-1)
+
+
+def log_partition(ref_logps, rewards, beta):
+    """A.1: log Z(x) = log sum_y pi_ref(y|x) exp(r(x, y) / beta), summed over the last dimension,
+    which runs over every answer y there is. Returns the shape without it.
+    """
+    return (ref_logps + rewards / beta).logsumexp(-1)
+
+
+def optimal_policy(ref_logps, rewards, beta):
+    """Eq. 15: log pi*(y|x) = log pi_ref(y|x) + r(x, y) / beta - log Z(x), the policy that maximises
+    E[r] - beta KL(pi || pi_ref). Last dimension: every answer y there is. Same shape out as in.
+    """
+    return ref_logps + rewards / beta - log_partition(ref_logps, rewards, beta)[..., None]
+
+
+def implicit_reward(pi_logps, ref_logps, beta):
+    """Eq. 17 without beta log Z(x): rhat(x, y) = beta log(pi(y|x) / pi_ref(y|x)).
+
+    The language model is secretly a reward model: rhat differs from the reward that pi is optimal
+    for by beta log Z(x) alone, which is the same for all answers of a prompt, so no preference
+    depends on it (Lemma 1).
+    """
+    return beta * (pi_logps - ref_logps)
+
+
+def dpo_loss(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
+    """Appendix B: -log sigma(rhat_w - rhat_l), the Bradley-Terry likelihood of the pairs under the
+    implicit reward.
+
+    pi_logps, ref_logps: (B,) log pi(y|x) of each answer under policy and reference.
+    yw_idxs, yl_idxs: (T,) pairs of indices into them: preferred, dispreferred.
+    beta: strength of the KL penalty; larger keeps the policy closer to the reference.
+    Returns (losses (T,), rewards (B,)); the rewards are detached.
+    """
+    pi_logratios = pi_logps[yw_idxs] - pi_logps[yl_idxs]
+    ref_logratios = ref_logps[yw_idxs] - ref_logps[yl_idxs]
+    losses = -F.logsigmoid(beta * (pi_logratios - ref_logratios))
+    return losses, implicit_reward(pi_logps, ref_logps, beta).detach()
+
+
+def dpo_gradient(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
+    """A.4: d(sum of dpo_loss) / d pi_logps in closed form, (B,).
+
+    Each pair adds -beta sigma(rhat_l - rhat_w) to its winner and the opposite to its loser. The
+    weight is large while the pair is ranked wrongly; A.4 prints w and l the other way round.
+    """
+    r = implicit_reward(pi_logps, ref_logps, beta)
+    weights = beta * torch.sigmoid(r[yl_idxs] - r[yw_idxs])         # (T,)
+    return torch.zeros_like(pi_logps).index_add(0, yw_idxs, -weights).index_add(0, yl_idxs, weights)
+
+
+def plackett_luce_loss(pi_logps, ref_logps, rankings, beta):
+    """Eq. 20: DPO for rankings, -log p(ranking) under Plackett-Luce and the implicit reward.
+
+    rankings: (T, K) indices into the log-probs, best first, -1 where a ranking is shorter than K.
+    Returns (losses (T,), rewards (B,)); the rewards are detached. With K = 2 this is dpo_loss.
+    """
+    r = implicit_reward(pi_logps, ref_logps, beta)
+    return -plackett_luce(r, rankings), r.detach()
+
+
+def unlikelihood_loss(pi_logps, yw_idxs, yl_idxs):
+    """C.3: -(log pi(y_w|x) - log pi(y_l|x)): raise the one, lower the other.
+
+    The baseline that falls apart. Without a sigmoid no pair is ever ranked well enough, and without
+    a reference nothing holds the language together. Returns losses (T,), unbounded below.
+    """
+    return -(pi_logps[yw_idxs] - pi_logps[yl_idxs])
+
+
+# ------------------------------------------------------------------------------------------------
+# The step and the loop
+# ------------------------------------------------------------------------------------------------
+
+REVIEWS_LR = 3e-4
+COLUMNS = {"loss": ".4f", "accuracy": ".1%", "margin": "+.3f", "chosen_reward": "+.3f",
+           "rejected_reward": "+.3f", "chosen_logp": ".1f", "rejected_logp": ".1f", "grad_norm": ".2f",
+           "lr": ".1e", "held_out_loss": ".4f", "held_out_accuracy": ".1%"}
+
+
+def objective(logps, batch, args):
+    """(losses, rewards) of the --loss at hand: losses one a pair (or a ranking), rewards one an
+    answer, detached."""
+    if args.loss == "plackett_luce":
+        return plackett_luce_loss(logps, batch.ref_logps, batch.rankings, args.beta)
+    if args.loss == "unlikelihood":
+        return (unlikelihood_loss(logps, batch.winners, batch.losers),
+                implicit_reward(logps, batch.ref_logps, args.beta).detach())
+    return dpo_loss(logps, batch.ref_logps, batch.winners, batch.losers, args.beta)
+
+
+def train(policy, preferences, held_out, args):
+    """DPO of a policy on a list of Encoded that carry their ref_logps; in place."""
+    batches = Batches(preferences, args.batch, args.seed, whole=args.loss == "plackett_luce")
+    steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
+    optimizer, scaler = policy.optimizer(args.lr, args.weight_decay), grad_scaler(policy)
+    log = Log(args.out / "metrics.csv", COLUMNS)
+    for step in tqdm(range(steps), "DPO"):
+        for batch in micro_batches(batches[step], args, policy):
+            logps = policy.logps(batch)                             # (N,) log pi(y|x)
+            losses, rewards = objective(logps, batch, args)         # (P,) and (N,)
+            scaler.scale(losses.sum() / args.batch).backward()      # mean over the whole batch
+            log.add(len(losses), loss=losses.detach().sum())
+            log.add(len(batch.winners), **describe(logps.detach(), rewards, batch))
+            if step == 0:
+                check_start(logps.detach(), batch, args, policy.precision)
+        lr = args.lr * warmup(step, args.warmup)
+        grad_norm = update(policy, optimizer, scaler, lr, args.clip)
+        if held_out and is_time(step, steps, args.eval_every):
+            evaluate_preferences(policy, held_out, args, log)
+        if is_time(step, steps, args.log_every):
+            log.write(step, grad_norm=grad_norm, lr=lr)
+
+
+def describe(logps, rewards, batch):
+    """What to watch: sums over the pairs of a batch. Tied pairs count as half right."""
+    w, l = batch.winners, batch.losers
+    margins = rewards[w] - rewards[l]
+    return {"accuracy": (margins.sign() + 1).sum() / 2, "margin": margins.sum(),
+            "chosen_reward": rewards[w].sum(), "rejected_reward": rewards[l].sum(),
+            "chosen_logp": logps[w].sum(), "rejected_logp": logps[l].sum()}
+
+
+def check_start(logps, batch, args, precision):
+    """Before the first update the policy is the reference: every reward is 0 and the loss what it is
+    for equal models, log 2 for DPO. If not, the two were not computed alike, and all that follows
+    would be off by as much. Raises UserError."""
+    losses, rewards = objective(logps, batch, args)
+    expected, _ = objective(batch.ref_logps, batch, args)
+    tolerance = args.beta * (0.01 if precision is None else 1.0)    # nats, times beta
+    loss_off = 0 if args.loss == "unlikelihood" else (losses - expected).mean().abs()
+    if not (rewards.abs().max() <= tolerance and loss_off <= tolerance):
+        raise UserError(f"step 0: the loss is {losses.mean():.5f}, not {expected.mean():.5f}: the policy "
+                        "does not start at its reference")
+
+
+@torch.no_grad()
+def evaluate_preferences(policy, held_out, args, log):
+    """Loss and accuracy over all held-out preferences, to the log."""
+    for batch in in_batches(held_out, args, policy):
+        logps = policy.logps(batch)
+        losses, rewards = objective(logps, batch, args)
+        log.add(len(losses), held_out_loss=losses.sum())
+        log.add(len(batch.winners), held_out_accuracy=describe(logps, rewards, batch)["accuracy"])
+
+
+# ------------------------------------------------------------------------------------------------
+# C.1: prefixes, sampled answers, ranked pairs
+# ------------------------------------------------------------------------------------------------
+
+
+def sample_preferences(sft, tokenizer, args):
+    """Sample --samples answers to each of --prefixes prefixes from the SFT model, rank them by the
+    ground-truth reward of the whole review, and write them to preferences.jsonl. One prefix in ten
+    is a held-out one. Returns the file's path."""
+    eot, path = tokenizer.eot_token, args.out / "preferences.jsonl"
+    n_held_out = max(1, args.prefixes // 10)
+    prompts = (prefixes(args.prefixes - n_held_out, False, tokenizer, args.seed)
+               + prefixes(n_held_out, True, tokenizer, args.seed))
+    ids = [[eot] + tokenizer.encode_ordinary(prompt) for prompt in prompts for _ in range(args.samples)]
+    answers = sample(sft, ids, args.max_new_tokens, args.seed, eot, progress="sampling answers")
+    unfinished = alike = 0
+    with open(path, "w", encoding="utf-8") as file:
+        for i, prompt in enumerate(prompts):
+            mine = answers[i * args.samples:(i + 1) * args.samples]
+            done = [tokenizer.decode(answer[:-1]) for answer in mine if answer[-1] == eot and len(answer) > 1]
+            unfinished += len(mine) - len(done)
+            row = rank(prompt, done, [reward(prompt + answer) for answer in done])
+            alike += row is None
+            if row:
+                file.write(json.dumps(row) + "\n")
+    print(f"{path}: {len(prompts) - alike:,} prompts ranked; {alike} left out, all answers of equal "
+          f"reward; {unfinished} answers left out, empty or without an end")
+    return path
+
+
+def add_reference(policy, items, args):
+    """Before its first step the policy is the reference: note its log-probs on each Encoded, once."""
+    for item, logps in zip(items, score(policy, items, args.row_length, "reference log-probs")):
+        item.ref_logps = logps
+
+
+def report(policy, reference, prompts, tokenizer, grades, args):
+    """Measure both on held-out prompts; print the table and some samples, write results.json."""
+    measures, texts = evaluate({"sft": reference, "dpo": policy}, reference, prompts, tokenizer,
+                               args.max_new_tokens, args.seed + 1, **grades)
+    print(side_by_side(prompts[:4], texts, grades.get("reward")))
+    print(f"\n{len(prompts):,} held-out prompts, one sample each, mean +- standard error\n{table(measures)}")
+    results = {"task": args.out.name if args.data else args.task, "beta": args.beta,
+               "prompts": len(prompts), "policies": measures}
+    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nwrote {args.out / 'results.json'}; try: python sample.py --compare"
+          + ("" if args.out == Path("out/reviews") else f" --out {args.out}"))
+
+
+def sft_flags(args):
+    """The flags of this run that its SFT shares."""
+    names = ["task", "data", "out", "seed", "device", "precision", "compile", "tokenizer"]
+    return [word for name in names if getattr(args, name) is not None
+            for word in (f"--{name}", str(getattr(args, name)))]
+
+
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
+    add_shared_flags(parser)
+    add_training_flags(parser, "pairs (rankings with plackett_luce)", warmup=150)
+    add = parser.add_argument
+    add("--loss", default="dpo", choices=["dpo", "plackett_luce", "unlikelihood"],
+        help="dpo on pairs, on rankings (A.3), or the baseline of C.3 (default dpo)")
+    add("--beta", type=number(float, 0, above=True), default=0.1,
+        help="strength of the KL penalty: larger stays closer to the reference (default 0.1)")
+    add("--lr", type=number(float, 0, above=True),
+        help="learning rate after warm-up (default 1e-6, Appendix B's, for pretrained models; "
+             f"{REVIEWS_LR:g} for reviews, whose model is 100 times smaller and trained from scratch: "
+             "its weights have to move further, and can)")
+    add("--sft", type=Path, help="checkpoint to start from (default sft.pt of the run, trained if missing)")
+    add("--fresh", action="store_true", help="train SFT again even if there is one")
+    add("--prefixes", type=number(int, 10), default=2000, help="C.1's prompts (default 2,000; C.1 25,000)")
+    add("--samples", type=number(int, 2), default=4, help="answers sampled for each prefix (default 4)")
+    add("--max-new-tokens", type=number(int, 1), default=96, help="longest sampled answer (default 96)")
+    add("--eval-prompts", type=number(int, 2), default=1024,
+        help="held-out prompts of the final table (default 1,024)")
+    args = parser.parse_args(argv)
+    device = settle(args)
+    args.lr = args.lr or (1e-6 if args.data else REVIEWS_LR)
+    if args.sft and args.fresh:
+        raise UserError("--fresh trains a new SFT model, --sft names one: choose")
+    sft_path = args.sft or args.out / "sft.pt"
+    if args.fresh or not (args.sft or sft_path.exists()):
+        print(f"no {sft_path} yet: SFT first" if not args.fresh else "--fresh: SFT first")
+        train_sft.main(sft_flags(args))
+    policy, facts = load_checkpoint(sft_path, device)
+    if args.tokenizer not in (None, facts["tokenizer"]):
+        raise UserError(f"{sft_path} was trained with --tokenizer {facts['tokenizer']}, not {args.tokenizer}")
+    prepare(policy, args)
+    args.row_length = row_length(args, policy.config.block_size)
+    tokenizer = get_tokenizer(facts["tokenizer"])
+    grades = {} if args.data else {"reward": reward, "well_formed": well_formed}
+
+    path = args.data or sample_preferences(policy, tokenizer, args)
+    preferences = report_skipped(path, functools.partial(load_preferences, path))
+    held_out = [p for p in preferences if is_held_out(p.prompt)]
+    encoded, held_out_encoded = (
+        report_skipped(f"{path}, {part}", functools.partial(encode_all, rows, tokenizer, args.row_length))
+        for part, rows in (("training", [p for p in preferences if not is_held_out(p.prompt)]),
+                           ("held out", held_out)))
+    if not encoded:
+        raise UserError(f"{path}: no row is left to train on")
+    add_reference(policy, encoded + held_out_encoded, args)
+    print(f"DPO of {sft_path} on {sum(len(item.pairs) for item in encoded):,} pairs of "
+          f"{len(encoded):,} prompts, {args.loss}, beta {args.beta:g}, on {device}")
+    train(policy, encoded, held_out_encoded, args)
+    save_checkpoint(args.out / "dpo.pt", policy, tokenizer=facts["tokenizer"], stage="dpo",
+                    seed=args.seed, beta=args.beta, loss=args.loss)
+    print(f"wrote {args.out / 'dpo.pt'}")
+
+    reference = prepare(load_checkpoint(sft_path, device)[0], args)
+    prompts = (list(dict.fromkeys(p.prompt for p in held_out))[:args.eval_prompts] if args.data else
+               prefixes(args.eval_prompts, True, tokenizer, args.seed + 1))
+    if len(prompts) < 2:
+        print("no held-out prompts, so no samples to measure")
+        return
+    report(policy, reference, prompts, tokenizer, grades, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""Supervised fine-tuning: maximum likelihood on good answers. The loop to learn first; DPO has the
+same one with another loss, and starts where this one ends.
+
+    python train_sft.py                                # reviews, written by the task's own grammar
+    python train_sft.py --data pairs.jsonl             # the best answers of your own preferences
+
+    loss = - sum over answers of log pi(y|x)  /  number of their tokens
+
+Writes sft.pt and sft_metrics.csv to out/<task>/. Below the loop stands what all three scripts need
+and none is about: flags, device and precision, the update, the log.
+"""
+
+import argparse
+import csv
+import functools
+import math
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import (Batches, Preference, encode_all, get_tokenizer, is_held_out, load_preferences, pack,
+                  write_review)
+from model import GPT, GPTConfig, UserError, save_checkpoint
+
+COLUMNS = {"loss": ".4f", "grad_norm": ".2f", "lr": ".1e", "held_out_loss": ".4f"}
+
+
+def train(model, examples, held_out, args):
+    """Maximise the likelihood of examples, a list of Encoded with one answer each; in place."""
+    batches = Batches(examples, args.batch, args.seed, whole=True)
+    steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
+    optimizer, scaler = model.optimizer(args.lr, args.weight_decay), grad_scaler(model)
+    log = Log(args.out / "sft_metrics.csv", COLUMNS)
+    for step in tqdm(range(steps), "SFT"):
+        items = batches[step]
+        n_tokens = sum(len(item.answers[0]) for item in items)
+        for batch in micro_batches(items, args, model):
+            logps = model.logps(batch)                              # (N,) log pi(y|x)
+            loss = -logps.sum() / n_tokens
+            scaler.scale(loss).backward()
+            log.add(len(batch.target), loss=-logps.detach().sum())
+        lr = args.lr * min(warmup(step, args.warmup), cosine(step, steps))
+        grad_norm = update(model, optimizer, scaler, lr, args.clip)
+        if is_time(step, steps, args.eval_every):
+            log.add(1, held_out_loss=evaluate(model, held_out, args))
+        if is_time(step, steps, args.log_every):
+            log.write(step, grad_norm=grad_norm, lr=lr)
+
+
+@torch.no_grad()
+def evaluate(model, held_out, args):
+    """Mean loss a token over all held-out answers."""
+    total = tokens = 0
+    for batch in in_batches(held_out, args, model):
+        total, tokens = total - model.logps(batch).sum().item(), tokens + len(batch.target)
+    return total / tokens
+
+
+def load_examples(args, tokenizer):
+    """(training, held-out) lists of Encoded with one answer each: whole reviews after an empty prompt,
+    or the best answer of each preference in --data."""
+    if args.data:
+        preferences = report_skipped(args.data, functools.partial(load_preferences, args.data))
+        best = [Preference(p.prompt, [p.answers[p.pairs[0][0]]], []) for p in preferences]
+        held_out = [p for p in best if is_held_out(p.prompt)]
+        examples = [p for p in best if not is_held_out(p.prompt)]
+    else:
+        rng = random.Random(f"reviews {args.seed}")
+        reviews = [Preference("", [write_review(rng)], []) for _ in range(args.reviews + 256)]
+        examples, held_out = reviews[:args.reviews], reviews[args.reviews:]
+    return [report_skipped(f"{args.data or args.task}, {part}", functools.partial(
+                encode_all, preferences, tokenizer, args.row_length))
+            for part, preferences in (("training", examples), ("held out", held_out))]
+
+
+# ------------------------------------------------------------------------------------------------
+# What all scripts need: the update
+# ------------------------------------------------------------------------------------------------
+
+
+def warmup(step, steps):
+    """Linear from 1 / steps up to 1, where it stays (Appendix B)."""
+    return min(1.0, (step + 1) / max(1, steps))
+
+
+def cosine(step, steps):
+    """Half a cosine from 1 down to a tenth: from scratch, the last bits of likelihood come from the
+    small steps at the end."""
+    return 0.55 + 0.45 * math.cos(math.pi * step / steps)
+
+
+def update(model, optimizer, scaler, lr, clip):
+    """One optimizer step on the gradients at hand. Returns their norm before clipping, a tensor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.unscale_(optimizer)          # first to true size, then clip
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    scaler.step(optimizer)              # leaves the step out if a float16 gradient overflowed
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def grad_scaler(model):
+    """float16 gradients underflow, so they are scaled up; every other precision needs none."""
+    return torch.amp.GradScaler(model.device.type, enabled=model.precision == torch.float16)
+
+
+def micro_batches(items, args, model):
+    """A batch in --accumulate packed parts of about as many prompts, on the model's device. Losses are
+    divided by the size of the whole batch, so their number changes memory and nothing else."""
+    n = min(args.accumulate, len(items))
+    for i in range(n):
+        part = items[i * len(items) // n:(i + 1) * len(items) // n]
+        yield pack(part, args.row_length).to(model.device)
+
+
+def in_batches(items, args, model, size=64):
+    """All items, packed, `size` prompts at a time, on the model's device."""
+    for start in range(0, len(items), size):
+        yield pack(items[start:start + size], args.row_length).to(model.device)
+
+
+def is_time(step, steps, every):
+    """At the first step, every so many after it, and at the last."""
+    return step % every == 0 or step == steps - 1
+
+
+class Log:
+    """Means since the last line: a line on the screen and a row in a CSV file."""
+
+    def __init__(self, path, columns):
+        """columns: {name: format on the screen}."""
+        self.columns, self.lines, self.sums, self.counts = columns, 0, Counter(), Counter()
+        self.file = open(path, "w", newline="")
+        self.csv = csv.writer(self.file, lineterminator="\n")
+        self.csv.writerow(["step", *columns])
+
+    def add(self, count, **sums):
+        """Sums over `count` things; sums and counts are kept, never means of means. Tensors stay on
+        their device until the line is written, so a step need not wait for them."""
+        for name, value in sums.items():
+            self.sums[name] += value
+            self.counts[name] += count
+
+    def write(self, step, **values):
+        """values: what is shown as it is. Raises UserError where a number is not finite."""
+        values |= {name: self.sums[name] / self.counts[name] for name in self.sums}
+        values = {name: float(value) for name, value in values.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(f"step {step}: the {name} is {value}; stopped, nothing was saved; "
+                                "a lower --lr may help")
+        if self.lines % 25 == 0:
+            tqdm.write("  step  " + "  ".join(f"{name:>8}" for name in self.columns))
+        tqdm.write(f"{step:6d}  " + "  ".join(
+            f"{format(values[name], form) if name in values else '':>{max(8, len(name))}}"
+            for name, form in self.columns.items()))
+        self.csv.writerow([step, *(f"{values[name]:.6g}" if name in values else ""
+                                   for name in self.columns)])
+        self.file.flush()
+        self.lines, self.sums, self.counts = self.lines + 1, Counter(), Counter()
+
+
+# ------------------------------------------------------------------------------------------------
+# What all scripts need: the command line, device and precision
+# ------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a wrong flag with one sentence and shows defaults in its help."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def number(kind, least, above=False, most=math.inf):
+    """An argparse type: a finite int or float of at least (or above) `least`, at most `most`."""
+    wanted = f"{'a whole number' if kind is int else 'a number'} {'above' if above else 'of at least'} " \
+             f"{least}" + (f" and at most {most}" if most < math.inf else "")
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least < value or least == value and not above) or value > most or value == math.inf:
+            raise argparse.ArgumentTypeError(f"expected {wanted}, not {text!r}")
+        return value
+    return parse
+
+
+def command(main):
+    """main(argv) as a command: a UserError becomes one sentence on stderr and exit code 2."""
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"{Path(sys.modules[main.__module__].__file__).name}: {error}", file=sys.stderr)
+            sys.exit(2)
+    return run
+
+
+def add_shared_flags(parser):
+    """Flags of all three scripts."""
+    add = parser.add_argument
+    add("--task", default="reviews", choices=["reviews"], help="built-in data (default reviews)")
+    add("--data", type=Path, help="your preferences instead, .jsonl or .jsonl.gz (see README)")
+    add("--out", type=Path, help="folder of the run (default out/<task>, or out/<name of --data>)")
+    add("--seed", type=number(int, 0), default=0, help="same seed, same machine: same run (default 0)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: cuda if there is one")
+    add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of matrix products; parameters stay float32 (default: on CUDA bfloat16, or float16 "
+             "where the card lacks it; float32 on CPU)")
+    add("--compile", default="auto", choices=["auto", "on", "off"],
+        help="torch.compile (default: on CUDA for models of 10M parameters or more; compiling takes "
+             "longer than the whole reviews run)")
+
+
+def add_training_flags(parser, batch_unit, warmup):
+    """Flags of both training scripts; what a batch counts and how long to warm up differ."""
+    add = parser.add_argument
+    add("--tokenizer", choices=["reviews", "gpt2"],
+        help="default: reviews for the task of that name, gpt2 for --data")
+    add("--batch", type=number(int, 1), default=64, help=f"{batch_unit} a step (default 64)")
+    add("--accumulate", type=number(int, 1), default=1,
+        help="micro-batches a step is split into; saves memory and changes nothing else (default 1)")
+    add("--row-length", type=number(int, 2),
+        help="tokens of a packed row, at most the model's block size, which is the default")
+    add("--epochs", type=number(float, 0, above=True), default=1.0, help="default 1")
+    add("--steps", type=number(int, 1), help="optimizer steps, instead of --epochs")
+    add("--warmup", type=number(int, 0), default=warmup,
+        help=f"steps over which --lr rises linearly from 0 (default {warmup})")
+    add("--weight-decay", type=number(float, 0), default=0.0, help="of matrices (default 0: plain Adam)")
+    add("--clip", type=number(float, 0, above=True), default=1.0, help="gradient norm (default 1)")
+    add("--log-every", type=number(int, 1), default=20, help="steps between log lines (default 20)")
+    add("--eval-every", type=number(int, 1), default=100,
+        help="steps between evaluations on held-out data (default 100)")
+
+
+def settle(args):
+    """Fill in what depends on other flags and make the run's folder. Returns the device."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device that torch can use")
+    if args.out is None:
+        args.out = Path("out") / (args.data.name.split(".")[0] if args.data else args.task)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot make this folder: {error.strerror}") from error
+    return torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else
+                        "cpu" if args.device == "auto" else args.device)
+
+
+def row_length(args, block_size):
+    """--row-length, checked against the longest sequence the model can read."""
+    if (args.row_length or block_size) > block_size:
+        raise UserError(f"--row-length {args.row_length} is above the model's block size {block_size}")
+    return args.row_length or block_size
+
+
+def prepare(model, args):
+    """Give a model on its device the precision and compilation that the flags ask for."""
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
+    if args.precision == "auto":
+        has_bf16 = cuda and torch.cuda.get_device_capability() >= (8, 0)    # older ones emulate it
+        model.precision = (torch.bfloat16 if has_bf16 else torch.float16) if cuda else None
+    elif args.precision != "float32":
+        model.precision = getattr(torch, args.precision)
+    large = sum(p.numel() for p in model.parameters()) >= 10_000_000
+    if args.compile == "on" or args.compile == "auto" and cuda and large:
+        model.logps = torch.compile(model.logps, dynamic=True)
+    return model
+
+
+def report_skipped(what, read):
+    """Call read(skipped=Counter()) and say what it left out, and why."""
+    skipped = Counter()
+    found = read(skipped=skipped)
+    notes = "; ".join(f"{count:,} x {reason}" for reason, count in skipped.items() if count)
+    print(f"{what}: {len(found):,} rows" + (f"; skipped or cut: {notes}" if notes else ""))
+    return found
+
+
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
+    add_shared_flags(parser)
+    add_training_flags(parser, "answers", warmup=30)
+    add = parser.add_argument
+    add("--lr", type=number(float, 0, above=True), default=3e-3,
+        help="peak learning rate (default 3e-3, for the small default model; the larger, the lower: "
+             "6e-4 for 124M parameters)")
+    add("--reviews", type=number(int, 1), default=20_000, help="reviews to write and train on (default 20,000)")
+    add("--block-size", type=number(int, 2), default=256, help="longest prompt and answer (default 256)")
+    add("--n-layer", type=number(int, 1), default=3, help="blocks (default 3; GPT-2 124M has 12)")
+    add("--n-head", type=number(int, 1), default=4, help="attention heads (default 4; 12)")
+    add("--n-embd", type=number(int, 1), default=128, help="channels, a multiple of heads (default 128; 768)")
+    args = parser.parse_args(argv)
+    device = settle(args)
+    if args.n_embd % args.n_head:
+        raise UserError(f"--n-embd {args.n_embd} is not a multiple of --n-head {args.n_head}")
+    args.row_length = row_length(args, args.block_size)
+    args.tokenizer = args.tokenizer or ("gpt2" if args.data else "reviews")
+    tokenizer = get_tokenizer(args.tokenizer)
+    examples, held_out = load_examples(args, tokenizer)
+
+    torch.manual_seed(args.seed)
+    model = GPT(GPTConfig(args.block_size, tokenizer.n_vocab, args.n_layer, args.n_head, args.n_embd))
+    model = prepare(model.to(device), args)
+    print(f"SFT of {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+    train(model, examples, held_out, args)
+    save_checkpoint(args.out / "sft.pt", model, tokenizer=args.tokenizer, stage="sft", seed=args.seed)
+    print(f"wrote {args.out / 'sft.pt'}")
+
+
+if __name__ == "__main__":
+    main()
