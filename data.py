@@ -7,12 +7,12 @@ The one idea: a preference is one row. A prompt and all its answers share it,
     answer       0    0    0     0  |   1   1    1   |   2  2    2   |  0 ...        0 = prompt
 
 each answer's positions restart right after the prompt, and an answer sees its prompt and itself,
-never its siblings. So the prompt is computed once, nothing is padded but the end of a row, and pairs,
-rankings of K answers and plain supervised text are all the same batch.
+never its siblings. So the prompt is computed once, nothing is padded but the end of a row, and
+pairs, rankings of K answers and plain supervised text are all the same batch.
 
 Reading order: the reviews task, tokenizers, files, the packed row, batches.
-Left out on purpose: worker processes and streaming. Preference data fits in memory, and packing the
-batch of a step takes a few milliseconds.
+Left out on purpose: worker processes and streaming. Preference data fits in memory, and packing
+the batch of a step takes a few milliseconds.
 """
 
 import gzip
@@ -21,7 +21,7 @@ import random
 import re
 import zlib
 from collections import Counter, namedtuple
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 import tiktoken
@@ -37,18 +37,19 @@ from model import UserError
 #     clause   = "The plot was" quality | "I" feeling "the plot"
 #     opener   = "We saw it on Sunday."
 #
-# A quality is "good", "very good", "not good", ...; a feeling "liked", "really liked", "did not like".
-# A verb agrees with its noun, "a" or "an" with the word after it. All this the grammar demands; what it
-# writes makes sense besides: "and" joins two clauses of one sign, "but" two of opposite signs, most
-# clauses are of the tone of the review, and the verdict always is.
+# A quality is "good", "very good", "not good", ...; a feeling "liked", "really liked", "did not
+# like". A verb agrees with its noun, "a" or "an" with the word after it. All this the grammar
+# demands; what it writes makes sense besides: "and" joins two clauses of one sign, "but" two of
+# opposite signs, most clauses are of the tone of the review, and the verdict always is.
 # ------------------------------------------------------------------------------------------------
 
 SINGULAR = "acting plot music script ending pacing dialogue humour photography story".split()
 PLURAL = "actors jokes songs effects characters costumes".split()
 WHO = ["I", "We", "My sister and I", "My friends and I"]
 WHEN = ["last night", "on Sunday", "on a plane", "at home", "in May", "twice", "by chance"]
-WORDS = {"superb": 0.8, "lovely": 0.7, "great": 0.6, "impressive": 0.6, "good": 0.4, "enjoyable": 0.4,
-         "awful": -0.8, "poor": -0.7, "dull": -0.6, "annoying": -0.6, "weak": -0.4, "uneven": -0.4}
+WORDS = {"superb": 0.8, "lovely": 0.7, "great": 0.6, "impressive": 0.6, "good": 0.4,
+         "enjoyable": 0.4, "awful": -0.8, "poor": -0.7, "dull": -0.6, "annoying": -0.6,
+         "weak": -0.4, "uneven": -0.4}
 DEGREES = {"rather": 0.75, "very": 1.15, "extremely": 1.25}
 NOT = -0.5      # negation flips and softens: "not superb" is mildly bad, "not awful" mildly good
 
@@ -74,7 +75,8 @@ def _any(phrases):
 OPINION = re.compile(
     rf"(?P<but>, but )?(?:[Tt]he (?P<subject>{_any(SINGULAR + PLURAL)}) (?:was|were) "
     rf"(?P<quality>{_any(QUALITIES)})|I (?P<feeling>{_any(FEELINGS)}) the "
-    rf"(?P<object>{_any(SINGULAR + PLURAL)})|(?P<verdict>{_any(VERDICTS)}))\b(?P<next>(?=, but ))?")
+    rf"(?P<object>{_any(SINGULAR + PLURAL)})|(?P<verdict>{_any(VERDICTS)}))\b"
+    rf"(?P<next>(?=, but ))?")
 # ... and a whole review, as the grammar writes it.
 _CLAUSE = (rf"(?:[Tt]he (?:{_any(SINGULAR)} was|{_any(PLURAL)} were) {_any(QUALITIES)}"
            rf"|I {_any(FEELINGS)} the {_any(SINGULAR + PLURAL)})")
@@ -128,11 +130,12 @@ def write_review(rng):
             text = (f"{rng.choice(WHO)} {rng.choice(['saw', 'watched'])} "
                     f"{rng.choice(['it', 'this film'])} {rng.choice(WHEN)}. ")
         for _ in range(2):
-            sign = tone if rng.random() < 0.8 else -tone
+            sign = tone if rng.random() < 0.93 else -tone
             sentence = clause(aspects.pop(), sign)
             if rng.random() < 0.6:
-                joint = rng.choice(["and", "but"])
-                sentence += f", {joint} " + clause(aspects.pop(), sign if joint == "and" else -sign)
+                joint = rng.choice(["and", "and", "but"])
+                sign = sign if joint == "and" else -sign
+                sentence += f", {joint} " + clause(aspects.pop(), sign)
             text += sentence[0].upper() + sentence[1:] + ". "
         text += phrase(VERDICTS, tone) + "."
         if reward(text) * tone > 0:
@@ -171,7 +174,7 @@ def get_tokenizer(name):
         phrases = [*SINGULAR, *PLURAL, *WHO, *WHEN, *QUALITIES, *FEELINGS, *VERDICTS,
                    "the was were and but saw watched this"]
         words = {word for phrase in phrases for word in re.findall(r"\w+", phrase)}
-        tokens = sorted({f" {word}" for word in words | {"The"}} | {"The", "I", "My", "We"} - {"I"})
+        tokens = sorted({f" {word}" for word in words | {"The"}} | {"The", "My", "We"})
         ranks = {bytes([b]): b for b in range(256)}
         ranks |= {token.encode(): 256 + i for i, token in enumerate(tokens)}
         return tiktoken.Encoding("reviews", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
@@ -179,8 +182,9 @@ def get_tokenizer(name):
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:      # a network error of whatever kind, or an unwritable cache
-        raise UserError(f"--tokenizer {name}: tiktoken could not load it ({type(error).__name__}); it "
-                        "downloads it once, or finds it in the folder TIKTOKEN_CACHE_DIR") from error
+        raise UserError(
+            f"--tokenizer {name}: tiktoken could not load it ({type(error).__name__}); it needs "
+            "the network once, or its files in the folder that TIKTOKEN_CACHE_DIR names") from error
 
 
 # ------------------------------------------------------------------------------------------------
@@ -196,8 +200,8 @@ def load_preferences(path, skipped=None):
 
         {"prompt": "...", "chosen": "...", "rejected": "..."}
         {"prompt": "...", "answers": ["...", ...], "ranking": [2, 0, 1]}      indices, best first
-        {"chosen": "...", "rejected": "..."}      two dialogues of "\\n\\nHuman:" and "\\n\\nAssistant:"
-                                                  turns that differ in the last one (Anthropic's HH)
+        {"chosen": "...", "rejected": "..."}      dialogues of "\\n\\nHuman:" and "\\n\\nAssistant:"
+                                                  turns, alike up to the last (Anthropic's HH)
 
     Returns a list of Preference. A row that cannot teach anything is left out and counted by its
     reason in `skipped`, a Counter. Raises UserError with the line of anything else that is wrong.
@@ -215,7 +219,7 @@ def load_preferences(path, skipped=None):
             preferences.append(found)
     if not preferences:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in skipped.items())
-        raise UserError(f"{path}: no usable row" + (f" ({reasons})" if reasons else ", the file is empty"))
+        raise UserError(f"{path}: no usable row ({reasons or 'the file is empty'})")
     return preferences
 
 
@@ -228,17 +232,17 @@ def _read_objects(path):
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if line.strip():
                     yield number, json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: not JSON; expected one object a line") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {number}: not UTF-8 text") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}: not JSON; expected one object a line") from error
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: cannot be read: {reason}") from error
 
 
 def _preference(row):
-    """A Preference, or the reason (a str) why this row cannot teach; ValueError for a broken one."""
+    """A Preference, or why this row cannot teach (a str); ValueError for a broken row."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, not {json.dumps(row)[:40]}")
 
@@ -249,21 +253,24 @@ def _preference(row):
 
     if "answers" in row:
         prompt, answers, ranking = text("prompt"), row["answers"], row.get("ranking")
-        if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers) or len(answers) < 2:
+        if not (isinstance(answers, list) and len(answers) > 1
+                and all(isinstance(answer, str) for answer in answers)):
             raise ValueError('expected a list of at least two strings under "answers"')
-        if not isinstance(ranking, list) or not all(type(i) is int for i in ranking) or \
-                sorted(ranking) != list(range(len(answers))):
-            raise ValueError(f'expected under "ranking" each of 0 to {len(answers) - 1} once, best first')
+        if not (isinstance(ranking, list) and all(type(i) is int for i in ranking)
+                and sorted(ranking) == list(range(len(answers)))):
+            raise ValueError(f'expected each of 0 to {len(answers) - 1} once, best first, '
+                             'under "ranking"')
     elif "prompt" in row:
         prompt, answers, ranking = text("prompt"), [text("chosen"), text("rejected")], [0, 1]
     else:
-        dialogues, turn = [text("chosen"), text("rejected")], "\n\nAssistant:"
-        if not all(turn in dialogue for dialogue in dialogues):
+        turn = "\n\nAssistant:"
+        if turn not in text("chosen") or turn not in text("rejected"):
             raise ValueError('expected a "prompt", or dialogues with "\\n\\nAssistant:" turns')
-        (prompt, _, chosen), (other, _, rejected) = (dialogue.rpartition(turn) for dialogue in dialogues)
-        if prompt != other:
+        start = text("chosen").rindex(turn) + len(turn)
+        prompt = text("chosen")[:start]
+        if not text("rejected").startswith(prompt):
             return "dialogues that differ before the last answer"
-        prompt, answers, ranking = prompt + turn, [chosen, rejected], [0, 1]
+        answers, ranking = [text("chosen")[start:], text("rejected")[start:]], [0, 1]
     if not all(answer.strip() for answer in answers):
         return "empty answer"
     if len(set(answers)) < len(answers):
@@ -314,8 +321,9 @@ def encode(preference, tokenizer, row_length, skipped=None):
 
     Prompt and answer are encoded apart and joined as ids: that is what the model sees when it
     samples, and no merge crosses the boundary. Text that looks like a control token stays text. An
-    answer may have row_length - len(prompt) tokens; a longer one is cut, and then has no end-of-text,
-    which would teach the model to stop in mid-sentence. Reasons are counted in `skipped`, a Counter.
+    answer may have row_length - len(prompt) tokens; a longer one is cut, and then has no
+    end-of-text, which would teach the model to stop in mid-sentence. Reasons are counted in
+    `skipped`, a Counter.
     """
     skipped = Counter() if skipped is None else skipped
     eot = tokenizer.eot_token
@@ -344,34 +352,36 @@ def encode_all(preferences, tokenizer, row_length, skipped):
 
 
 def take(item, numbers):
-    """The part of an Encoded with only these of its pairs (numbers into item.pairs, not empty), and
-    only the answers they need."""
+    """The part of an Encoded with only these of its pairs (numbers into item.pairs), and only the
+    answers they need."""
     if len(numbers) == len(item.pairs):
         return item
     pairs = [item.pairs[n] for n in numbers]
     kept = sorted({i for pair in pairs for i in pair})
     new = {old: i for i, old in enumerate(kept)}
-    return Encoded(item.prompt, [item.answers[i] for i in kept], [(new[w], new[l]) for w, l in pairs],
+    return Encoded(item.prompt, [item.answers[i] for i in kept],
+                   [(new[w], new[l]) for w, l in pairs],
                    item.ref_logps and [item.ref_logps[i] for i in kept])
 
 
 @dataclass
 class Batch:
-    """Packed rows. B rows of T tokens, N answers, S scored tokens, P pairs, G prompts, K most answers.
+    """Packed rows: B rows of T tokens hold G prompts with N answers, K at most to one prompt;
+    S tokens are scored, P pairs compared.
 
     Answers are numbered in the order they were given to `pack`; a place is row * T + column.
     """
 
     tokens: torch.Tensor        # (B, T) ids
-    positions: torch.Tensor     # (B, T) restart at 0 with each prompt, and after it with each answer
-    group: torch.Tensor         # (B, T) which prompt a token belongs to, from 0; -1 where a row is empty
+    positions: torch.Tensor     # (B, T) from 0 in each prompt, and on from it in each answer
+    group: torch.Tensor         # (B, T) whose prompt and answers, from 0; -1 where a row is empty
     answer: torch.Tensor        # (B, T) 0 = prompt, else 1, 2, ...
-    source: torch.Tensor        # (S,) place that predicts a scored token: that of the token before it
+    source: torch.Tensor        # (S,) place that predicts a scored token: the token before it
     target: torch.Tensor        # (S,) id of the scored token
     owner: torch.Tensor         # (S,) answer in [0, N - 1] to which it belongs
     winners: torch.Tensor       # (P,) answers in [0, N - 1]
     losers: torch.Tensor        # (P,)
-    rankings: torch.Tensor      # (G, K) the answers of each prompt by pairs won, best first, then -1s
+    rankings: torch.Tensor      # (G, K) answers of each prompt by pairs won, best first, then -1s
     ref_logps: torch.Tensor     # (N,) float32, zeros where they are not known yet
     n_answers: int              # N
 
@@ -421,8 +431,9 @@ def pack(encoded, row_length):
         return len(piece[0]) + sum(len(answer) for answer, _ in piece[1])
     ends, placed = [], []
     for piece in sorted(pieces, key=length, reverse=True):
-        row = next((r for r, end in enumerate(ends) if end + length(piece) <= row_length), len(ends))
-        if row == len(ends):
+        row = next((r for r, end in enumerate(ends) if end + length(piece) <= row_length), None)
+        if row is None:
+            row = len(ends)
             ends.append(0)
         placed.append((row, ends[row], piece))
         ends[row] += length(piece)
@@ -456,7 +467,8 @@ def pack(encoded, row_length):
         rankings[g, :len(order)] = first[g] + np.array(order)
     ref_logps = [r for item in encoded for r in item.ref_logps or [0.0] * len(item.answers)]
     source, target, owner = (torch.from_numpy(np.concatenate(column)) for column in zip(*scored))
-    return Batch(*map(torch.from_numpy, (tokens, positions, group, answer_of)), source, target, owner,
+    return Batch(*map(torch.from_numpy, (tokens, positions, group, answer_of)),
+                 source, target, owner,
                  torch.from_numpy(pairs[:, 0].copy()), torch.from_numpy(pairs[:, 1].copy()),
                  torch.from_numpy(rankings), torch.tensor(ref_logps), n)
 
@@ -464,9 +476,9 @@ def pack(encoded, row_length):
 class Batches:
     """Endless batches of exactly `size` units each: batches[step] depends on seed and step alone.
 
-    A unit is a pair, or with whole=True an Encoded with all it has (a text, a ranking). The data is
-    gone through in a new order each epoch; pairs of one prompt stay next to each other, so that its
-    answers are computed once. Where a prompt straddles two batches, each gets its own pairs of it.
+    A unit is a pair, or with whole=True an Encoded with all it has (a text, a ranking). The data
+    is gone through in a new order each epoch; pairs of one prompt stay next to each other, so that
+    its answers are computed once. Where a prompt straddles two batches, each gets its own pairs.
     """
 
     def __init__(self, encoded, size, seed, whole=False):
@@ -478,8 +490,9 @@ class Batches:
         """All (item, unit) of the epoch in their order; that of the last two epochs is kept."""
         if epoch not in self.orders:
             self.orders.pop(epoch - 2, None)
-            shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self.encoded)).tolist()
-            self.orders[epoch] = [(i, unit) for i in shuffled for unit in range(self.units[i])]
+            rng = np.random.default_rng([self.seed, epoch])
+            self.orders[epoch] = [(i, unit) for i in rng.permutation(len(self.encoded)).tolist()
+                                  for unit in range(self.units[i])]
         return self.orders[epoch]
 
     def __getitem__(self, step):

@@ -1,8 +1,8 @@
 """GPT-2 in one file: the model, the log-probability of an answer, sampling, checkpoints.
 
     logits = GPT(GPTConfig())(tokens)            # (B, T) ids -> (B, T, V)
-    logps = model.logps(batch)                   # (N,) log pi(y|x), one per answer of a packed batch
-    texts = model.generate(prompts, 64)          # new ids for each of a list of prompts
+    logps = model.logps(batch)                   # (N,) log pi(y|x), one per answer of a batch
+    answers = model.generate(prompts, 64)          # new ids for each of a list of prompts
 
 The network is GPT-2 to the letter: token plus learned position embeddings, then n_layer blocks of
 
@@ -13,8 +13,8 @@ then a last layer norm and the token embedding again as the output head. Letters
 B rows, T tokens of a row, C channels, V vocabulary, H heads, D = C / H channels of a head,
 N answers, S scored tokens.
 
-Left out on purpose: dropout. DPO compares the same answer under two models; with both deterministic
-the comparison starts at exactly zero, and nothing is lost on one pass over the data.
+Left out on purpose: dropout. DPO compares the same answer under two models; with both
+deterministic the comparison starts at zero, and nothing is lost on one pass over the data.
 """
 
 import math
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 
 class UserError(Exception):
-    """Something the person at the prompt can put right; the message is one sentence that says how."""
+    """What the person at the prompt can put right; the message is one sentence that says how."""
 
 
 @dataclass
@@ -107,8 +107,9 @@ class KeyValueCache:
 class GPT(nn.Module):
     """GPT-2. Module names follow the released weights (wte, wpe, h.0.attn.c_attn, ..., ln_f)."""
 
-    def __init__(self, config):
-        """Raises ValueError where n_head does not divide n_embd."""
+    def __init__(self, config, init_std=0.02):
+        """init_std: standard deviation of the initial weights; 0.02 is GPT-2's, for 768 channels.
+        Raises ValueError where n_head does not divide n_embd."""
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
@@ -124,8 +125,8 @@ class GPT(nn.Module):
             elif parameter.dim() == 2:
                 # Each block adds to the residual stream twice; this keeps its variance at the end
                 # independent of the depth.
-                residual = name.endswith("c_proj.weight")
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer if residual else 1))
+                residual = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(parameter, std=init_std / math.sqrt(residual))
 
     @property
     def device(self):
@@ -139,7 +140,7 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)
         if mask is not None:
-            mask = mask[:, None]                                    # (B, 1, T, keys): all heads alike
+            mask = mask[:, None]                                    # (B, 1, T, keys)
         x = self.wte(tokens) + self.wpe(positions)                  # (B, T, C)
         with self.autocast():
             for i, block in enumerate(self.h):
@@ -147,14 +148,14 @@ class GPT(nn.Module):
             return self.ln_f(x)
 
     def head(self, hidden):
-        """(..., C) to logits (..., V), in float32 or better whatever the precision of the product."""
+        """(..., C) to logits (..., V), in float32 or better whatever the product's precision."""
         with self.autocast():
             logits = F.linear(hidden, self.wte.weight)              # the token embedding once more
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def autocast(self):
-        """The precision of the products. One place for training, reference, sampling and evaluation:
-        if policy and reference differed in it, DPO would not start at log 2."""
+        """The precision of the products. One place for training, reference, sampling and
+        evaluation: if policy and reference differed in it, DPO would not start at log 2."""
         return torch.autocast(self.device.type, self.precision,
                               enabled=self.precision is not None)
 
@@ -169,9 +170,9 @@ class GPT(nn.Module):
     def logps(self, batch):
         """log pi(y|x) = sum over the tokens of y of log pi(token | all before it), for each answer.
 
-        batch: a packed data.Batch. Returns (N,), float32 also under autocast. The distribution over
-        a token is read at the place *before* it, so only those S places go through the output head:
-        its V columns are a third of all the arithmetic of the smallest GPT-2.
+        batch: a packed data.Batch. Returns (N,), float32 also under autocast. The distribution
+        over a token is read at the place *before* it, so only those S places go through the output
+        head: its V columns are a third of all the arithmetic of the smallest GPT-2.
         """
         hidden = self.hidden(batch.tokens, batch.positions, batch.mask())        # (B, T, C)
         hidden = hidden.flatten(0, 1).index_select(0, batch.source)              # (S, C)
@@ -186,9 +187,9 @@ class GPT(nn.Module):
                  generator=None):
         """Continue each of a list of prompts (lists of ids, of any lengths, none empty).
 
-        temperature: 0 takes the likeliest token. top_k: only the k likeliest. top_p: only the fewest
-        likeliest whose probabilities reach p. eot: the id that ends an answer. generator: a
-        torch.Generator on the model's device, so that sampling never moves the state of training.
+        temperature: 0 takes the likeliest token. top_k: only the k likeliest. top_p: only the
+        fewest likeliest whose probabilities reach p. eot: the id that ends an answer. generator: a
+        torch.Generator on the model's device, so that sampling never moves training's state.
         Returns a list of lists: the new ids of each, the eot included where it was reached.
         Raises ValueError for an empty prompt, or one that leaves no position free.
         """
@@ -198,17 +199,17 @@ class GPT(nn.Module):
             raise ValueError(f"prompts must have 1 to {config.block_size - 1} tokens, "
                              f"not {min(lengths)} to {max(lengths)}")
         B, T = len(prompts), max(lengths)
-        room = [min(max_new_tokens, config.block_size - n) for n in lengths]    # until positions end
+        room = [min(max_new_tokens, config.block_size - n) for n in lengths]
         new = max(room)
         # Prompts end in the same column, so that each step adds one column for all. What lies to
         # the left of a short prompt is hidden by the mask and takes no position.
         left = torch.tensor([T - n for n in lengths], device=device)                  # (B,)
         tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
         columns = torch.arange(T + new, device=device)
-        real = columns >= left[:, None]                                               # (B, T + new)
-        positions = (columns - left[:, None]).clamp(0, config.block_size - 1)         # (B, T + new)
+        real = columns >= left[:, None]                                         # (B, T + new)
+        positions = (columns - left[:, None]).clamp(0, config.block_size - 1)   # (B, T + new)
         mask = real[:, None, :T] & torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        mask |= torch.eye(T, dtype=torch.bool, device=device)   # hidden places see themselves: no NaN
+        mask |= torch.eye(T, dtype=torch.bool, device=device)   # what is hidden sees itself: no NaN
         caches = [KeyValueCache(T + new) for _ in self.h]
 
         hidden = self.hidden(tokens, positions[:, :T], mask, caches)
@@ -229,13 +230,14 @@ class GPT(nn.Module):
 
     # -- optimizer -------------------------------------------------------------------------------
 
-    def optimizer(self, lr, weight_decay=0.0):
+    def optimizer(self, lr, weight_decay=0.0, betas=(0.9, 0.999)):
         """AdamW in one fused kernel, with decay on matrices only: decaying a bias or the gain of a
         layer norm would only pull it from where it is needed. Without decay it is Adam."""
         matrices = [p for p in self.parameters() if p.dim() >= 2]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
-                                  {"params": vectors, "weight_decay": 0.0}], lr=lr, fused=True)
+                                  {"params": vectors, "weight_decay": 0.0}],
+                                 lr=lr, betas=betas, fused=True)
 
 
 def choose(logits, temperature, top_k, top_p, generator):
@@ -264,7 +266,8 @@ def save_checkpoint(path, model, **facts):
     """
     temporary = f"{path}.tmp"
     with open(temporary, "wb") as file:
-        torch.save({"config": asdict(model.config), "facts": facts, "model": model.state_dict()}, file)
+        torch.save({"config": asdict(model.config), "facts": facts, "model": model.state_dict()},
+                   file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -8,9 +8,10 @@
 temperature 1,
 
     reward       mean ground-truth reward of prompt + answer, where the task has one
-    kl           mean of log pi(y|x) - log pi_ref(y|x) over the answers y ~ pi: an unbiased estimate of
-                 KL(pi || pi_ref) in nats, taken on the very ids that were sampled
-    win_rate     share of prompts on which its answer has a higher reward than that of `sft`; ties half
+    kl           mean of log pi(y|x) - log pi_ref(y|x) over answers y ~ pi: an unbiased estimate
+                 of KL(pi || pi_ref) in nats, taken on the very ids that were sampled
+    win_rate     share of prompts on which its answer has the higher reward beside that of `sft`;
+                 ties half
     well_formed  share of texts that the task's grammar accepts
     length       mean tokens of an answer, end-of-text included
 
@@ -39,8 +40,8 @@ def sample(model, prompts, max_new_tokens, seed, eot, temperature=1.0, top_k=Non
     with tqdm(total=len(prompts), desc=progress, delay=1) as bar:
         for start in range(0, len(prompts), batch):
             part = order[start:start + batch]
-            drawn = model.generate([prompts[i] for i in part], max_new_tokens, temperature, top_k, top_p,
-                                   eot, generator)
+            drawn = model.generate([prompts[i] for i in part], max_new_tokens, temperature,
+                                   top_k, top_p, eot, generator)
             for i, ids in zip(part, drawn):
                 answers[i] = ids
             bar.update(len(part))
@@ -58,11 +59,13 @@ def score(model, items, row_length, progress="scoring", batch=32):
     return logps
 
 
-def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed, reward=None, well_formed=None):
+def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
+             reward=None, well_formed=None):
     """Measure policies ({name: model}) on prompts (texts); see the top of this file.
 
     reward, well_formed: functions of a text, for tasks that have them. The first policy is the
-    baseline of win_rate. Returns ({name: {measure: mean, measure_se: standard error}}, {name: texts}).
+    baseline of win_rate. Returns ({name: {measure: mean, measure_se: standard error}},
+    {name: texts}).
     """
     eot, row_length = tokenizer.eot_token, reference.config.block_size
     encoded = [[eot] + tokenizer.encode_ordinary(prompt) for prompt in prompts]
@@ -73,7 +76,7 @@ def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed, rewa
         pi, ref = (torch.tensor(score(m, items, row_length, f"scoring {name}")).double().flatten()
                    for m in (model, reference))
         texts[name] = [tokenizer.decode([i for i in answer if i != eot]) for answer in answers]
-        columns = {"kl": pi - ref, "length": torch.tensor([float(len(answer)) for answer in answers])}
+        columns = {"kl": pi - ref, "length": torch.tensor([float(len(ids)) for ids in answers])}
         whole = [prompt + text for prompt, text in zip(prompts, texts[name])]
         if reward:
             columns["reward"] = torch.tensor([reward(text) for text in whole], dtype=torch.float64)
@@ -95,8 +98,8 @@ def table(measures):
     names = [m for m in next(iter(measures.values())) if not m.endswith("_se")]
     lines = [" " * 6 + "".join(f"{name:>18}" for name in names)]
     for policy, values in measures.items():
-        lines.append(f"{policy:<6}" + "".join(f"{values[m]:>10.3f} +-{values[m + '_se']:.3f}".rjust(18)
-                                              for m in names))
+        lines.append(f"{policy:<6}" + "".join(
+            f"{values[m]:.3f} +-{values[m + '_se']:.3f}".rjust(18) for m in names))
     return "\n".join(lines)
 
 
@@ -117,18 +120,21 @@ def answer(policies, tokenizer, prompt, args):
     ids, eot = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt), tokenizer.eot_token
     block_size = min(model.config.block_size for model in policies.values())
     if len(ids) >= block_size:
-        raise UserError(f"the prompt has {len(ids)} tokens; the model reads at most {block_size - 1}")
-    return {name: [tokenizer.decode([i for i in answer if i != eot]) for answer in
-                   sample(model, [ids] * args.n, args.max_new_tokens, args.seed, eot, args.temperature,
-                          args.top_k, args.top_p)] for name, model in policies.items()}
+        raise UserError(f"--prompt: {len(ids)} tokens; the model reads at most {block_size - 1}")
+    texts = {}
+    for name, model in policies.items():
+        answers = sample(model, [ids] * args.n, args.max_new_tokens, args.seed, eot,
+                         args.temperature, args.top_k, args.top_p)
+        texts[name] = [tokenizer.decode([i for i in answer if i != eot]) for answer in answers]
+    return texts
 
 
-@command
-def main(argv=None):
+def parse_args(argv):
     parser = Parser(__doc__)
     add_shared_flags(parser)
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="default: dpo.pt of the run, or sft.pt where there is none")
+    add("--checkpoint", type=Path,
+        help="default: dpo.pt of the run, or sft.pt where there is none")
     add("--compare", nargs="*", type=Path, metavar="FILE",
         help="two checkpoints side by side (default: sft.pt and dpo.pt of the run)")
     add("--prompt", help="default: ask for prompts until end of input (Ctrl-D)")
@@ -137,12 +143,19 @@ def main(argv=None):
     add("--temperature", type=number(float, 0), default=1.0,
         help="1 samples what was trained, 0 takes the likeliest token (default 1)")
     add("--top-k", type=number(int, 1), help="only the k likeliest tokens")
-    add("--top-p", type=number(float, 0, above=True, most=1), help="only the likeliest that make up p")
+    add("--top-p", type=number(float, 0, above=True, most=1),
+        help="only the fewest likeliest tokens whose probabilities reach p")
     args = parser.parse_args(argv)
+    if args.compare is not None and (len(args.compare) not in (0, 2) or args.checkpoint):
+        raise UserError("--compare takes two checkpoints, or none for sft.pt and dpo.pt of the "
+                        "run, and no --checkpoint beside it")
+    return args
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
     device = settle(args)
-    if args.compare and (len(args.compare) != 2 or args.checkpoint):
-        raise UserError("--compare takes two checkpoints, or none for sft.pt and dpo.pt of the run, "
-                        "and no --checkpoint beside it")
     sft, dpo = args.out / "sft.pt", args.out / "dpo.pt"
     paths = [sft, dpo] if args.compare == [] else args.compare or [
         args.checkpoint or (dpo if dpo.exists() else sft)]

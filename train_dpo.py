@@ -1,20 +1,19 @@
 """Direct Preference Optimization: the mathematics, the step, the loop.
 
-    python train_dpo.py                                # the `reviews` task: SFT if there is none, then DPO
-    python train_dpo.py --data pairs.jsonl             # your own preferences
+    python train_dpo.py                           # the reviews task: SFT if there is none, then DPO
+    python train_dpo.py --data pairs.jsonl        # your own preferences
 
     loss = -log sigma( beta log pi(y_w|x)/pi_ref(y_w|x) - beta log pi(y_l|x)/pi_ref(y_l|x) )
 
-People compare two answers to a prompt x and prefer y_w to y_l. RLHF fits a reward to such pairs and
-then optimizes a policy for it. DPO turns the optimum around: a policy *is* the optimum of some
-reward, so the pairs can be fitted by the policy itself, with the logistic loss above. The reference
-pi_ref is the SFT model; its log-probabilities never change, so they are computed once.
+People compare two answers to a prompt x and prefer y_w to y_l. RLHF fits a reward to such pairs
+and then optimizes a policy for it. DPO turns the optimum around: every policy *is* the optimum for
+some reward, so the pairs can be fitted by the policy itself, with the logistic loss above. The
+reference pi_ref is the SFT model; its log-probs never change, so they are computed once.
 
 Writes to out/<task>/: preferences.jsonl (where the task samples its own), dpo.pt, metrics.csv,
 results.json. Left out on purpose: the reward model and PPO, which DPO is there to do without.
 """
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -24,13 +23,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train_sft
-from data import (Batches, encode_all, get_tokenizer, is_held_out, load_preferences, prefixes, rank,
+from data import (Batches, encode_all, get_tokenizer, load_preferences, prefixes, rank,
                   reward, well_formed)
 from model import UserError, load_checkpoint, save_checkpoint
 from sample import evaluate, sample, score, side_by_side, table
-from train_sft import (Log, Parser, add_shared_flags, add_training_flags, command, grad_scaler, in_batches,
-                       is_time, micro_batches, number, prepare, report_skipped, row_length, settle,
-                       update, warmup)
+from train_sft import (Log, Parser, add_shared_flags, add_training_flags, command, grad_scaler,
+                       in_batches, is_time, load, micro_batches, number, prepare, row_length,
+                       settle, split, update, warmup)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -56,9 +55,10 @@ def plackett_luce(rewards, ranking):
     drawn = ranking >= 0                                            # (..., K)
     r = rewards[ranking.clamp(min=0)]                               # (..., K) in order of rank
     k = torch.arange(ranking.size(-1), device=ranking.device)
-    left = (k[None, :] >= k[:, None]) & (drawn[..., None, :] | (k[None, :] == k[:, None]))  # (..., K, K)
-    left_over = r[..., None, :].masked_fill(~left, -math.inf)       # row k: who is left at draw k
-    return ((r - left_over.logsumexp(-1)) * drawn).sum(-1)
+    later = k[None, :] >= k[:, None]                                # (K, K) row k: not drawn yet
+    left = later & drawn[..., None, :] | torch.diag(k >= 0)         # (..., K, K) a -1 is alone
+    of_left = r[..., None, :].masked_fill(~left, -math.inf)         # (..., K, K)
+    return (r - of_left.logsumexp(-1)).sum(-1)
 
 
 def log_partition(ref_logps, rewards, beta):
@@ -108,7 +108,8 @@ def dpo_gradient(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
     """
     r = implicit_reward(pi_logps, ref_logps, beta)
     weights = beta * torch.sigmoid(r[yl_idxs] - r[yw_idxs])         # (T,)
-    return torch.zeros_like(pi_logps).index_add(0, yw_idxs, -weights).index_add(0, yl_idxs, weights)
+    gradient = torch.zeros_like(pi_logps)                           # (B,)
+    return gradient.index_add(0, yw_idxs, -weights).index_add(0, yl_idxs, weights)
 
 
 def plackett_luce_loss(pi_logps, ref_logps, rankings, beta):
@@ -134,10 +135,9 @@ def unlikelihood_loss(pi_logps, yw_idxs, yl_idxs):
 # The step and the loop
 # ------------------------------------------------------------------------------------------------
 
-REVIEWS_LR = 3e-4
 COLUMNS = {"loss": ".4f", "accuracy": ".1%", "margin": "+.3f", "chosen_reward": "+.3f",
-           "rejected_reward": "+.3f", "chosen_logp": ".1f", "rejected_logp": ".1f", "grad_norm": ".2f",
-           "lr": ".1e", "held_out_loss": ".4f", "held_out_accuracy": ".1%"}
+           "rejected_reward": "+.3f", "chosen_logp": ".1f", "rejected_logp": ".1f",
+           "grad_norm": ".2f", "lr": ".1e", "held_out_loss": ".4f", "held_out_accuracy": ".1%"}
 
 
 def objective(logps, batch, args):
@@ -184,16 +184,16 @@ def describe(logps, rewards, batch):
 
 
 def check_start(logps, batch, args, precision):
-    """Before the first update the policy is the reference: every reward is 0 and the loss what it is
-    for equal models, log 2 for DPO. If not, the two were not computed alike, and all that follows
-    would be off by as much. Raises UserError."""
+    """Before the first update the policy is the reference: every reward is 0 and the loss what it
+    is for equal models, log 2 for DPO. If not, the two were not computed alike, and all that
+    follows would be off by as much. Raises UserError."""
     losses, rewards = objective(logps, batch, args)
     expected, _ = objective(batch.ref_logps, batch, args)
     tolerance = args.beta * (0.01 if precision is None else 1.0)    # nats, times beta
     loss_off = 0 if args.loss == "unlikelihood" else (losses - expected).mean().abs()
     if not (rewards.abs().max() <= tolerance and loss_off <= tolerance):
-        raise UserError(f"step 0: the loss is {losses.mean():.5f}, not {expected.mean():.5f}: the policy "
-                        "does not start at its reference")
+        raise UserError(f"step 0: the loss is {losses.mean():.5f}, not {expected.mean():.5f}: the "
+                        "policy does not start at its reference")
 
 
 @torch.no_grad()
@@ -219,25 +219,26 @@ def sample_preferences(sft, tokenizer, args):
     n_held_out = max(1, args.prefixes // 10)
     prompts = (prefixes(args.prefixes - n_held_out, False, tokenizer, args.seed)
                + prefixes(n_held_out, True, tokenizer, args.seed))
-    ids = [[eot] + tokenizer.encode_ordinary(prompt) for prompt in prompts for _ in range(args.samples)]
+    ids = [[eot] + tokenizer.encode_ordinary(prompt)
+           for prompt in prompts for _ in range(args.samples)]
     answers = sample(sft, ids, args.max_new_tokens, args.seed, eot, progress="sampling answers")
     unfinished = alike = 0
     with open(path, "w", encoding="utf-8") as file:
         for i, prompt in enumerate(prompts):
             mine = answers[i * args.samples:(i + 1) * args.samples]
-            done = [tokenizer.decode(answer[:-1]) for answer in mine if answer[-1] == eot and len(answer) > 1]
+            done = [tokenizer.decode(ids[:-1]) for ids in mine if ids[-1] == eot and len(ids) > 1]
             unfinished += len(mine) - len(done)
             row = rank(prompt, done, [reward(prompt + answer) for answer in done])
             alike += row is None
             if row:
                 file.write(json.dumps(row) + "\n")
-    print(f"{path}: {len(prompts) - alike:,} prompts ranked; {alike} left out, all answers of equal "
-          f"reward; {unfinished} answers left out, empty or without an end")
+    print(f"{path}: answers of {len(prompts) - alike:,} prompts ranked; left out {alike} prompts "
+          f"(answers of equal reward) and {unfinished} answers (empty or without an end)")
     return path
 
 
 def add_reference(policy, items, args):
-    """Before its first step the policy is the reference: note its log-probs on each Encoded, once."""
+    """Before its first step the policy is the reference: note its log-probs, once."""
     for item, logps in zip(items, score(policy, items, args.row_length, "reference log-probs")):
         item.ref_logps = logps
 
@@ -247,7 +248,8 @@ def report(policy, reference, prompts, tokenizer, grades, args):
     measures, texts = evaluate({"sft": reference, "dpo": policy}, reference, prompts, tokenizer,
                                args.max_new_tokens, args.seed + 1, **grades)
     print(side_by_side(prompts[:4], texts, grades.get("reward")))
-    print(f"\n{len(prompts):,} held-out prompts, one sample each, mean +- standard error\n{table(measures)}")
+    print(f"\n{len(prompts):,} held-out prompts, one sample each, mean +- standard error\n"
+          + table(measures))
     results = {"task": args.out.name if args.data else args.task, "beta": args.beta,
                "prompts": len(prompts), "policies": measures}
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -262,11 +264,10 @@ def sft_flags(args):
             for word in (f"--{name}", str(getattr(args, name)))]
 
 
-@command
-def main(argv=None):
+def parse_args(argv):
     parser = Parser(__doc__)
     add_shared_flags(parser)
-    add_training_flags(parser, "pairs (rankings with plackett_luce)", warmup=150)
+    add_training_flags(parser, 64, "pairs (rankings with plackett_luce)", warmup=150)
     add = parser.add_argument
     add("--loss", default="dpo", choices=["dpo", "plackett_luce", "unlikelihood"],
         help="dpo on pairs, on rankings (A.3), or the baseline of C.3 (default dpo)")
@@ -274,55 +275,69 @@ def main(argv=None):
         help="strength of the KL penalty: larger stays closer to the reference (default 0.1)")
     add("--lr", type=number(float, 0, above=True),
         help="learning rate after warm-up (default 1e-6, Appendix B's, for pretrained models; "
-             f"{REVIEWS_LR:g} for reviews, whose model is 100 times smaller and trained from scratch: "
-             "its weights have to move further, and can)")
-    add("--sft", type=Path, help="checkpoint to start from (default sft.pt of the run, trained if missing)")
+             "5e-5 for reviews, whose model is 300 times smaller than the smallest GPT-2: its few "
+             "weights have to move further for the same change of the policy)")
+    add("--sft", type=Path,
+        help="checkpoint to start from (default sft.pt of the run, trained if missing)")
     add("--fresh", action="store_true", help="train SFT again even if there is one")
-    add("--prefixes", type=number(int, 10), default=2000, help="C.1's prompts (default 2,000; C.1 25,000)")
-    add("--samples", type=number(int, 2), default=4, help="answers sampled for each prefix (default 4)")
-    add("--max-new-tokens", type=number(int, 1), default=96, help="longest sampled answer (default 96)")
+    add("--prefixes", type=number(int, 10), default=2300,
+        help="reviews: prompts to sample answers for (default 2,300; C.1 has 25,000)")
+    add("--samples", type=number(int, 2), default=4,
+        help="reviews: answers sampled for each prompt (default 4)")
+    add("--max-new-tokens", type=number(int, 1), default=96,
+        help="longest sampled answer (default 96)")
     add("--eval-prompts", type=number(int, 2), default=1024,
         help="held-out prompts of the final table (default 1,024)")
     args = parser.parse_args(argv)
-    device = settle(args)
-    args.lr = args.lr or (1e-6 if args.data else REVIEWS_LR)
+    if args.lr is None:
+        args.lr = 1e-6 if args.data else 5e-5
     if args.sft and args.fresh:
         raise UserError("--fresh trains a new SFT model, --sft names one: choose")
+    return args
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    device = settle(args)
     sft_path = args.sft or args.out / "sft.pt"
     if args.fresh or not (args.sft or sft_path.exists()):
-        print(f"no {sft_path} yet: SFT first" if not args.fresh else "--fresh: SFT first")
+        print("--fresh: SFT first" if args.fresh else f"no {sft_path} yet: SFT first")
         train_sft.main(sft_flags(args))
+    else:
+        print(f"starting from {sft_path}")
     policy, facts = load_checkpoint(sft_path, device)
     if args.tokenizer not in (None, facts["tokenizer"]):
-        raise UserError(f"{sft_path} was trained with --tokenizer {facts['tokenizer']}, not {args.tokenizer}")
+        raise UserError(f"{sft_path} was trained with --tokenizer {facts['tokenizer']}, "
+                        f"not {args.tokenizer}")
     prepare(policy, args)
     args.row_length = row_length(args, policy.config.block_size)
     tokenizer = get_tokenizer(facts["tokenizer"])
-    grades = {} if args.data else {"reward": reward, "well_formed": well_formed}
 
     path = args.data or sample_preferences(policy, tokenizer, args)
-    preferences = report_skipped(path, functools.partial(load_preferences, path))
-    held_out = [p for p in preferences if is_held_out(p.prompt)]
-    encoded, held_out_encoded = (
-        report_skipped(f"{path}, {part}", functools.partial(encode_all, rows, tokenizer, args.row_length))
-        for part, rows in (("training", [p for p in preferences if not is_held_out(p.prompt)]),
-                           ("held out", held_out)))
+    training, held_out = split(load(path, load_preferences, path))
+    encoded = load(f"{path}, training", encode_all, training, tokenizer, args.row_length)
+    encoded_held_out = load(f"{path}, held out", encode_all, held_out, tokenizer, args.row_length)
     if not encoded:
         raise UserError(f"{path}: no row is left to train on")
-    add_reference(policy, encoded + held_out_encoded, args)
+    add_reference(policy, encoded + encoded_held_out, args)
     print(f"DPO of {sft_path} on {sum(len(item.pairs) for item in encoded):,} pairs of "
           f"{len(encoded):,} prompts, {args.loss}, beta {args.beta:g}, on {device}")
-    train(policy, encoded, held_out_encoded, args)
+    train(policy, encoded, encoded_held_out, args)
     save_checkpoint(args.out / "dpo.pt", policy, tokenizer=facts["tokenizer"], stage="dpo",
                     seed=args.seed, beta=args.beta, loss=args.loss)
     print(f"wrote {args.out / 'dpo.pt'}")
 
-    reference = prepare(load_checkpoint(sft_path, device)[0], args)
-    prompts = (list(dict.fromkeys(p.prompt for p in held_out))[:args.eval_prompts] if args.data else
-               prefixes(args.eval_prompts, True, tokenizer, args.seed + 1))
+    if args.data:
+        prompts = {tokenizer.decode(item.prompt[1:]): None for item in encoded_held_out}
+        prompts, grades = list(prompts)[:args.eval_prompts], {}
+    else:
+        prompts = prefixes(args.eval_prompts, True, tokenizer, args.seed + 1)
+        grades = {"reward": reward, "well_formed": well_formed}
     if len(prompts) < 2:
-        print("no held-out prompts, so no samples to measure")
+        print(f"{path}: fewer than two held-out prompts, so no samples are measured")
         return
+    reference = prepare(load_checkpoint(sft_path, device)[0], args)
     report(policy, reference, prompts, tokenizer, grades, args)
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (Batches, Preference, encode_all, get_tokenizer, is_held_out, load_preferences, pack,
-                  write_review)
+from data import (Batches, Preference, encode_all, get_tokenizer, is_held_out, load_preferences,
+                  pack, write_review)
 from model import GPT, GPTConfig, UserError, save_checkpoint
 
 COLUMNS = {"loss": ".4f", "grad_norm": ".2f", "lr": ".1e", "held_out_loss": ".4f"}
@@ -33,7 +33,9 @@ def train(model, examples, held_out, args):
     """Maximise the likelihood of examples, a list of Encoded with one answer each; in place."""
     batches = Batches(examples, args.batch, args.seed, whole=True)
     steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
-    optimizer, scaler = model.optimizer(args.lr, args.weight_decay), grad_scaler(model)
+    # A short run from scratch has to forget the large gradients of its first steps soon.
+    optimizer = model.optimizer(args.lr, args.weight_decay, betas=(0.9, 0.99))
+    scaler = grad_scaler(model)
     log = Log(args.out / "sft_metrics.csv", COLUMNS)
     for step in tqdm(range(steps), "SFT"):
         items = batches[step]
@@ -45,7 +47,7 @@ def train(model, examples, held_out, args):
             log.add(len(batch.target), loss=-logps.detach().sum())
         lr = args.lr * min(warmup(step, args.warmup), cosine(step, steps))
         grad_norm = update(model, optimizer, scaler, lr, args.clip)
-        if is_time(step, steps, args.eval_every):
+        if held_out and is_time(step, steps, args.eval_every):
             log.add(1, held_out_loss=evaluate(model, held_out, args))
         if is_time(step, steps, args.log_every):
             log.write(step, grad_norm=grad_norm, lr=lr)
@@ -60,21 +62,15 @@ def evaluate(model, held_out, args):
     return total / tokens
 
 
-def load_examples(args, tokenizer):
-    """(training, held-out) lists of Encoded with one answer each: whole reviews after an empty prompt,
-    or the best answer of each preference in --data."""
+def load_examples(args):
+    """(training, held-out) lists of Preference with one answer each: whole reviews after an empty
+    prompt, or the best answer of each preference in --data."""
     if args.data:
-        preferences = report_skipped(args.data, functools.partial(load_preferences, args.data))
-        best = [Preference(p.prompt, [p.answers[p.pairs[0][0]]], []) for p in preferences]
-        held_out = [p for p in best if is_held_out(p.prompt)]
-        examples = [p for p in best if not is_held_out(p.prompt)]
-    else:
-        rng = random.Random(f"reviews {args.seed}")
-        reviews = [Preference("", [write_review(rng)], []) for _ in range(args.reviews + 256)]
-        examples, held_out = reviews[:args.reviews], reviews[args.reviews:]
-    return [report_skipped(f"{args.data or args.task}, {part}", functools.partial(
-                encode_all, preferences, tokenizer, args.row_length))
-            for part, preferences in (("training", examples), ("held out", held_out))]
+        return split([Preference(p.prompt, [p.answers[p.pairs[0][0]]], [])
+                      for p in load(args.data, load_preferences, args.data)])
+    rng = random.Random(f"reviews {args.seed}")
+    reviews = [Preference("", [write_review(rng)], []) for _ in range(args.reviews + 256)]
+    return reviews[:args.reviews], reviews[args.reviews:]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -111,8 +107,8 @@ def grad_scaler(model):
 
 
 def micro_batches(items, args, model):
-    """A batch in --accumulate packed parts of about as many prompts, on the model's device. Losses are
-    divided by the size of the whole batch, so their number changes memory and nothing else."""
+    """A batch in --accumulate packed parts of about as many prompts, on the model's device. Losses
+    are divided by the size of the whole batch, so it changes memory and nothing else."""
     n = min(args.accumulate, len(items))
     for i in range(n):
         part = items[i * len(items) // n:(i + 1) * len(items) // n]
@@ -141,8 +137,8 @@ class Log:
         self.csv.writerow(["step", *columns])
 
     def add(self, count, **sums):
-        """Sums over `count` things; sums and counts are kept, never means of means. Tensors stay on
-        their device until the line is written, so a step need not wait for them."""
+        """Sums over `count` things; sums and counts are kept, never means of means. Tensors stay
+        on their device until the line is written, so a step need not wait for them."""
         for name, value in sums.items():
             self.sums[name] += value
             self.counts[name] += count
@@ -184,15 +180,16 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, least, above=False, most=math.inf):
     """An argparse type: a finite int or float of at least (or above) `least`, at most `most`."""
-    wanted = f"{'a whole number' if kind is int else 'a number'} {'above' if above else 'of at least'} " \
-             f"{least}" + (f" and at most {most}" if most < math.inf else "")
+    wanted = (f"{'a whole number' if kind is int else 'a number'} "
+              f"{'above' if above else 'of at least'} {least}"
+              + (f" and at most {most}" if most < math.inf else ""))
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (least < value or least == value and not above) or value > most or value == math.inf:
+        if not least <= value <= most or value == math.inf or above and value == least:
             raise argparse.ArgumentTypeError(f"expected {wanted}, not {text!r}")
         return value
     return parse
@@ -216,33 +213,38 @@ def add_shared_flags(parser):
     add("--task", default="reviews", choices=["reviews"], help="built-in data (default reviews)")
     add("--data", type=Path, help="your preferences instead, .jsonl or .jsonl.gz (see README)")
     add("--out", type=Path, help="folder of the run (default out/<task>, or out/<name of --data>)")
-    add("--seed", type=number(int, 0), default=0, help="same seed, same machine: same run (default 0)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: cuda if there is one")
+    add("--seed", type=number(int, 0), default=0,
+        help="same seed, same machine: same run (default 0)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"],
+        help="default: cuda if there is one")
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="of matrix products; parameters stay float32 (default: on CUDA bfloat16, or float16 "
              "where the card lacks it; float32 on CPU)")
     add("--compile", default="auto", choices=["auto", "on", "off"],
-        help="torch.compile (default: on CUDA for models of 10M parameters or more; compiling takes "
-             "longer than the whole reviews run)")
+        help="torch.compile (default: on CUDA for models of 10M parameters or more; compiling "
+             "takes longer than the whole reviews run)")
 
 
-def add_training_flags(parser, batch_unit, warmup):
-    """Flags of both training scripts; what a batch counts and how long to warm up differ."""
+def add_training_flags(parser, batch, batch_unit, warmup):
+    """Flags of both training scripts; the batch and the length of the warm-up differ."""
     add = parser.add_argument
     add("--tokenizer", choices=["reviews", "gpt2"],
         help="default: reviews for the task of that name, gpt2 for --data")
-    add("--batch", type=number(int, 1), default=64, help=f"{batch_unit} a step (default 64)")
+    add("--batch", type=number(int, 1), default=batch,
+        help=f"{batch_unit} a step (default {batch})")
     add("--accumulate", type=number(int, 1), default=1,
-        help="micro-batches a step is split into; saves memory and changes nothing else (default 1)")
+        help="micro-batches of a step; more save memory and change nothing else (default 1)")
     add("--row-length", type=number(int, 2),
         help="tokens of a packed row, at most the model's block size, which is the default")
     add("--epochs", type=number(float, 0, above=True), default=1.0, help="default 1")
     add("--steps", type=number(int, 1), help="optimizer steps, instead of --epochs")
     add("--warmup", type=number(int, 0), default=warmup,
         help=f"steps over which --lr rises linearly from 0 (default {warmup})")
-    add("--weight-decay", type=number(float, 0), default=0.0, help="of matrices (default 0: plain Adam)")
+    add("--weight-decay", type=number(float, 0), default=0.0,
+        help="of matrices (default 0: plain Adam)")
     add("--clip", type=number(float, 0, above=True), default=1.0, help="gradient norm (default 1)")
-    add("--log-every", type=number(int, 1), default=20, help="steps between log lines (default 20)")
+    add("--log-every", type=number(int, 1), default=20,
+        help="steps between log lines (default 20)")
     add("--eval-every", type=number(int, 1), default=100,
         help="steps between evaluations on held-out data (default 100)")
 
@@ -264,7 +266,7 @@ def settle(args):
 def row_length(args, block_size):
     """--row-length, checked against the longest sequence the model can read."""
     if (args.row_length or block_size) > block_size:
-        raise UserError(f"--row-length {args.row_length} is above the model's block size {block_size}")
+        raise UserError(f"--row-length {args.row_length} is above the block size, {block_size}")
     return args.row_length or block_size
 
 
@@ -284,44 +286,66 @@ def prepare(model, args):
     return model
 
 
-def report_skipped(what, read):
-    """Call read(skipped=Counter()) and say what it left out, and why."""
+def load(what, read, *arguments):
+    """read(*arguments, skipped), and say what was found, and what was skipped or cut, and why."""
     skipped = Counter()
-    found = read(skipped=skipped)
+    found = read(*arguments, skipped)
     notes = "; ".join(f"{count:,} x {reason}" for reason, count in skipped.items() if count)
     print(f"{what}: {len(found):,} rows" + (f"; skipped or cut: {notes}" if notes else ""))
     return found
 
 
-@command
-def main(argv=None):
+def split(preferences):
+    """(training, held-out): see data.is_held_out."""
+    return ([p for p in preferences if not is_held_out(p.prompt)],
+            [p for p in preferences if is_held_out(p.prompt)])
+
+
+def parse_args(argv):
     parser = Parser(__doc__)
     add_shared_flags(parser)
-    add_training_flags(parser, "answers", warmup=30)
+    add_training_flags(parser, 32, "answers", warmup=30)
     add = parser.add_argument
     add("--lr", type=number(float, 0, above=True), default=3e-3,
-        help="peak learning rate (default 3e-3, for the small default model; the larger, the lower: "
-             "6e-4 for 124M parameters)")
-    add("--reviews", type=number(int, 1), default=20_000, help="reviews to write and train on (default 20,000)")
-    add("--block-size", type=number(int, 2), default=256, help="longest prompt and answer (default 256)")
-    add("--n-layer", type=number(int, 1), default=3, help="blocks (default 3; GPT-2 124M has 12)")
+        help="peak learning rate (default 3e-3, for the small default model; the larger a model, "
+             "the lower: 6e-4 for 124M parameters)")
+    add("--reviews", type=number(int, 1), default=36_000,
+        help="reviews: how many to write and train on (default 36,000)")
+    add("--block-size", type=number(int, 2), default=256,
+        help="longest prompt and answer together, in tokens (default 256; GPT-2 1024)")
+    add("--n-layer", type=number(int, 1), default=2, help="blocks (default 2; GPT-2 124M 12)")
     add("--n-head", type=number(int, 1), default=4, help="attention heads (default 4; 12)")
-    add("--n-embd", type=number(int, 1), default=128, help="channels, a multiple of heads (default 128; 768)")
+    add("--n-embd", type=number(int, 1), default=128,
+        help="channels, a multiple of the heads (default 128; 768)")
+    add("--init-std", type=number(float, 0, above=True), default=0.06,
+        help="standard deviation of initial weights (default 0.06, for 128 channels; with GPT-2's "
+             "0.02, right for 768, the small model learns grammar but not yet what words mean)")
     args = parser.parse_args(argv)
-    device = settle(args)
     if args.n_embd % args.n_head:
         raise UserError(f"--n-embd {args.n_embd} is not a multiple of --n-head {args.n_head}")
-    args.row_length = row_length(args, args.block_size)
     args.tokenizer = args.tokenizer or ("gpt2" if args.data else "reviews")
+    return args
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    device = settle(args)
+    args.row_length = row_length(args, args.block_size)
     tokenizer = get_tokenizer(args.tokenizer)
-    examples, held_out = load_examples(args, tokenizer)
+    name, parts = args.data or args.task, load_examples(args)
+    examples, held_out = (load(f"{name}, {part}", encode_all, rows, tokenizer, args.row_length)
+                          for part, rows in zip(("training", "held out"), parts))
+    if not examples:
+        raise UserError(f"{name}: no row is left to train on")
 
     torch.manual_seed(args.seed)
-    model = GPT(GPTConfig(args.block_size, tokenizer.n_vocab, args.n_layer, args.n_head, args.n_embd))
-    model = prepare(model.to(device), args)
+    config = GPTConfig(args.block_size, tokenizer.n_vocab, args.n_layer, args.n_head, args.n_embd)
+    model = prepare(GPT(config, args.init_std).to(device), args)
     print(f"SFT of {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
     train(model, examples, held_out, args)
-    save_checkpoint(args.out / "sft.pt", model, tokenizer=args.tokenizer, stage="sft", seed=args.seed)
+    save_checkpoint(args.out / "sft.pt", model, tokenizer=args.tokenizer, stage="sft",
+                    seed=args.seed)
     print(f"wrote {args.out / 'sft.pt'}")
 
 

@@ -1,0 +1,1104 @@
+"""The data, claim by claim: the reviews task, files, tokens, the packed row, batches.
+
+    pytest tests/test_data.py
+
+The tests follow data.py from top to bottom. What must hold for any text, any lengths and any row
+is a property: hypothesis draws the cases, the same ones in every run. What the code is compared
+with is written out here as loops. Two tests need something from outside, and are skipped without
+it: DPO_HH_FILE, Anthropic's helpful-base/test.jsonl.gz, and TIKTOKEN_CACHE_DIR, with GPT-2's BPE.
+
+Left out on purpose: what a model makes of a batch. That is in test_model.py.
+"""
+
+import gzip
+import json
+import math
+import os
+import random
+import re
+from collections import Counter
+
+import pytest
+import tiktoken
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import (
+    DEGREES, FEELINGS, PLURAL, QUALITIES, SINGULAR, VERDICTS, WORDS, Batches, Encoded, Preference,
+    encode, encode_all, get_tokenizer, is_held_out, load_preferences, pack, prefixes, rank,
+    ranking_to_pairs, reward, take, well_formed, write_review,
+)
+from model import UserError
+
+for_all = settings(deadline=None, max_examples=40, derandomize=True)
+
+TOKENIZER = get_tokenizer("reviews")
+EOT = TOKENIZER.eot_token
+
+
+def reviews(count, seed):
+    rng = random.Random(seed)
+    return [write_review(rng) for _ in range(count)]
+
+
+REVIEWS = reviews(2000, seed=0)
+
+
+def ids(text):
+    return TOKENIZER.encode_ordinary(text)
+
+
+def same(got, expected):
+    """A tensor has exactly these whole numbers, and their shape."""
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.int64), rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------
+# The reviews task: what the grammar writes
+# ------------------------------------------------------------------------------------------------
+
+
+def test_every_written_review_is_well_formed():
+    """Otherwise "well-formed" would measure the grammar's own mistakes."""
+    assert [review for review in REVIEWS if not well_formed(review)] == []
+
+
+def test_about_half_of_the_reviews_are_favourable_and_none_is_undecided():
+    """A policy starts in the middle, with room in both directions."""
+    # 2000 fair coins: mean 1000, sd = sqrt(2000 / 4) = 22.4. Four of them are 89.
+    assert abs(sum(reward(review) > 0 for review in REVIEWS) - 1000) < 4 * math.sqrt(2000 / 4)
+    assert all(reward(review) != 0 for review in REVIEWS)
+
+
+def test_thousands_of_reviews_are_thousands_of_different_texts():
+    """A model cannot learn them by heart."""
+    assert len(set(REVIEWS)) > 0.95 * len(REVIEWS)
+
+
+def test_a_review_has_15_to_50_tokens_and_about_30():
+    """Small enough for a CPU, and always longer than the longest prefix."""
+    # Shortest: twice "I liked the plot." (5), and "I would recommend it." (5): 15.
+    # Longest: "My friends and I watched this film on a plane." (11); twice "I did not like the
+    # plot, and I did not like the songs." (6 + 2 + 6 + 1 = 15); "Overall, it is an extremely
+    # awful film." (9): 11 + 30 + 9 = 50.
+    lengths = [len(ids(review)) for review in REVIEWS]
+    assert 15 <= min(lengths) and max(lengths) <= 50
+    assert 20 < sum(lengths) / len(lengths) < 40
+
+
+def test_the_same_seed_writes_the_same_reviews():
+    """A run can be repeated; another seed is another run."""
+    assert reviews(50, seed=0) == REVIEWS[:50] != reviews(50, seed=1)
+
+
+def test_and_joins_clauses_of_one_sign_and_but_of_opposite_signs():
+    """What the grammar writes makes sense, so there is something to learn beside the words."""
+    joined = Counter()
+    for review in REVIEWS:
+        for sentence in review.split(". "):
+            clauses = re.split(", (and|but) ", sentence)
+            if len(clauses) == 3:
+                first, joint, second = clauses
+                assert (reward(first) * reward(second) > 0) == (joint == "and"), sentence
+                joined[joint] += 1
+    assert min(joined["and"], joined["but"]) > 500
+
+
+def test_the_verdict_agrees_with_the_whole_review():
+    """A review that ends "I would recommend it" is favourable."""
+    for review in REVIEWS:
+        assert reward(review) * reward(review.split(". ")[-1]) > 0, review
+
+
+# ------------------------------------------------------------------------------------------------
+# The reviews task: the reward and the grammar as judges
+# ------------------------------------------------------------------------------------------------
+
+BY_HAND = {
+    # A word, a degree, a "not".
+    "The plot was good.": 0.4,
+    "The jokes were awful.": -0.8,
+    "The plot was very good.": 0.46,                    # 1.15 * 0.4
+    "The plot was rather dull.": -0.45,                 # 0.75 * -0.6
+    "The plot was extremely superb.": 1.0,              # 1.25 * 0.8
+    "The plot was not superb.": -0.4,                   # -0.5 * 0.8: flipped and softer
+    "The plot was not awful.": 0.4,                     # -0.5 * -0.8
+    # Feelings.
+    "I liked the plot.": 0.4,
+    "I really liked the plot.": 0.5,                    # 1.25 * 0.4
+    "I did not like the plot.": -0.2,                   # -0.5 * 0.4
+    "I did not hate the songs.": 0.4,                   # -0.5 * -0.8
+    # Verdicts.
+    "Overall, it is an awful film.": -0.8,
+    "Overall, it is a very good film.": 0.46,
+    "I would recommend it.": 0.8,
+    "I would not recommend it.": -0.4,
+    "I would not watch it again.": -0.3,                # -0.5 * 0.6
+    # Means: any clause weighs 1, before "but" a half, after it one and a half, a verdict 2.
+    "The plot was good. The jokes were awful.": -0.2,               # (0.4 - 0.8) / 2
+    "The plot was good, and the jokes were awful.": -0.2,           # the same
+    "The plot was good, but the jokes were awful.": -0.5,           # (0.2 - 1.2) / 2
+    "I hated the plot, but I loved the songs.": 0.4,                # (-0.4 + 1.2) / 2
+    "The plot was awful. Overall, it is a superb film.": 0.266667,  # (-0.8 + 1.6) / 3
+    "We saw it on Sunday. The plot was good, but I hated the jokes. I enjoyed the ending. "
+    "I would recommend it.": 0.24,                      # (0.2 - 1.2 + 0.6 + 1.6) / (2 + 1 + 2)
+    # Opinions count in broken text, and other text counts nothing.
+    "the plot were good good the": 0.4,
+    "": 0.0,
+    "We saw it on Sunday.": 0.0,
+    "Good. Very good. The weather was lovely.": 0.0,
+}
+
+
+@pytest.mark.parametrize("text", BY_HAND)
+def test_the_reward_of_a_text_is_the_mean_worked_out_on_paper(text):
+    """The ground truth of every result in the repository."""
+    assert reward(text) == pytest.approx(BY_HAND[text], abs=1e-6)
+
+
+def test_every_phrase_is_read_whole_and_is_worth_what_its_table_says():
+    """"very good" is not read as "good", nor "an extremely dull film" as nothing."""
+    for quality, value in QUALITIES.items():
+        assert reward(f"The plot was {quality}.") == pytest.approx(value, abs=1e-6), quality
+    for feeling, value in FEELINGS.items():
+        assert reward(f"I {feeling} the songs.") == pytest.approx(value, abs=1e-6), feeling
+    for verdict, value in VERDICTS.items():
+        assert reward(f"{verdict}.") == pytest.approx(value, abs=1e-6), verdict
+
+
+def test_not_flips_and_halves_every_phrase_that_can_take_it():
+    """A bag of words would fail here: the task asks for reading."""
+    verbs = {"love": "loved", "enjoy": "enjoyed", "like": "liked", "dislike": "disliked",
+             "hate": "hated"}
+    negated = {f"The plot was {word}.": f"The plot was not {word}." for word in WORDS}
+    negated |= {f"I {past} the plot.": f"I did not {verb} the plot."
+                for verb, past in verbs.items()}
+    negated |= {f"I would {act}.": f"I would not {act}."
+                for act in ["recommend it", "watch it again"]}
+    assert len(negated) == 12 + 5 + 2
+    for plain, flipped in negated.items():
+        assert reward(plain) != 0
+        assert reward(flipped) == pytest.approx(-reward(plain) / 2, abs=1e-6), flipped
+
+
+def test_a_stronger_degree_is_a_stronger_opinion():
+    """rather < (nothing) < very < extremely, for praise and for blame."""
+    for word in WORDS:
+        strengths = [abs(reward(f"The plot was {degree}{word}."))
+                     for degree in ["rather ", "", "very ", "extremely "]]
+        assert strengths == sorted(set(strengths)), word
+    assert set(DEGREES) == {"rather", "very", "extremely"}
+
+
+opinions = st.sampled_from(
+    [f"{the} {noun} was {quality}" for the in ["The", "the"] for noun in SINGULAR + PLURAL
+     for quality in QUALITIES]
+    + [f"I {feeling} the {noun}" for feeling in FEELINGS for noun in SINGULAR + PLURAL]
+    + list(VERDICTS))
+
+
+@for_all
+@given(st.lists(st.tuples(opinions, st.sampled_from([". ", ", but ", ", and ", " ", ""]))
+                .map("".join)).map("".join) | st.text())
+def test_the_reward_of_any_text_is_between_minus_one_and_one(text):
+    """A policy cannot gain without end, whatever it writes."""
+    assert -1 <= reward(text) <= 1
+
+
+@for_all
+@given(st.lists(opinions, min_size=1, max_size=6), st.integers(2, 4))
+def test_writing_the_same_again_gains_nothing(phrases, times):
+    """A mean, not a sum: length alone is not rewarded."""
+    text = "".join(f"{phrase}. " for phrase in phrases)
+    assert reward(text * times) == pytest.approx(reward(text), abs=1e-6)
+
+
+REVIEW = ("The jokes were poor. I liked the plot, but the ending was dull. "
+          "I would not recommend it.")
+
+
+def test_these_reviews_are_well_formed():
+    """The sentences from which the broken ones below are made."""
+    assert well_formed(REVIEW)
+    assert well_formed(f"My sister and I watched this film on a plane. {REVIEW}")
+    assert well_formed("I hated the plot. I loved the plot. Overall, it is an awful film.")
+
+
+@pytest.mark.parametrize("old, new", [
+    pytest.param("jokes were", "jokes was", id="a plural with was"),
+    pytest.param("ending was", "ending were", id="a singular with were"),
+    pytest.param("I would not recommend it", "Overall, it is a awful film", id="a awful"),
+    pytest.param("I would not recommend it", "Overall, it is an poor film", id="an poor"),
+    pytest.param("I would not recommend it", "Overall, it is an very awful film", id="an very"),
+    pytest.param(" I would not recommend it.", "", id="no verdict"),
+    pytest.param("it.", "it. ", id="a space at the end"),
+    pytest.param("it.", "it.\n", id="a line break at the end"),
+    pytest.param("it.", "it. It rained.", id="more text at the end"),
+    pytest.param("it.", "it. I would not recommend it.", id="two verdicts"),
+    pytest.param("poor.", "poor. The songs were great.", id="three sentences"),
+    pytest.param("The jokes were poor. ", "", id="one sentence"),
+    pytest.param("The jokes", "the jokes", id="lower case at the start"),
+    pytest.param("the ending", "The ending", id="upper case after a comma"),
+    pytest.param("it.", "it", id="no full stop at the end"),
+    pytest.param("poor.", "poor", id="no full stop in the middle"),
+    pytest.param(", but", " but", id="no comma before but"),
+    pytest.param("plot,", "plot, and I liked the songs,", id="three clauses"),
+    pytest.param("The jokes", "We saw it. The jokes", id="an opener without a when"),
+    pytest.param("jokes", "weather", id="a word the grammar does not know"),
+    pytest.param("poor", "not very poor", id="not with a degree"),
+    pytest.param(". I", ".  I", id="two spaces"),
+])
+def test_a_review_with_one_mistake_is_not_well_formed(old, new):
+    """A policy that loses its language is noticed at the first slip."""
+    broken = REVIEW.replace(old, new, 1)
+    assert broken != REVIEW and not well_formed(broken)
+
+
+def test_no_words_at_all_are_not_a_review():
+    """A policy that ends at once has not written one."""
+    assert not well_formed("")
+
+
+# ------------------------------------------------------------------------------------------------
+# Prefixes, and which prompts are held out
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_prefixes_are_so_many_different_beginnings_of_2_to_8_tokens(held_out):
+    """The prompts of C.1. (Of two tokens there are few, "The plot", and none of them held out.)"""
+    found = prefixes(200, held_out, TOKENIZER, seed=3)
+    assert len(set(found)) == len(found) == 200
+    assert {len(ids(prefix)) for prefix in found} | {2} == set(range(2, 9))
+
+
+def test_a_prefix_begins_as_reviews_begin():
+    """It is cut from one, at its start: the grammar writes reviews with these first words."""
+    words = {tuple(ids(review)[:n]) for review in reviews(3000, seed=5) for n in (2, 3)}
+    for prefix in prefixes(200, False, TOKENIZER, seed=3):
+        assert tuple(ids(prefix)[:3]) in words
+
+
+def test_training_and_held_out_prefixes_never_meet():
+    """Not even with different seeds: an evaluation is of prompts never trained on."""
+    training = {p for seed in (0, 1) for p in prefixes(300, False, TOKENIZER, seed)}
+    evaluation = {p for seed in (0, 2) for p in prefixes(100, True, TOKENIZER, seed)}
+    assert not training & evaluation
+    assert not any(map(is_held_out, training)) and all(map(is_held_out, evaluation))
+
+
+def test_prefixes_depend_on_their_seed_alone():
+    """Not on the global generator nor on what was drawn before; fewer are the first of more."""
+    random.seed(1)
+    found = prefixes(50, False, TOKENIZER, seed=3)
+    random.seed(2)
+    prefixes(10, True, TOKENIZER, seed=9)
+    assert prefixes(50, False, TOKENIZER, seed=3) == found
+    assert prefixes(20, False, TOKENIZER, seed=3) == found[:20]
+    assert prefixes(50, False, TOKENIZER, seed=4) != found
+
+
+def test_about_one_prompt_in_ten_is_held_out():
+    """Enough to evaluate on, and nine tenths to train on."""
+    # 2000 coins of 1/10: mean 200, sd = sqrt(2000 * 0.1 * 0.9) = 13.4. Four of them are 54.
+    held_out = sum(map(is_held_out, REVIEWS))
+    assert abs(held_out - 200) < 4 * math.sqrt(2000 * 0.1 * 0.9)
+
+
+def test_whether_a_prompt_is_held_out_is_the_same_in_every_run():
+    """Python's own hash of a text changes from run to run; these answers are written down."""
+    # The crc32 of "123456789" is the standard's check value, 0xCBF43926 = 3421780262: ends in 2.
+    # That of no text at all is 0, which 10 divides; that of "a" is 3904355907.
+    assert [is_held_out(prompt) for prompt in ["123456789", "", "a"]] == [False, True, False]
+    # Of the texts "0" to "99", these are held out:
+    assert [n for n in range(100) if is_held_out(str(n))] == [
+        6, 29, 37, 40, 48, 81, 82, 88, 94]
+
+
+@for_all
+@given(st.text(st.characters(), max_size=5))
+def test_any_text_is_held_out_or_not(prompt):
+    """Half a surrogate pair too, which JSON can spell and UTF-8 cannot."""
+    assert is_held_out(prompt) in (True, False)
+    assert is_held_out("\ud800") in (True, False)
+
+
+# ------------------------------------------------------------------------------------------------
+# The tokenizer of the reviews
+# ------------------------------------------------------------------------------------------------
+
+
+@for_all
+@given(st.text() | st.lists(st.sampled_from(REVIEWS[:50])).map("\n".join))
+def test_any_text_comes_back_as_it_went_in(text):
+    """Every byte is a token, so there is no unknown word."""
+    assert TOKENIZER.decode(ids(text)) == text
+
+
+@for_all
+@given(st.text(), st.text())
+def test_text_that_spells_end_of_text_stays_text(before, after):
+    """A user cannot type a control token."""
+    text = f"{before}<|endoftext|>{after}"
+    assert EOT not in ids(text)
+    assert TOKENIZER.decode(ids(text)) == text
+
+
+def test_end_of_text_is_one_id_of_its_own_the_last():
+    """It is asked for by name, and nothing else has its number."""
+    assert TOKENIZER.encode("<|endoftext|>", allowed_special="all") == [EOT]
+    assert EOT == TOKENIZER.n_vocab - 1
+
+
+def test_each_word_and_each_mark_of_a_review_is_one_token():
+    """So a small model has little to learn before it writes, and a token can be read."""
+    for review in REVIEWS[:300] + [REVIEW]:
+        assert [TOKENIZER.decode([i]) for i in ids(review)] == re.findall(r" ?\w+|[.,]", review)
+
+
+def test_a_tokenizer_that_cannot_be_had_is_named():
+    """A wrong name or no network is the user's to mend, not a traceback."""
+    with pytest.raises(UserError, match="no-such-tokenizer"):
+        get_tokenizer("no-such-tokenizer")
+
+
+# ------------------------------------------------------------------------------------------------
+# Preference files
+# ------------------------------------------------------------------------------------------------
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def write(path, content):
+    """Bytes to a file, gzipped if its name says so."""
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+PAIR = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
+RANKING = {"prompt": "Q", "answers": ["a", "b", "c"], "ranking": [2, 0, 1]}
+DIALOGUES = {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why\n\nAssistant: Because",
+             "rejected": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why\n\nAssistant: No"}
+THREE_FORMS = [
+    Preference("Q", ["yes", "no"], [(0, 1)]),
+    Preference("Q", ["a", "b", "c"], [(2, 0), (2, 1), (0, 1)]),
+    Preference("\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why\n\nAssistant:", [" Because", " No"],
+               [(0, 1)]),
+]
+
+
+@pytest.mark.parametrize("name", ["plain.jsonl", "zipped.jsonl.gz"])
+def test_the_three_forms_of_a_preference_are_read(tmp_path, name):
+    """Two answers, a ranking, two dialogues; HH is split at its last "\\n\\nAssistant:"."""
+    path, skipped = write(tmp_path / name, lines(PAIR, RANKING, DIALOGUES)), Counter()
+    assert load_preferences(path, skipped) == THREE_FORMS
+    assert load_preferences(str(path)) == THREE_FORMS
+    assert skipped == Counter()
+
+
+def test_other_keys_are_ignored(tmp_path):
+    """Public files have ids, scores and sources beside what is needed."""
+    more = {"id": 7, "rewards": [1, 2], "source": None}
+    rows = [row | more for row in (PAIR, RANKING, DIALOGUES)]
+    assert load_preferences(write(tmp_path / "file.jsonl", lines(*rows))) == THREE_FORMS
+
+
+@pytest.mark.parametrize("content", [
+    pytest.param(b"\n \n" + lines(PAIR, RANKING) + b"\n\t\n" + lines(DIALOGUES) + b"\n",
+                 id="blank lines"),
+    pytest.param(b"\xef\xbb\xbf" + lines(PAIR, RANKING, DIALOGUES), id="byte order mark"),
+    pytest.param(lines(PAIR, RANKING, DIALOGUES).replace(b"\n", b"\r\n"), id="lines of Windows"),
+    pytest.param(lines(PAIR, RANKING, DIALOGUES)[:-1], id="no line break at the end"),
+])
+def test_blank_lines_and_the_marks_of_editors_do_no_harm(tmp_path, content):
+    """The same file saved elsewhere is the same data."""
+    assert load_preferences(write(tmp_path / "file.jsonl", content)) == THREE_FORMS
+
+
+def test_text_is_kept_to_the_letter(tmp_path):
+    """Spaces, line breaks and other scripts are part of an answer; an empty prompt is a prompt."""
+    row = {"prompt": "", "chosen": " Grüße\n\n日本 \u2028 ", "rejected": "<|endoftext|>"}
+    text = json.dumps(row, ensure_ascii=False).encode()
+    assert load_preferences(write(tmp_path / "file.jsonl", text)) == [
+        Preference("", [" Grüße\n\n日本 \u2028 ", "<|endoftext|>"], [(0, 1)])]
+
+
+EMPTY, EQUAL = "empty answer", "equal answers"
+DIFFER = "dialogues that differ before the last answer"
+
+
+@pytest.mark.parametrize("reason, row", [
+    pytest.param(EMPTY, PAIR | {"chosen": ""}, id="empty"),
+    pytest.param(EMPTY, PAIR | {"rejected": " \n\t "}, id="white space"),
+    pytest.param(EMPTY, RANKING | {"answers": ["a", "", "c"]}, id="empty in a ranking"),
+    pytest.param(EMPTY, DIALOGUES | {"chosen": DIALOGUES["chosen"].replace(" Because", "")},
+                 id="empty last turn"),
+    pytest.param(EQUAL, PAIR | {"chosen": "no"}, id="equal"),
+    pytest.param(EQUAL, DIALOGUES | {"chosen": DIALOGUES["rejected"]}, id="equal dialogues"),
+    pytest.param(DIFFER, DIALOGUES | {"chosen": DIALOGUES["chosen"].replace("Yes?", "What?")},
+                 id="another turn"),
+    pytest.param(DIFFER, DIALOGUES | {"rejected": "\n\nHuman: Hi\n\nAssistant: Yes?"},
+                 id="more turns"),
+])
+def test_a_row_that_cannot_teach_is_left_out_and_counted(tmp_path, reason, row):
+    """Two sides of one prompt, two different answers, some text: else there is no preference."""
+    path, skipped = write(tmp_path / "file.jsonl", lines(row, PAIR, row)), Counter()
+    assert load_preferences(path, skipped) == [THREE_FORMS[0]]
+    assert skipped == {reason: 2}
+
+
+def test_a_file_of_which_nothing_is_left_says_why(tmp_path):
+    """Silence would train on nothing."""
+    path = write(tmp_path / "file.jsonl",
+                 lines(PAIR | {"chosen": ""}, PAIR | {"chosen": "no"}, PAIR | {"chosen": " "}))
+    with pytest.raises(UserError) as error:
+        load_preferences(path)
+    assert f"{path}" in str(error.value)
+    assert "2 x empty answer" in str(error.value) and "1 x equal answers" in str(error.value)
+
+
+@pytest.mark.parametrize("line", [
+    pytest.param(b"{'prompt': 1}", id="not JSON"),
+    pytest.param(b'{"prompt": "Q", "chosen": "ye', id="a line cut short"),
+    pytest.param(b"[" * 100_000, id="deeply nested"),
+    pytest.param(b"\xff\xfe{\x00", id="not UTF-8"),
+    pytest.param(lines([PAIR]), id="a list"),
+    pytest.param(b"7", id="a number"),
+    pytest.param(b"NaN", id="not even a number"),
+    pytest.param(b"null", id="null"),
+    pytest.param(lines({}), id="no field"),
+    pytest.param(lines({"prompt": "Q", "chosen": "yes"}), id="no rejected"),
+    pytest.param(lines({"prompt": "Q", "rejected": "no"}), id="no chosen"),
+    pytest.param(lines({"chosen": "\n\nAssistant: yes"}), id="one dialogue"),
+    pytest.param(lines(PAIR | {"chosen": None}), id="chosen null"),
+    pytest.param(lines(PAIR | {"rejected": ["no"]}), id="rejected a list"),
+    pytest.param(lines(PAIR | {"prompt": 7}), id="prompt a number"),
+    pytest.param(lines({"answers": ["a", "b"], "ranking": [0, 1]}), id="answers without prompt"),
+    pytest.param(lines(RANKING | {"answers": "abc"}), id="answers a string"),
+    pytest.param(lines(RANKING | {"answers": {"a": 0, "b": 1, "c": 2}}), id="answers an object"),
+    pytest.param(lines(RANKING | {"answers": ["a"], "ranking": [0]}), id="one answer"),
+    pytest.param(lines(RANKING | {"answers": [], "ranking": []}), id="no answer"),
+    pytest.param(lines(RANKING | {"answers": ["a", 2, "c"]}), id="an answer a number"),
+    pytest.param(lines({"prompt": "Q", "answers": ["a", "b", "c"]}), id="no ranking"),
+    pytest.param(lines(RANKING | {"ranking": None}), id="ranking null"),
+    pytest.param(lines(RANKING | {"ranking": "201"}), id="ranking a string"),
+    pytest.param(lines(RANKING | {"ranking": [2, 0]}), id="ranking too short"),
+    pytest.param(lines(RANKING | {"ranking": [2, 0, 1, 3]}), id="ranking too long"),
+    pytest.param(lines(RANKING | {"ranking": [2, 0, 0]}), id="ranking repeats"),
+    pytest.param(lines(RANKING | {"ranking": [3, 2, 1]}), id="ranking from 1"),
+    pytest.param(lines(RANKING | {"ranking": [0, 1, -1]}), id="ranking negative"),
+    pytest.param(lines(RANKING | {"answers": ["a", "b"], "ranking": [True, False]}), id="bools"),
+    pytest.param(lines(RANKING | {"ranking": [2.0, 0.0, 1.0]}), id="floats"),
+    pytest.param(lines(RANKING | {"ranking": ["2", "0", "1"]}), id="strings"),
+    pytest.param(lines(PAIR | {"prompt": None}), id="prompt null"),
+    pytest.param(lines({"chosen": "yes", "rejected": "no"}), id="no Assistant turn"),
+    pytest.param(lines(DIALOGUES | {"rejected": "\n\nHuman: Hi"}), id="one without the turn"),
+])
+def test_a_broken_line_is_named_by_file_and_number(tmp_path, line):
+    """The user looks at that line; blank lines count, as they do in an editor."""
+    path = write(tmp_path / "file.jsonl", lines(PAIR) + b"\n" + line.strip() + b"\n" + lines(PAIR))
+    with pytest.raises(UserError) as error:
+        load_preferences(path)
+    assert str(error.value).startswith(f"{path}, line 3: ")
+    assert len(str(error.value)) < len(str(path)) + 200
+
+
+GOOD = lines(*[PAIR | {"id": i} for i in range(100)])
+
+
+@pytest.mark.parametrize("name, content", [
+    pytest.param("missing.jsonl", None, id="missing"),
+    pytest.param("missing.jsonl.gz", None, id="missing gz"),
+    pytest.param("empty.jsonl", b"", id="empty"),
+    pytest.param("empty.jsonl.gz", b"", id="empty gz"),
+    pytest.param("blank.jsonl", b"\n  \n\r\n", id="only blank lines"),
+    pytest.param("cut.jsonl.gz", gzip.compress(GOOD)[:-20], id="a download cut short"),
+    pytest.param("plain.jsonl.gz", GOOD, id="not gzip"),
+    pytest.param("bad.jsonl.gz", gzip.compress(GOOD)[:10] + b"\xff" * 50, id="damaged"),
+    pytest.param("sum.jsonl.gz", gzip.compress(GOOD)[:-8] + bytes(8), id="wrong checksum"),
+])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
+    """Half a file is not read as a whole one; a wrong name is told in a sentence."""
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_preferences(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("name", ["folder", "folder.gz"])
+def test_a_folder_is_not_a_file_of_preferences(tmp_path, name):
+    """--data with a folder instead of the file in it."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError) as error:
+        load_preferences(tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path / name}: ")
+
+
+@pytest.mark.skipif("DPO_HH_FILE" not in os.environ, reason="DPO_HH_FILE is not set")
+def test_of_the_2354_rows_of_helpful_base_2346_can_teach():
+    """Anthropic's test file: 2 rows differ earlier, 2 have equal answers, 4 an empty one."""
+    skipped = Counter()
+    preferences = load_preferences(os.environ["DPO_HH_FILE"], skipped)
+    assert skipped == {DIFFER: 2, EQUAL: 2, EMPTY: 4}
+    assert len(preferences) == 2354 - (2 + 2 + 4) == 2346
+    assert all(p.prompt.startswith("\n\nHuman:") for p in preferences)
+    assert all(p.prompt.endswith("\n\nAssistant:") for p in preferences)
+    assert all("\n\nAssistant:" not in p.answers[0] for p in preferences)
+
+
+# ------------------------------------------------------------------------------------------------
+# Rankings and rewards to pairs
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_ranking_of_three_is_three_pairs():
+    """Best first: whoever stands earlier wins."""
+    assert ranking_to_pairs([2, 0, 1]) == [(2, 0), (2, 1), (0, 1)]
+    assert ranking_to_pairs([1, 0]) == [(1, 0)]
+    assert ranking_to_pairs([0]) == []
+
+
+def test_four_answers_with_four_rewards_make_six_pairs_best_first(tmp_path):
+    """C.1's four answers to a prompt, written as a row and read again."""
+    row = rank("Q", ["bad", "best", "worst", "good"], [-0.5, 0.9, -0.8, 0.3])
+    # 0.9 > 0.3 > -0.5 > -0.8: best, good, bad, worst.
+    assert row["ranking"] == [1, 3, 0, 2]
+    [preference] = load_preferences(write(tmp_path / "file.jsonl", lines(row)))
+    assert preference.prompt == "Q" and len(preference.pairs) == 4 * 3 / 2
+    assert [tuple(preference.answers[i] for i in pair) for pair in preference.pairs] == [
+        ("best", "good"), ("best", "bad"), ("best", "worst"),
+        ("good", "bad"), ("good", "worst"), ("bad", "worst")]
+
+
+def test_of_answers_that_tie_the_first_stands_for_all():
+    """No preference between them, so no pair; the rest keep theirs."""
+    row = rank("Q", ["a", "b", "c", "d"], [0.1, 0.7, 0.1, 0.7])
+    assert row == {"prompt": "Q", "answers": ["a", "b"], "ranking": [1, 0], "rewards": [0.1, 0.7]}
+
+
+@pytest.mark.parametrize("rewards", [[], [0.3], [0.3, 0.3], [0.0, -0.0, 0.0]])
+def test_answers_that_all_tie_make_no_row(rewards):
+    """Nothing is better than anything."""
+    assert rank("Q", list("abcd")[:len(rewards)], rewards) is None
+
+
+@for_all
+@given(st.lists(st.integers(-3, 3), max_size=6))
+def test_rank_is_all_pairs_of_answers_whose_rewards_differ(rewards):
+    """Against two loops over all answers, the first of each reward standing for the others."""
+    answers = [f"answer {i}" for i in range(len(rewards))]
+    expected = set()
+    for i, a in enumerate(rewards):
+        for j, b in enumerate(rewards):
+            if a > b and a not in rewards[:i] and b not in rewards[:j]:
+                expected.add((answers[i], answers[j]))
+    row = rank("Q", answers, rewards)
+    pairs = [(row["answers"][w], row["answers"][l])
+             for w, l in ranking_to_pairs(row["ranking"])] if row else []
+    assert set(pairs) == expected and len(pairs) == len(expected)
+
+
+# ------------------------------------------------------------------------------------------------
+# Preferences to ids
+# ------------------------------------------------------------------------------------------------
+
+texts = st.text(max_size=8) | st.sampled_from(
+    ["The plot was", " very good.", "<|endoftext|>", " ok<|endoftext|>", "The act", "ing"])
+
+
+@for_all
+@given(texts, st.lists(texts, min_size=2, max_size=4, unique=True))
+def test_prompt_and_answers_are_encoded_apart_with_one_end_of_text_each(prompt, answers):
+    """It opens the prompt and closes each answer, and text that looks like it stays text."""
+    pairs = ranking_to_pairs(range(len(answers)))
+    item = encode(Preference(prompt, answers, pairs), TOKENIZER, row_length=1000)
+    assert item.prompt == [EOT] + ids(prompt)
+    assert item.answers == [ids(answer) + [EOT] for answer in answers]
+    assert [part.count(EOT) for part in [item.prompt] + item.answers] == [1] * (1 + len(answers))
+    assert item.pairs == pairs and item.ref_logps is None
+
+
+def test_no_token_merges_across_the_end_of_the_prompt():
+    """"The act" + "ing": together two tokens, but the model that answers has seen neither."""
+    item = encode(Preference("The act", ["ing", "or"], [(0, 1)]), TOKENIZER, row_length=100)
+    assert len(ids("The acting")) == 2
+    assert item.prompt + item.answers[0] != [EOT] + ids("The acting") + [EOT]
+    assert item.answers[0] == [ord("i"), ord("n"), ord("g"), EOT]
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set")
+def test_with_gpt2_an_answer_keeps_its_first_word():
+    """Encoding the whole text and cutting it at the prompt's length loses it."""
+    gpt2 = tiktoken.get_encoding("gpt2")
+    prompt, answer = "Answer: ", "Paris is nice"
+    # "Answer: " ends with a space of its own; in the whole text it goes into " Paris".
+    whole, n = gpt2.encode_ordinary(prompt + answer), len(gpt2.encode_ordinary(prompt))
+    assert "Paris" not in gpt2.decode(whole[n:])
+    item = encode(Preference(prompt, [answer, "no"], [(0, 1)]), gpt2, row_length=100)
+    assert gpt2.decode(item.prompt[1:]) == prompt
+    assert gpt2.decode(item.answers[0][:-1]) == answer
+    assert item.prompt[0] == item.answers[0][-1] == gpt2.eot_token == 50256
+
+
+@for_all
+@given(texts, st.lists(texts, min_size=1, max_size=3), st.integers(1, 30))
+def test_an_answer_has_all_the_row_after_its_prompt(prompt, answers, row_length):
+    """Not a token less; one that is longer fills it exactly and has no end-of-text."""
+    skipped = Counter()
+    room = row_length - 1 - len(ids(prompt))
+    for answer in answers:
+        item = encode(Preference(prompt, [answer], []), TOKENIZER, row_length, skipped)
+        if room < 1:
+            assert item is None
+        elif len(ids(answer)) + 1 <= room:
+            assert item.answers == [ids(answer) + [EOT]]
+        else:
+            assert item.answers == [ids(answer)[:room]] and len(item.answers[0]) == room
+            assert EOT not in item.answers[0]
+    long = sum(len(ids(answer)) + 1 > room for answer in answers)
+    assert skipped == Counter({"prompt as long as a row": len(answers)} if room < 1 else
+                              {"answer cut (kept, without end-of-text)": long})
+
+
+def test_an_answer_that_only_just_fits_is_not_cut():
+    """The place where a trim is off by one: prompt 4, answer 4 with its end-of-text."""
+    #   <eot> The plot was | very good . <eot>     4 + 4 = 8
+    preference = Preference("The plot was", [" very good.", " dull."], [(0, 1)])
+    in_8, in_7 = (encode(preference, TOKENIZER, row_length) for row_length in (8, 7))
+    assert in_8.answers[0] == ids(" very good.") + [EOT]
+    assert in_7.answers[0] == ids(" very good.")
+    assert in_7.answers[1] == ids(" dull.") + [EOT]
+
+
+def test_a_prompt_that_leaves_no_room_is_dropped_and_counted():
+    """An answer cut to nothing would keep its loss at log 2 for ever."""
+    preference, skipped = Preference("The plot was", [" good.", " dull."], [(0, 1)]), Counter()
+    assert encode(preference, TOKENIZER, 4, skipped) is None
+    assert encode(preference, TOKENIZER, 3, skipped) is None
+    assert skipped == {"prompt as long as a row": 2}
+    assert encode(preference, TOKENIZER, 5).answers == [ids(" good"), ids(" dull")]
+
+
+def test_answers_that_are_equal_after_the_cut_are_dropped_and_the_pairs_renumbered():
+    """Nothing can be learned from a pair of two equal answers."""
+    # Room for two tokens: " very good", " very good" again, " dull."; best first: 0, 2, 1.
+    answers = [" very good.", " very good, but", " dull."]
+    preference = Preference("The plot was", answers, [(0, 2), (0, 1), (2, 1)])
+    skipped = Counter()
+    item = encode(preference, TOKENIZER, 4 + 2, skipped)
+    assert item.answers == [ids(" very good"), ids(" dull.")]
+    assert item.pairs == [(0, 1)]
+    assert skipped == {"answer cut (kept, without end-of-text)": 3,
+                       "answers equal after the cut": 1}
+
+
+def test_a_pair_whose_answers_are_equal_after_the_cut_is_dropped():
+    """And what encode drops, encode_all leaves out, in the order of the rest."""
+    gone = Preference("The plot was", [" very good.", " very good, but"], [(1, 0)])
+    kept = [Preference("The", [f" {a}", f" {b}"], [(0, 1)]) for a, b in [("plot", "jokes"),
+                                                                        ("songs", "plot")]]
+    skipped = Counter()
+    assert encode(gone, TOKENIZER, 4 + 2, skipped) is None
+    assert skipped["answers equal after the cut"] == 1
+    found = encode_all([kept[0], gone, kept[1]], TOKENIZER, 4 + 2, skipped)
+    assert found == [encode(preference, TOKENIZER, 4 + 2) for preference in kept]
+    assert skipped["answers equal after the cut"] == 2
+
+
+# ------------------------------------------------------------------------------------------------
+# A part of the pairs
+# ------------------------------------------------------------------------------------------------
+
+
+def test_taking_one_pair_of_a_ranking_takes_its_two_answers():
+    """Their reference log-probs go with them, and the pair has their new numbers."""
+    item = Encoded([9], [[1], [2], [3]], [(2, 0), (2, 1), (0, 1)], [-1.0, -2.0, -3.0])
+    assert take(item, [1]) == Encoded([9], [[2], [3]], [(1, 0)], [-2.0, -3.0])
+    assert take(item, [0, 1, 2]) == item
+    assert item == Encoded([9], [[1], [2], [3]], [(2, 0), (2, 1), (0, 1)], [-1.0, -2.0, -3.0])
+
+
+@for_all
+@given(st.integers(2, 5).flatmap(lambda n: st.permutations(range(n))), st.data())
+def test_what_is_taken_are_the_same_pairs_of_the_same_answers(ranking, data):
+    """And no answer that they don't need."""
+    item = Encoded([9], [[i, i] for i in range(len(ranking))], ranking_to_pairs(ranking))
+    numbers = data.draw(st.lists(st.sampled_from(range(len(item.pairs))), min_size=1, unique=True))
+    part = take(item, sorted(numbers))
+    expected = [item.pairs[n] for n in sorted(numbers)]
+    assert [(part.answers[w][0], part.answers[l][0]) for w, l in part.pairs] == expected
+    assert sorted(a[0] for a in part.answers) == sorted({i for pair in expected for i in pair})
+    assert part.prompt == [9] and part.ref_logps is None
+
+
+# ------------------------------------------------------------------------------------------------
+# The packed row
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_example_at_the_top_of_the_module_down_to_every_number():
+    """A prompt with two answers, another with one, and one place left at the end of the row."""
+    the, acting, was, great, mark = ids("The acting was great!")
+    dull, stop, i, saw, it = ids(" dull.") + ids("I saw it")
+    encoded = [
+        encode(Preference("The acting was", [" great!", " dull."], [(0, 1)]), TOKENIZER, 16),
+        encode(Preference("I", [" saw it"], []), TOKENIZER, 16)]
+    batch = pack(encoded, 16)
+    same(batch.tokens, [[EOT, the, acting, was, great, mark, EOT, dull, stop, EOT,
+                         EOT, i, saw, it, EOT, 0]])
+    same(batch.positions, [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 0, 1, 2, 3, 4, 0]])
+    same(batch.answer, [[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 1, 1, 1, 0]])
+    same(batch.group, [[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1]])
+    # "great" and "dull" are both predicted by "was", in column 3; "saw" by "I", in column 11.
+    same(batch.source, [3, 4, 5, 3, 7, 8, 11, 12, 13])
+    same(batch.target, [great, mark, EOT, dull, stop, EOT, saw, it, EOT])
+    same(batch.owner, [0, 0, 0, 1, 1, 1, 2, 2, 2])
+    same(batch.winners, [0])
+    same(batch.losers, [1])
+    same(batch.rankings, [[0, 1], [2, -1]])
+    assert batch.ref_logps.dtype == torch.float32 and batch.ref_logps.tolist() == [0, 0, 0]
+    assert batch.n_answers == 3
+
+
+@st.composite
+def batches_to_pack(draw, ref_logps=False):
+    """A list of 1..5 Encoded of 1..4 answers with their rankings, and a row length that fits each
+    answer. Ids are 0..3, and 0 is end-of-text and padding at once: ids alone tell nothing."""
+    words = st.lists(st.integers(0, 3), min_size=1, max_size=6)
+    encoded, rankings = [], []
+    for _ in range(draw(st.integers(1, 5))):
+        answers = draw(st.lists(words, min_size=1, max_size=4))
+        rankings.append(draw(st.permutations(range(len(answers)))))
+        pairs = draw(st.permutations(ranking_to_pairs(rankings[-1])))
+        known = [draw(st.integers(-99, 0)) / 4 for _ in answers] if draw(st.booleans()) else None
+        encoded.append(Encoded([0] + draw(words), answers, pairs, known))
+    needed = max(len(item.prompt) + len(answer) for item in encoded for answer in item.answers)
+    return encoded, rankings, needed + draw(st.integers(0, 20))
+
+
+def read_back(batch):
+    """The scored tokens of each answer, in order: (the tokens its model sees, their positions, the
+    token it must predict). What a place sees is what mask() says, read one by one."""
+    T, mask = batch.tokens.size(1), batch.mask()
+    found = [[] for _ in range(batch.n_answers)]
+    for source, target, owner in zip(*map(torch.Tensor.tolist,
+                                          (batch.source, batch.target, batch.owner))):
+        row, column = divmod(source, T)
+        seen = [j for j in range(T) if mask[row, column, j]]
+        found[owner].append((batch.tokens[row, seen].tolist(),
+                             batch.positions[row, seen].tolist(), target))
+    return found
+
+
+@for_all
+@given(batches_to_pack())
+def test_each_token_of_each_answer_is_predicted_once_from_its_prompt_and_what_came_before(case):
+    """The whole claim of the packed row: it is as if every answer had a row of its own."""
+    encoded, _, row_length = case
+    expected = []
+    for item in encoded:
+        for answer in item.answers:
+            expected.append([])
+            for k, token in enumerate(answer):
+                seen = item.prompt + answer[:k]
+                expected[-1].append((seen, list(range(len(seen))), token))
+    assert read_back(pack(encoded, row_length)) == expected
+
+
+@for_all
+@given(batches_to_pack())
+def test_an_answer_sees_its_prompt_and_itself_never_its_siblings_nor_other_groups(case):
+    """mask() against a loop over rows, the tokens that look, and those they look at."""
+    encoded, _, row_length = case
+    batch = pack(encoded, row_length)
+    group, answer, mask = batch.group.tolist(), batch.answer.tolist(), batch.mask()
+    expected = torch.zeros(len(group), row_length, row_length, dtype=torch.bool)
+    for row in range(len(group)):
+        for i in range(row_length):
+            for j in range(i + 1):                              # never what comes later
+                if group[row][i] == group[row][j]:              # groups are blind to each other
+                    if answer[row][j] == 0:                     # the prompt
+                        expected[row, i, j] = True
+                    elif answer[row][j] == answer[row][i]:      # itself
+                        expected[row, i, j] = True
+    assert torch.equal(mask, expected)
+    assert mask.diagonal(dim1=1, dim2=2).all()                  # every softmax has something
+
+
+@for_all
+@given(batches_to_pack())
+def test_a_row_is_whole_groups_one_after_the_other_and_then_nothing(case):
+    """Each group is its prompt and its answers, and the groups together are what was packed."""
+    encoded, _, row_length = case
+    batch = pack(encoded, row_length)
+    expected = Counter((tuple(item.prompt), tuple(a)) for item in encoded for a in item.answers)
+    found, groups_seen = Counter(), []
+    for tokens, positions, group, answer in zip(*map(torch.Tensor.tolist, (
+            batch.tokens, batch.positions, batch.group, batch.answer))):
+        column = 0
+        while column < row_length and group[column] >= 0:
+            number, parts = group[column], []           # parts: the prompt, then each answer
+            groups_seen.append(number)
+            while column < row_length and group[column] == number:
+                if answer[column] == len(parts):
+                    parts.append([])
+                    restart = len(parts[0]) if len(parts) > 1 else 0
+                assert answer[column] == len(parts) - 1
+                assert positions[column] == restart + len(parts[-1])
+                parts[-1].append(tokens[column])
+                column += 1
+            found.update((tuple(parts[0]), tuple(a)) for a in parts[1:])
+        assert group[column:] == [-1] * (row_length - column)
+        assert answer[column:] == tokens[column:] == [0] * (row_length - column)
+    assert found == expected
+    assert sorted(groups_seen) == list(range(len(groups_seen)))
+
+
+def test_end_of_text_and_padding_inside_an_answer_are_scored_like_any_token():
+    """Masks come from lengths, never from ids, so it does not matter which id fills a row."""
+    batch = pack([Encoded([0], [[0, 0, 7, 0], [5, 0]], [(0, 1)])], 10)
+    #   0 | 0 0 7 0 | 5 0 | and three places of padding
+    same(batch.tokens, [[0, 0, 0, 7, 0, 5, 0, 0, 0, 0]])
+    same(batch.group, [[0, 0, 0, 0, 0, 0, 0, -1, -1, -1]])
+    same(batch.target, [0, 0, 7, 0, 5, 0])
+    same(batch.source, [0, 1, 2, 3, 0, 5])
+    same(batch.owner, [0, 0, 0, 0, 1, 1])
+
+
+def test_an_answer_has_exactly_one_end_of_text_and_it_is_scored():
+    """The model learns where to stop; it is the last thing each answer is scored on."""
+    preferences = [Preference("The plot was", [f" {a}.", f" very {a}, but"], [(0, 1)])
+                   for a in ("good", "dull", "weak")]
+    batch = pack(encode_all(preferences, TOKENIZER, 24, Counter()), 24)
+    for n in range(batch.n_answers):
+        scored = batch.target[batch.owner == n].tolist()
+        assert scored.count(EOT) == 1 and scored[-1] == EOT
+
+
+@for_all
+@given(batches_to_pack(), st.integers(1, 30))
+def test_a_longer_row_changes_nothing_but_padding(case, more):
+    """A trim or a shift that depends on the padding would show."""
+    encoded, _, row_length = case
+    short, long = pack(encoded, row_length), pack(encoded, row_length + more)
+    assert read_back(short) == read_back(long)
+    for name in ("winners", "losers", "rankings", "ref_logps"):
+        assert torch.equal(getattr(short, name), getattr(long, name))
+
+
+def test_a_prompt_is_repeated_when_its_answers_do_not_fit_in_a_row_together():
+    """Three answers of two tokens after a prompt of two: two fit in a row of 7, the third not."""
+    batch = pack([Encoded([9, 8], [[1, 1], [2, 2], [3, 3]], [(2, 0), (2, 1), (0, 1)])], 7)
+    same(batch.tokens, [[9, 8, 1, 1, 2, 2, 0],
+                        [9, 8, 3, 3, 0, 0, 0]])
+    same(batch.positions, [[0, 1, 2, 3, 2, 3, 0], [0, 1, 2, 3, 0, 0, 0]])
+    same(batch.answer, [[0, 0, 1, 1, 2, 2, 0], [0, 0, 1, 1, 0, 0, 0]])
+    same(batch.group, [[0, 0, 0, 0, 0, 0, -1], [1, 1, 1, 1, -1, -1, -1]])
+    same(batch.source, [1, 2, 1, 4, 7 + 1, 7 + 2])
+    same(batch.owner, [0, 0, 1, 1, 2, 2])
+    same(batch.winners, [2, 2, 0])
+    same(batch.losers, [0, 1, 1])
+    same(batch.rankings, [[2, 0, 1]])
+
+
+def test_a_prompt_whose_answers_fit_is_written_once():
+    """The prompt is computed once: that is the point. Here everything just fits."""
+    batch = pack([Encoded([9, 8], [[1, 1], [2, 2], [3, 3]], [])], 8)
+    same(batch.tokens, [[9, 8, 1, 1, 2, 2, 3, 3]])
+
+
+def test_an_answer_that_does_not_fit_in_a_row_is_refused():
+    """Cutting is encode's business; here it would go unnoticed."""
+    item = Encoded([9, 8], [[1], [2, 2, 2]], [(0, 1)])
+    assert pack([item], 5).tokens.size(1) == 5
+    with pytest.raises(ValueError, match="2 tokens .* 3 .* row of 4"):
+        pack([item], 4)
+
+
+@for_all
+@given(batches_to_pack())
+def test_rows_are_no_more_than_first_fit_needs(case):
+    """No row could take in another, and none is empty; so there are never more than groups."""
+    encoded, _, row_length = case
+    batch = pack(encoded, row_length)
+    filled = (batch.group >= 0).sum(1).tolist()
+    for r in range(len(filled)):
+        assert filled[r] > 0
+        for s in range(r):
+            assert filled[s] + filled[r] > row_length
+    # A prompt is repeated only if needed: the loop that cuts answers into pieces, in their order.
+    pieces = 0
+    for item in encoded:
+        left = -1
+        for answer in item.answers:
+            if left < len(answer):
+                pieces, left = pieces + 1, row_length - len(item.prompt)
+            left -= len(answer)
+    assert batch.group.max() + 1 == pieces and len(filled) <= pieces
+
+
+@for_all
+@given(batches_to_pack())
+def test_pairs_rankings_and_reference_follow_the_numbers_of_the_answers(case):
+    """Answers are numbered in the order given, wherever packing has put them."""
+    encoded, orders, row_length = case
+    batch = pack(encoded, row_length)
+    winners, losers, rankings, ref_logps, n = [], [], [], [], 0
+    for item, order in zip(encoded, orders):
+        for w, l in item.pairs:
+            winners.append(n + w)
+            losers.append(n + l)
+        rankings.append([n + i for i in order])
+        for i in range(len(item.answers)):
+            ref_logps.append(item.ref_logps[i] if item.ref_logps else 0.0)
+        n += len(item.answers)
+    most = max(map(len, rankings))
+    same(batch.winners, winners)
+    same(batch.losers, losers)
+    same(batch.rankings, [order + [-1] * (most - len(order)) for order in rankings])
+    assert batch.ref_logps.dtype == torch.float32 and batch.ref_logps.tolist() == ref_logps
+    assert batch.n_answers == n
+
+
+def test_a_batch_without_pairs_has_no_pairs():
+    """Supervised text is the same row with one answer."""
+    batch = pack([Encoded([9], [[1, 2]], []), Encoded([9], [[3]], [])], 8)
+    same(batch.winners, [])
+    same(batch.losers, [])
+    same(batch.rankings, [[0], [1]])
+
+
+def test_a_batch_moved_to_a_device_is_the_same_batch():
+    """Every field goes, and nothing is mixed up."""
+    batch = pack([Encoded([9], [[1, 2], [3]], [(1, 0)], [-1.0, -2.0])], 8)
+    moved = batch.to("cpu")
+    for name, value in vars(batch).items():
+        other = getattr(moved, name)
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
+# ------------------------------------------------------------------------------------------------
+
+
+def numbered(sizes):
+    """Items of so many answers that carry their names: answer j of item i is [100 i + j, 0], and
+    its reference log-prob minus that. All pairs of it, the higher j better."""
+    items = []
+    for i, n in enumerate(sizes, 1):
+        answers = [100 * i + j for j in range(n)]
+        items.append(Encoded([0, i], [[name, 0] for name in answers],
+                             ranking_to_pairs(range(n)[::-1]), [-float(name) for name in answers]))
+    return items
+
+
+def names(item):
+    """The pairs of an item, in order, by the names of their answers."""
+    return [(item.answers[w][0], item.answers[l][0]) for w, l in item.pairs]
+
+
+def all_names(encoded):
+    return [pair for item in encoded for pair in names(item)]
+
+
+groups = st.lists(st.integers(2, 5), min_size=1, max_size=6)
+sizes = st.integers(1, 12)
+
+
+@for_all
+@given(groups, sizes, st.integers(0, 5))
+def test_every_step_has_exactly_so_many_pairs_and_every_epoch_each_pair_once(groups, size, seed):
+    """Whatever the sizes of the groups, and though an epoch ends in the middle of a batch."""
+    encoded = numbered(groups)
+    pairs = all_names(encoded)
+    batches = Batches(encoded, size, seed)
+    steps = 3 * len(pairs) // size + 1                      # a little more than three epochs
+    stream = []
+    for step in range(steps):
+        found = all_names(batches[step])
+        assert len(found) == size
+        stream += found
+    for epoch in range(3):
+        assert sorted(stream[epoch * len(pairs):(epoch + 1) * len(pairs)]) == sorted(pairs)
+
+
+@for_all
+@given(groups, sizes, st.integers(0, 5), st.lists(st.integers(0, 40), min_size=1, max_size=8))
+def test_a_batch_depends_on_seed_and_step_alone(groups, size, seed, steps):
+    """So a run that is resumed goes on with the same data, whatever was asked for before."""
+    encoded = numbered(groups)
+    used = Batches(encoded, size, seed)
+    for step in steps:
+        assert used[step] == Batches(encoded, size, seed)[step]
+
+
+@for_all
+@given(groups, sizes, st.integers(0, 5))
+def test_answers_and_their_reference_go_with_the_pairs_they_belong_to(groups, size, seed):
+    """A reference log-prob of another answer would spoil the loss without a sound."""
+    encoded = numbered(groups)
+    batches = Batches(encoded, size, seed)
+    for step in range(8):
+        for item in batches[step]:
+            i = item.prompt[1]
+            assert item.ref_logps == [-float(answer[0]) for answer in item.answers]
+            assert all(answer[0] // 100 == i for answer in item.answers)
+            assert set(names(item)) <= set(names(encoded[i - 1]))
+            assert {a[0] for a in item.answers} == {name for pair in names(item) for name in pair}
+
+
+@for_all
+@given(groups, sizes, st.integers(0, 5))
+def test_pairs_of_one_prompt_stay_together(groups, size, seed):
+    """So its answers are computed once in a batch: a prompt comes again only in the next epoch."""
+    encoded = numbered(groups)
+    batches, epoch = Batches(encoded, size, seed), len(all_names(encoded))
+    stream = [w // 100 for step in range(2 * epoch // size + 1)
+              for w, _ in all_names(batches[step])]
+    for start in (0, epoch):
+        prompts = stream[start:start + epoch]
+        changes = sum(a != b for a, b in zip(prompts, prompts[1:]))
+        assert changes == len(encoded) - 1
+    for step in range(epoch // size):                       # batches inside the first epoch
+        prompts = [item.prompt[1] for item in batches[step]]
+        assert len(set(prompts)) == len(prompts)
+
+
+def test_another_seed_and_another_epoch_have_another_order():
+    """Of 50 items, no two orders are the same by chance."""
+    encoded = numbered([2] * 50)
+    orders = [all_names(Batches(encoded, 50, seed)[epoch]) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert all(sorted(order) == sorted(all_names(encoded)) for order in orders)
+
+
+@for_all
+@given(groups, sizes, st.integers(0, 5))
+def test_whole_items_come_with_all_they_have(groups, size, seed):
+    """For rankings and supervised text, which has no pairs, the unit is the item."""
+    encoded = numbered(groups)
+    for item in encoded[::2]:
+        item.pairs = []
+    batches, stream = Batches(encoded, size, seed, whole=True), []
+    for step in range(3 * len(encoded) // size + 1):
+        assert len(batches[step]) == size
+        stream += batches[step]
+    for start in range(0, 3 * len(encoded), len(encoded)):
+        epoch = stream[start:start + len(encoded)]
+        assert sorted(epoch, key=lambda item: item.prompt) == encoded
+
+
+def test_a_batch_larger_than_the_data_goes_through_it_again():
+    """Two pairs, a batch of five: two whole epochs and half of the third."""
+    encoded = numbered([2, 2])
+    pairs = all_names(encoded)
+    found = all_names(Batches(encoded, 5, seed=0)[0])
+    assert sorted(found[:2]) == sorted(found[2:4]) == sorted(pairs) and found[4] in pairs
+    packed = pack(Batches(encoded, 5, seed=0)[0], 16)
+    assert packed.winners.numel() == 5 and packed.n_answers == 10

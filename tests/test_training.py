@@ -1,0 +1,544 @@
+"""The loops and the command line: what a run writes, what it promises, how it refuses bad input.
+
+    pytest tests/test_training.py
+
+The runs here are real, on models of a few thousand parameters; what they learn is not the point,
+that is what `python train_dpo.py` shows.
+"""
+
+import argparse
+import ast
+import csv
+import gzip
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train_dpo
+import train_sft
+from data import Batches, Encoded, pack
+from model import GPT, GPTConfig, UserError, load_checkpoint
+from train_sft import Log, grad_scaler, micro_batches, update, warmup
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 128 --steps 3 --reviews 100 "
+        "--device cpu").split()
+QUICK = ("--prefixes 40 --samples 3 --eval-prompts 20 --max-new-tokens 8 --steps 4 --log-every 1 "
+         "--eval-every 2 --device cpu").split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished run: SFT of three steps, then DPO of four. Eight tokens are no review,
+    so the answers come from a file."""
+    out = tmp_path_factory.mktemp("run")
+    pairs = write_pairs(out / "pairs.jsonl", 60)
+    data = ["--data", str(pairs), "--tokenizer", "reviews", "--out", str(out)]
+    train_sft.main([*data, *TINY])
+    train_dpo.main([*data, *QUICK])
+    return out
+
+
+def write_pairs(path, n):
+    rows = [{"prompt": f"The plot {i}", "chosen": f" was good {i}.", "rejected": f" was dull {i}."}
+            for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def small_gpt(seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(block_size=32, vocab_size=20, n_layer=1, n_head=2, n_embd=8), 0.3).double()
+
+
+def ranked_items(n, reference=None):
+    """n prompts with three ranked answers each; reference: a model that notes its log-probs."""
+    numbers = torch.Generator().manual_seed(1)
+    items = [Encoded(draw[:2], [draw[2:4], draw[4:7], draw[7:]], [(0, 1), (0, 2), (1, 2)])
+             for draw in torch.randint(0, 20, (n, 12), generator=numbers).tolist()]
+    for item in items:
+        item.ref_logps = reference.logps(pack([item], 32)).tolist() if reference else None
+    return items
+
+
+def settings(tmp_path, **changes):
+    """The flags of train_dpo.py as they are by default, but for a few."""
+    args = train_dpo.parse_args([])
+    args.out, args.row_length, args.lr, args.warmup = tmp_path, 32, 1e-2, 1
+    for name, value in changes.items():
+        assert hasattr(args, name)
+        setattr(args, name, value)
+    return args
+
+
+# ------------------------------------------------------------------------------------------------
+# What a run writes
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_starts_at_log_2_and_logs_every_number(run):
+    """Policy equals reference at step 0: loss log 2 = 0.693147, every pair tied (half right),
+    rewards 0."""
+    first, *rest = rows_of(run / "metrics.csv")
+    assert [row["step"] for row in [first, *rest]] == ["0", "1", "2", "3"]
+    assert float(first["loss"]) == pytest.approx(math.log(2), abs=1e-5)
+    assert float(first["held_out_loss"]) != float(rest[-1]["held_out_loss"])
+    for name in ("margin", "chosen_reward", "rejected_reward"):
+        assert float(first[name]) == pytest.approx(0, abs=1e-4)
+    for name in ("accuracy", "chosen_logp", "rejected_logp", "grad_norm", "lr"):
+        assert math.isfinite(float(first[name]))
+
+
+def test_results_have_a_mean_and_a_standard_error_for_each_measure(run):
+    results = json.loads((run / "results.json").read_text())
+    assert results["beta"] == 0.1 and results["prompts"] >= 2
+    assert list(results["policies"]) == ["sft", "dpo"]
+    for measures in results["policies"].values():
+        assert set(measures) == {"kl", "kl_se", "length", "length_se"}
+    assert results["policies"]["sft"]["kl"] == results["policies"]["sft"]["kl_se"] == 0
+
+
+def test_the_reviews_task_goes_from_sampling_to_results(tmp_path, capsys):
+    """The default command with small numbers: SFT is found missing and trained, then found."""
+    train_sft.main([*TINY, "--out", str(tmp_path), "--steps", "120", "--lr", "1e-2"])
+    flags = [*QUICK, "--out", str(tmp_path), "--max-new-tokens", "96"]
+    train_dpo.main(flags)
+    assert "starting from" in capsys.readouterr().out
+    for row in map(json.loads, (tmp_path / "preferences.jsonl").read_text().splitlines()):
+        best_first = [row["rewards"][i] for i in row["ranking"]]
+        assert best_first == sorted(set(best_first), reverse=True)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["task"] == "reviews" and results["prompts"] == 20
+    names = {"reward", "kl", "win_rate", "well_formed", "length"}
+    for measures in results["policies"].values():
+        assert set(measures) == names | {name + "_se" for name in names}
+    assert results["policies"]["sft"]["win_rate"] == 0.5
+
+
+def test_dpo_trains_sft_where_there_is_none_and_says_so(tmp_path, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_sft, "main", lambda argv: calls.append(argv))
+    with pytest.raises(SystemExit):                         # our stand-in writes no sft.pt
+        train_dpo.main(["--out", str(tmp_path), "--seed", "7", "--device", "cpu"])
+    assert "no " + str(tmp_path / "sft.pt") in capsys.readouterr().out
+    given = train_sft.parse_args(calls[0])
+    assert (given.out, given.seed, given.task) == (tmp_path, 7, "reviews")
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(run, tmp_path):
+    before = {name: (run / name).read_bytes() for name in
+              ("sft.pt", "dpo.pt", "metrics.csv", "sft_metrics.csv", "results.json")}
+    data = ["--data", str(run / "pairs.jsonl"), "--tokenizer", "reviews", "--out", str(run)]
+    train_sft.main([*data, *TINY])
+    train_dpo.main([*data, *QUICK])
+    for name, content in before.items():
+        assert (run / name).read_bytes() == content, name
+    data[-1] = str(tmp_path)
+    train_dpo.main([*data, *QUICK, "--sft", str(run / "sft.pt"), "--seed", "1"])
+    assert (tmp_path / "metrics.csv").read_bytes() != before["metrics.csv"]
+
+
+def test_watching_changes_nothing(run, tmp_path):
+    """Evaluating at every step or never, logging often or seldom: the same weights, bit for bit."""
+    data = ["--data", str(run / "pairs.jsonl"), "--out", str(tmp_path), "--sft", str(run / "sft.pt")]
+    train_dpo.main([*data, *QUICK, "--eval-every", "1000", "--log-every", "1000"])
+    a, b = (load_checkpoint(folder / "dpo.pt")[0] for folder in (run, tmp_path))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_held_out_prompts_are_never_trained_on(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_dpo, "train", lambda policy, items, held, args: seen.append((items, held)))
+    train_dpo.main(["--data", str(run / "pairs.jsonl"), "--out", str(run / "x"),
+                    "--sft", str(run / "sft.pt"), *QUICK])
+    (items, held), = seen
+    trained, kept = ({tuple(item.prompt) for item in part} for part in (items, held))
+    assert trained and kept and not trained & kept and len(trained) + len(kept) == 60
+
+
+# ------------------------------------------------------------------------------------------------
+# The step
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["dpo", "plackett_luce", "unlikelihood"])
+@pytest.mark.parametrize("accumulate", [2, 3, 100])
+def test_accumulation_changes_nothing_but_memory(tmp_path, loss, accumulate):
+    """One batch in 1, 2, 3 or as many parts as it has prompts, straddled prompts and uneven parts
+    included: the same gradient, so the same weights after three steps (Adam amplifies rounding)."""
+    trained = []
+    for parts in (1, accumulate):
+        policy = small_gpt()
+        args = settings(tmp_path, loss=loss, batch=7, steps=3, accumulate=parts)
+        train_dpo.train(policy, ranked_items(9, policy), [], args)
+        trained.append(policy)
+    for p, q in zip(*(policy.parameters() for policy in trained)):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_sft_accumulation_weighs_tokens_alike_whatever_part_they_are_in(tmp_path):
+    trained = []
+    for parts in (1, 3):
+        model, args = small_gpt(), settings(tmp_path, batch=5, steps=3, accumulate=parts)
+        items = [Encoded(item.prompt, item.answers[i % 3:i % 3 + 1], [])
+                 for i, item in enumerate(ranked_items(9))]
+        train_sft.train(model, items, [], args)
+        trained.append(model)
+    for p, q in zip(*(model.parameters() for model in trained)):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "plackett_luce", "unlikelihood"])
+def test_training_lowers_the_loss_and_ranks_the_answers(tmp_path, loss):
+    """Thirty steps on six prompts: whatever the objective, the right answers come out on top."""
+    policy = small_gpt()
+    args = settings(tmp_path, loss=loss, batch=6, steps=30, log_every=1)
+    train_dpo.train(policy, ranked_items(6, policy), [], args)
+    first, *_, last = rows_of(tmp_path / "metrics.csv")
+    start = {"dpo": math.log(2), "plackett_luce": math.log(6)}      # 3! rankings of three answers
+    if loss in start:
+        assert float(first["loss"]) == pytest.approx(start[loss], abs=1e-6)
+    assert float(last["loss"]) < float(first["loss"]) - 0.1
+    assert float(last["accuracy"]) > 0.9
+
+
+def test_the_reference_is_used_and_belongs_to_its_answer(tmp_path):
+    """Poison the noted log-probs of one answer and step 0 is no longer log 2: the run stops."""
+    policy = small_gpt()
+    items = ranked_items(6, policy)
+    items[3].ref_logps[1] += 0.5
+    with pytest.raises(UserError, match="step 0: the loss is .* does not start at its reference"):
+        train_dpo.train(policy, items, [], settings(tmp_path, batch=18, steps=1))
+
+
+def test_the_reference_does_not_move_with_the_policy(tmp_path):
+    """After training, the noted log-probs are still those of the model DPO started from."""
+    policy = small_gpt()
+    items = ranked_items(4, policy)
+    train_dpo.train(policy, items, [], settings(tmp_path, batch=4, steps=5))
+    for item in items:
+        noted = torch.tensor(item.ref_logps, dtype=torch.float64)
+        torch.testing.assert_close(small_gpt().logps(pack([item], 32)), noted, rtol=0, atol=1e-12)
+        assert not torch.allclose(policy.logps(pack([item], 32)), noted)
+
+
+def test_evaluation_counts_every_held_out_pair_once(tmp_path):
+    """Means over all pairs, not means of batch means: 70 prompts make batches of 64 and 6."""
+    policy, other = small_gpt(0), small_gpt(1)
+    items, args = ranked_items(70, other), settings(tmp_path)
+    log = Log(tmp_path / "log.csv", {})
+    train_dpo.evaluate_preferences(policy, items, args, log)
+    losses = [train_dpo.dpo_loss(policy.logps(pack([item], 32)), torch.tensor(item.ref_logps),
+                                 torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2]), 0.1)[0]
+              for item in items]
+    assert log.counts["held_out_loss"] == log.counts["held_out_accuracy"] == 210
+    expected = torch.cat(losses).mean().item()
+    assert float(log.sums["held_out_loss"]) / 210 == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_tie_is_half_right():
+    """Three pairs, rewards (1, 0), (0, 1), (2, 2): one right, one wrong, one tied: 1.5 of 3."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0])
+    items = [Encoded([1], [[2], [3]], [(0, 1)])] * 3
+    numbers = train_dpo.describe(torch.zeros(6), rewards, pack(items, 8))
+    assert float(numbers["accuracy"]) == 1.5 and float(numbers["margin"]) == 0.0
+
+
+def test_warm_up_is_linear_from_zero_and_then_constant():
+    """Appendix B: 150 steps; the k-th step, from 1, has k / 150 of the learning rate."""
+    assert [warmup(step, 150) for step in (0, 74, 149, 150, 10**6)] == [1 / 150, 0.5, 1, 1, 1]
+    assert warmup(0, 0) == 1
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for():
+    """A step of plain SGD at rate 1 then moves the weights by exactly the clipped norm."""
+    model = small_gpt()
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    model(torch.tensor([[1, 2, 3]])).square().sum().backward()
+    norm = update(model, torch.optim.SGD(model.parameters(), lr=9), grad_scaler(model), 1.0, 0.5)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert norm > 0.5 and (after - before).norm().item() == pytest.approx(0.5, rel=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_micro_batches_hold_every_prompt_once():
+    items, args = ranked_items(7), argparse.Namespace(row_length=32, accumulate=3)
+    parts = list(micro_batches(items, args, small_gpt()))
+    assert [part.n_answers for part in parts] == [6, 6, 9]          # 2, 2 and 3 prompts
+    assert sum(len(part.winners) for part in parts) == 21
+
+
+def test_log_means_are_sums_over_counts_since_the_last_line(tmp_path, capsys):
+    """(1 + 1 + 7) / 3 = 3, where the mean of means would be (1 + 7) / 2 = 4."""
+    log = Log(tmp_path / "log.csv", {"loss": ".4f", "lr": ".1e"})
+    log.add(2, loss=torch.tensor(2.0))
+    log.add(1, loss=torch.tensor(7.0))
+    log.write(0, lr=0.5)
+    log.add(1, loss=5.0)
+    log.write(1, lr=0.25)
+    assert (tmp_path / "log.csv").read_text() == "step,loss,lr\n0,3,0.5\n1,5,0.25\n"
+    assert "3.0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_stops_the_run(tmp_path, bad):
+    log = Log(tmp_path / "log.csv", {"loss": ".4f"})
+    log.add(1, loss=torch.tensor(bad))
+    with pytest.raises(UserError, match="step 5: the loss is"):
+        log.write(5)
+
+
+def test_nothing_is_saved_over_a_good_checkpoint_when_training_breaks(run, monkeypatch):
+    before = (run / "dpo.pt").read_bytes()
+    monkeypatch.setattr(train_dpo, "dpo_loss", lambda pi, *_: (pi * math.nan, pi.detach()))
+    monkeypatch.setattr(train_dpo, "check_start", lambda *_: None)
+    with pytest.raises(SystemExit):
+        train_dpo.main(["--data", str(run / "pairs.jsonl"), "--out", str(run), *QUICK])
+    assert (run / "dpo.pt").read_bytes() == before
+
+
+def test_kl_and_win_rate_are_what_their_names_say():
+    """For answers of one token KL can be summed over the vocabulary. Against itself a policy has KL 0
+    and wins half; another wins by its share of better answers, ties half."""
+    from data import get_tokenizer
+    tokenizer = get_tokenizer("reviews")
+    torch.manual_seed(0)
+    config = GPTConfig(16, tokenizer.n_vocab, 1, 2, 16)
+    a, b = GPT(config, 0.3), GPT(config, 0.3)
+    prompts = ["The plot", "The music"] * 1000
+    measures, texts = sample.evaluate({"sft": a, "dpo": b}, a, prompts, tokenizer, 1, seed=0,
+                                      reward=len, well_formed=str.isascii)
+    assert measures["sft"]["kl"] == 0 and measures["sft"]["win_rate"] == 0.5
+    ids = torch.tensor([[tokenizer.eot_token] + tokenizer.encode_ordinary(p) for p in prompts[:2]])
+    p, q = (model(ids)[:, -1].log_softmax(-1) for model in (b, a))
+    exact = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert measures["dpo"]["kl"] == pytest.approx(exact, abs=5 * measures["dpo"]["kl_se"])
+    assert measures["dpo"]["length"] == 1
+    better = [(len(y) > len(x)) + (len(y) == len(x)) / 2 for x, y in zip(texts["sft"], texts["dpo"])]
+    assert measures["dpo"]["win_rate"] == pytest.approx(sum(better) / 2000)
+    n, share = 2000, measures["dpo"]["well_formed"]
+    assert measures["dpo"]["well_formed_se"] == pytest.approx(
+        math.sqrt(share * (1 - share) / (n - 1)), rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_cuda_runs_start_at_log_2_in_every_precision(run, tmp_path, precision):
+    train_dpo.main(["--data", str(run / "pairs.jsonl"), "--out", str(tmp_path),
+                    "--sft", str(run / "sft.pt"), *QUICK, "--device", "cuda",
+                    "--precision", precision])
+    first, *_ = rows_of(tmp_path / "metrics.csv")
+    assert float(first["loss"]) == pytest.approx(math.log(2), abs=1e-4 if precision == "float32" else 0.02)
+
+
+# ------------------------------------------------------------------------------------------------
+# sample.py
+# ------------------------------------------------------------------------------------------------
+
+
+def test_sample_prints_as_many_answers_as_asked_for_and_the_same_for_the_same_seed(run, capsys):
+    flags = ["--out", str(run), "--prompt", "The plot", "-n", "3", "--max-new-tokens", "5"]
+    sample.main(flags)
+    first = capsys.readouterr().out
+    sample.main(flags)
+    assert capsys.readouterr().out == first and first.count("prompt  'The plot'") == 3
+
+
+def test_compare_shows_both_policies_side_by_side(run, capsys):
+    sample.main(["--out", str(run), "--compare", "--prompt", "The plot", "--max-new-tokens", "5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line and not line.startswith(" ")][:3] == [
+        "prompt", "sft", "dpo"]
+
+
+def test_without_a_prompt_sample_asks_until_the_end_of_input(run, capsys, monkeypatch):
+    lines = iter(["The plot", "The cast"])
+
+    def answer(_):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+    monkeypatch.setattr("builtins.input", answer)
+    sample.main(["--out", str(run), "--max-new-tokens", "5"])
+    out = capsys.readouterr().out
+    assert "'The plot'" in out and "'The cast'" in out
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input: one sentence, exit code 2
+# ------------------------------------------------------------------------------------------------
+
+
+def refused(main, argv, capsys):
+    """The one sentence on stderr with which a command ends at once."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in argv])
+    message = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message.count("\n") == 1 and "Traceback" not in message, message
+    return message
+
+
+FLAGS = [
+    ("--beta", "0"), ("--beta", "-1"), ("--beta", "nan"), ("--beta", "inf"), ("--beta", "x"),
+    ("--batch", "0"), ("--batch", "1.5"), ("--accumulate", "0"), ("--epochs", "0"), ("--steps", "0"),
+    ("--lr", "0"), ("--lr", "-1e-3"), ("--warmup", "-1"), ("--clip", "0"), ("--weight-decay", "-1"),
+    ("--log-every", "0"), ("--eval-every", "0"), ("--seed", "-1"), ("--row-length", "1"),
+    ("--prefixes", "5"), ("--samples", "1"), ("--max-new-tokens", "0"), ("--eval-prompts", "1"),
+    ("--loss", "ppo"), ("--task", "chess"), ("--tokenizer", "bert"), ("--device", "tpu"),
+    ("--precision", "int8"), ("--compile", "maybe"), ("--bet", "0.1"), ("--unknown", "1"),
+]
+
+
+@pytest.mark.parametrize("flag, value", FLAGS, ids=[" ".join(flag) for flag in FLAGS])
+def test_a_flag_out_of_range_is_refused_by_name(flag, value, capsys):
+    message = refused(train_dpo.main, [f"{flag}={value}"], capsys)
+    assert message.startswith("train_dpo.py: ") and flag in message and "--help" in message
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--n-embd", "10", "--n-head", "3"], "--n-embd 10 is not a multiple of --n-head 3"),
+    (["--row-length", "300"], "--row-length 300 is above the block size, 256"),
+    (["--init-std", "0"], "--init-std"), (["--reviews", "0"], "--reviews"),
+])
+def test_sft_flags_that_make_no_model_are_refused(flags, words, capsys, tmp_path):
+    assert words in refused(train_sft.main, [*flags, "--out", tmp_path], capsys)
+
+
+ROW = {"prompt": "a", "chosen": "b", "rejected": "c"}
+FILES = {
+    "empty": b"", "not JSON": b"{]\n", "a list": b"[1]\n", "binary": bytes(range(128, 256)),
+    "field missing": b'{"prompt": "a", "chosen": "b"}\n',
+    "not a string": b'{"prompt": "a", "chosen": "b", "rejected": 3}\n',
+    "no permutation": b'{"prompt": "a", "answers": ["b", "c"], "ranking": [0, 0]}\n',
+    "one answer": b'{"prompt": "a", "answers": ["b"], "ranking": [0]}\n',
+    "all answers empty": b'{"prompt": "a", "chosen": " ", "rejected": "c"}\n',
+    "all answers equal": b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n',
+    "all prompts too long": json.dumps(ROW | {"prompt": "x " * 500}).encode(),
+}
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+@pytest.mark.parametrize("kind", FILES)
+def test_a_broken_data_file_is_refused_by_name(script, kind, run, capsys, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_bytes(FILES[kind])
+    flags = ["--data", path, "--tokenizer", "reviews", "--out", tmp_path / "out"]
+    flags += TINY if script is train_sft else ["--sft", run / "sft.pt", *QUICK]
+    message = refused(script.main, flags, capsys)
+    assert str(path) in message
+    if kind in ("not JSON", "a list", "binary", "field missing", "not a string", "no permutation"):
+        assert "line 1: " in message
+
+
+def test_missing_files_are_refused_by_name(run, capsys, tmp_path):
+    there = ["--out", tmp_path, "--device", "cpu"]
+    for main, flags in [(train_dpo.main, ["--data", "no.jsonl", "--sft", run / "sft.pt"]),
+                        (train_sft.main, ["--data", "no.jsonl", "--tokenizer", "reviews"]),
+                        (train_dpo.main, ["--sft", "no.pt"]), (sample.main, ["--checkpoint", "no.pt"]),
+                        (sample.main, ["--compare", run / "sft.pt", "no.pt"])]:
+        message = refused(main, [*flags, *there], capsys)
+        assert re.search(r"no\.(jsonl|pt): .*No such file", message)
+
+
+def test_a_truncated_gzip_file_is_refused(run, capsys, tmp_path):
+    path = tmp_path / "cut.jsonl.gz"
+    whole = gzip.compress("".join(json.dumps(ROW) + "\n" for _ in range(1000)).encode())
+    path.write_bytes(whole[:len(whole) // 2])
+    message = refused(train_dpo.main, ["--data", path, "--sft", run / "sft.pt", "--out", tmp_path], capsys)
+    assert f"{path}: cannot be read" in message
+
+
+def test_contradictions_are_refused(run, capsys, tmp_path):
+    sft, there = run / "sft.pt", ["--out", tmp_path]
+    assert "choose" in refused(train_dpo.main, ["--sft", sft, "--fresh", *there], capsys)
+    assert "--tokenizer reviews, not gpt2" in refused(
+        train_dpo.main, ["--sft", sft, "--tokenizer", "gpt2", *there], capsys)
+    assert "--compare takes two" in refused(sample.main, ["--compare", sft, *there], capsys)
+    assert "--row-length 129 is above the block size, 128" in refused(
+        train_dpo.main, ["--sft", sft, "--row-length", "129", *there], capsys)
+    assert "--prompt: 151 tokens" in refused(
+        sample.main, ["--out", run, "--prompt", " plot" * 150], capsys)
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in refused(train_dpo.main, ["--device", "cuda", *there], capsys)
+
+
+def test_skipped_rows_are_counted_by_reason_and_cost_nothing(run, capsys, tmp_path):
+    path = write_pairs(tmp_path / "pairs.jsonl", 40)
+    with open(path, "a") as file:
+        for change in ({"chosen": " "}, {"chosen": "c"}, {"prompt": "long " * 400}):
+            file.write(json.dumps(ROW | change) + "\n")
+    train_dpo.main(["--data", str(path), "--sft", str(run / "sft.pt"), "--out", str(tmp_path), *QUICK])
+    out = capsys.readouterr().out
+    assert "41 rows; skipped or cut: 1 x empty answer; 1 x equal answers" in out
+    assert "1 x prompt as long as a row" in out
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags and README
+# ------------------------------------------------------------------------------------------------
+
+SCRIPTS = {"train_sft": train_sft, "train_dpo": train_dpo, "sample": sample}
+
+
+def test_every_flag_is_read():
+    """A flag that nothing reads is a promise that nothing keeps."""
+    sources = "\n".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
+    flags = {node.args[0].value for node in ast.walk(ast.parse(sources)) if isinstance(node, ast.Call)
+             and getattr(node.func, "id", "") == "add" and isinstance(node.args[0], ast.Constant)}
+    assert len(flags) > 30
+    for flag in flags:
+        name = flag.lstrip("-").replace("-", "_")
+        assert re.search(rf"args\.{name}\b", sources) or f'"{name}"' in sources, flag
+
+
+def test_defaults_are_those_of_appendix_b():
+    """Beta 0.1, batch 64, learning rate 1e-6 on real data, linear warm-up over 150 steps."""
+    args = train_dpo.parse_args(["--data", "pairs.jsonl"])
+    assert (args.beta, args.batch, args.lr, args.warmup, args.weight_decay) == (0.1, 64, 1e-6, 150, 0)
+
+
+def commands_of_readme():
+    """Every `python script.py ...` line of the README's code blocks, as (script, words)."""
+    text = (ROOT / "README.md").read_text()
+    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S):
+        for line in block.splitlines():
+            found = re.match(r"(?:.*&& )?python (\w+)\.py\b([^#]*)", line)
+            if found:
+                yield found[1], found[2]
+
+
+def test_readme_commands_parse():
+    import shlex
+    commands = list(commands_of_readme())
+    assert {name for name, _ in commands} == set(SCRIPTS)
+    for name, words in commands:
+        SCRIPTS[name].parse_args(shlex.split(words))
+
+
+def test_readme_names_only_flags_and_functions_that_exist():
+    text = (ROOT / "README.md").read_text()
+    sources = "\n".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")])
+    for flag in set(re.findall(r"`(--[a-z][a-z-]*)", text)):
+        assert f'"{flag}"' in sources, flag
+    for name in set(re.findall(r"`(?:\w+\.)?(\w+)\(", text)) | set(re.findall(r"`(test_\w+)`", text)):
+        assert re.search(rf"(def|class) {name}\b", sources), name
+
+
+def test_batches_do_not_depend_on_what_was_asked_before():
+    items = ranked_items(5)
+    batches, fresh = Batches(items, 4, 0), Batches(items, 4, 0)
+    for step in (9, 0, 3, 9):
+        assert batches[step] == fresh[step]
