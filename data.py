@@ -36,6 +36,7 @@ from model import UserError
 #     sentence = clause "." | clause ", and" clause "." | clause ", but" clause "."
 #     clause   = "The plot was" quality | "I" feeling "the plot"
 #     opener   = "We saw it on Sunday."
+#     verdict  = "A very good film." | "I would not recommend it." | "I would watch it again." | ...
 #
 # A quality is "good", "very good", "not good", ...; a feeling "liked", "really liked", "did not
 # like". A verb agrees with its noun, "a" or "an" with the word after it. All this the grammar
@@ -60,7 +61,7 @@ FEELINGS = {feeling: value for verb, past, v in [
     ("love", "loved", 0.8), ("enjoy", "enjoyed", 0.6), ("like", "liked", 0.4),
     ("dislike", "disliked", -0.6), ("hate", "hated", -0.8)]
     for feeling, value in [(past, v), (f"really {past}", 1.25 * v), (f"did not {verb}", NOT * v)]}
-VERDICTS = {f"Overall, it is {'an' if q[0] in 'aeiou' else 'a'} {q} film": v
+VERDICTS = {f"{'An' if q[0] in 'aeiou' else 'A'} {q} film": v
             for q, v in FILM_QUALITIES.items()} | {
     "I would recommend it": 0.8, "I would not recommend it": NOT * 0.8,
     "I would watch it again": 0.6, "I would not watch it again": NOT * 0.6}

@@ -28,8 +28,8 @@ from data import (Batches, encode_all, get_tokenizer, load_preferences, prefixes
 from model import UserError, load_checkpoint, save_checkpoint
 from sample import evaluate, sample, score, side_by_side, table
 from train_sft import (Log, Parser, add_shared_flags, add_training_flags, command, grad_scaler,
-                       in_batches, is_time, load, micro_batches, number, prepare, row_length,
-                       settle, split, update, warmup)
+                       in_batches, is_time, load, make_folder, micro_batches, number, prepare,
+                       row_length, settle, split, update, warmup)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -271,8 +271,9 @@ def parse_args(argv):
     add = parser.add_argument
     add("--loss", default="dpo", choices=["dpo", "plackett_luce", "unlikelihood"],
         help="dpo on pairs, on rankings (A.3), or the baseline of C.3 (default dpo)")
-    add("--beta", type=number(float, 0, above=True), default=0.1,
-        help="strength of the KL penalty: larger stays closer to the reference (default 0.1)")
+    add("--beta", type=number(float, 0, above=True),
+        help="strength of the KL penalty: larger stays closer to the reference (default 0.1, Appendix "
+             "B's; 0.3 for reviews, whose small model at 0.1 pays for more reward with its grammar)")
     add("--lr", type=number(float, 0, above=True),
         help="learning rate after warm-up (default 1e-6, Appendix B's, for pretrained models; "
              "5e-5 for reviews, whose model is 300 times smaller than the smallest GPT-2: its few "
@@ -280,8 +281,8 @@ def parse_args(argv):
     add("--sft", type=Path,
         help="checkpoint to start from (default sft.pt of the run, trained if missing)")
     add("--fresh", action="store_true", help="train SFT again even if there is one")
-    add("--prefixes", type=number(int, 10), default=2300,
-        help="reviews: prompts to sample answers for (default 2,300; C.1 has 25,000)")
+    add("--prefixes", type=number(int, 10), default=2800,
+        help="reviews: prompts to sample answers for (default 2,800; C.1 has 25,000)")
     add("--samples", type=number(int, 2), default=4,
         help="reviews: answers sampled for each prompt (default 4)")
     add("--max-new-tokens", type=number(int, 1), default=96,
@@ -291,6 +292,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.lr is None:
         args.lr = 1e-6 if args.data else 5e-5
+    if args.beta is None:
+        args.beta = 0.1 if args.data else 0.3
     if args.sft and args.fresh:
         raise UserError("--fresh trains a new SFT model, --sft names one: choose")
     return args
@@ -300,6 +303,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     device = settle(args)
+    make_folder(args.out)
     sft_path = args.sft or args.out / "sft.pt"
     if args.fresh or not (args.sft or sft_path.exists()):
         print("--fresh: SFT first" if args.fresh else f"no {sft_path} yet: SFT first")

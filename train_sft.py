@@ -250,17 +250,22 @@ def add_training_flags(parser, batch, batch_unit, warmup):
 
 
 def settle(args):
-    """Fill in what depends on other flags and make the run's folder. Returns the device."""
+    """Fill in the run's folder, which depends on other flags. Returns the device."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that torch can use")
     if args.out is None:
         args.out = Path("out") / (args.data.name.split(".")[0] if args.data else args.task)
+    if args.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(args.device)
+
+
+def make_folder(path):
+    """Make the run's folder where there is none. Raises UserError."""
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {args.out}: cannot make this folder: {error.strerror}") from error
-    return torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else
-                        "cpu" if args.device == "auto" else args.device)
+        raise UserError(f"--out {path}: cannot make this folder: {error.strerror}") from error
 
 
 def row_length(args, block_size):
@@ -309,8 +314,8 @@ def parse_args(argv):
     add("--lr", type=number(float, 0, above=True), default=3e-3,
         help="peak learning rate (default 3e-3, for the small default model; the larger a model, "
              "the lower: 6e-4 for 124M parameters)")
-    add("--reviews", type=number(int, 1), default=36_000,
-        help="reviews: how many to write and train on (default 36,000)")
+    add("--reviews", type=number(int, 1), default=40_000,
+        help="reviews: how many to write and train on (default 40,000)")
     add("--block-size", type=number(int, 2), default=256,
         help="longest prompt and answer together, in tokens (default 256; GPT-2 1024)")
     add("--n-layer", type=number(int, 1), default=2, help="blocks (default 2; GPT-2 124M 12)")
@@ -331,6 +336,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     device = settle(args)
+    make_folder(args.out)
     args.row_length = row_length(args, args.block_size)
     tokenizer = get_tokenizer(args.tokenizer)
     name, parts = args.data or args.task, load_examples(args)

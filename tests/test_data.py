@@ -76,14 +76,14 @@ def test_thousands_of_reviews_are_thousands_of_different_texts():
     assert len(set(REVIEWS)) > 0.95 * len(REVIEWS)
 
 
-def test_a_review_has_15_to_50_tokens_and_about_30():
+def test_a_review_has_15_to_48_tokens_and_about_25():
     """Small enough for a CPU, and always longer than the longest prefix."""
     # Shortest: twice "I liked the plot." (5), and "I would recommend it." (5): 15.
     # Longest: "My friends and I watched this film on a plane." (11); twice "I did not like the
-    # plot, and I did not like the songs." (6 + 2 + 6 + 1 = 15); "Overall, it is an extremely
-    # awful film." (9): 11 + 30 + 9 = 50.
+    # plot, and I did not like the songs." (6 + 2 + 6 + 1 = 15); "I would not watch it again." (7),
+    # so no more than 11 + 30 + 7 = 48.
     lengths = [len(ids(review)) for review in REVIEWS]
-    assert 15 <= min(lengths) and max(lengths) <= 50
+    assert 15 <= min(lengths) and max(lengths) <= 48
     assert 20 < sum(lengths) / len(lengths) < 40
 
 
@@ -130,8 +130,8 @@ BY_HAND = {
     "I did not like the plot.": -0.2,                   # -0.5 * 0.4
     "I did not hate the songs.": 0.4,                   # -0.5 * -0.8
     # Verdicts.
-    "Overall, it is an awful film.": -0.8,
-    "Overall, it is a very good film.": 0.46,
+    "An awful film.": -0.8,
+    "A very good film.": 0.46,
     "I would recommend it.": 0.8,
     "I would not recommend it.": -0.4,
     "I would not watch it again.": -0.3,                # -0.5 * 0.6
@@ -140,7 +140,7 @@ BY_HAND = {
     "The plot was good, and the jokes were awful.": -0.2,           # the same
     "The plot was good, but the jokes were awful.": -0.5,           # (0.2 - 1.2) / 2
     "I hated the plot, but I loved the songs.": 0.4,                # (-0.4 + 1.2) / 2
-    "The plot was awful. Overall, it is a superb film.": 0.266667,  # (-0.8 + 1.6) / 3
+    "The plot was awful. A superb film.": 0.266667,  # (-0.8 + 1.6) / 3
     "We saw it on Sunday. The plot was good, but I hated the jokes. I enjoyed the ending. "
     "I would recommend it.": 0.24,                      # (0.2 - 1.2 + 0.6 + 1.6) / (2 + 1 + 2)
     # Opinions count in broken text, and other text counts nothing.
@@ -222,15 +222,15 @@ def test_these_reviews_are_well_formed():
     """The sentences from which the broken ones below are made."""
     assert well_formed(REVIEW)
     assert well_formed(f"My sister and I watched this film on a plane. {REVIEW}")
-    assert well_formed("I hated the plot. I loved the plot. Overall, it is an awful film.")
+    assert well_formed("I hated the plot. I loved the plot. An awful film.")
 
 
 @pytest.mark.parametrize("old, new", [
     pytest.param("jokes were", "jokes was", id="a plural with was"),
     pytest.param("ending was", "ending were", id="a singular with were"),
-    pytest.param("I would not recommend it", "Overall, it is a awful film", id="a awful"),
-    pytest.param("I would not recommend it", "Overall, it is an poor film", id="an poor"),
-    pytest.param("I would not recommend it", "Overall, it is an very awful film", id="an very"),
+    pytest.param("I would not recommend it", "A awful film", id="a awful"),
+    pytest.param("I would not recommend it", "An poor film", id="an poor"),
+    pytest.param("I would not recommend it", "An very awful film", id="an very"),
     pytest.param(" I would not recommend it.", "", id="no verdict"),
     pytest.param("it.", "it. ", id="a space at the end"),
     pytest.param("it.", "it.\n", id="a line break at the end"),
