@@ -145,9 +145,14 @@ def write_review(rng):
 
 def prefixes(count, held_out, tokenizer, seed):
     """`count` distinct beginnings of fresh reviews, each 2 to 8 tokens long, as texts; all of them
-    held out or none (see is_held_out), so that training and evaluation never share a prompt."""
-    rng, found = random.Random(f"prefixes {seed}"), {}
+    held out or none (see is_held_out), so that training and evaluation never share a prompt.
+    Raises UserError where there are hardly so many."""
+    rng, found, draws = random.Random(f"prefixes {seed}"), {}, 0
     while len(found) < count:
+        draws += 1
+        if draws > 1000 * (len(found) + 100):
+            raise UserError(f"the reviews have hardly {count:,} different beginnings; lower "
+                            f"{'--eval-prompts' if held_out else '--prefixes'}")
         ids = tokenizer.encode_ordinary(write_review(rng))[:rng.randint(2, 8)]
         text = tokenizer.decode(ids)
         if is_held_out(text) == held_out:
@@ -156,8 +161,9 @@ def prefixes(count, held_out, tokenizer, seed):
 
 
 def is_held_out(prompt):
-    """One prompt in ten is kept for evaluation. Decided by the prompt alone, so that SFT and DPO,
-    whatever their seeds and the order of the file, never train on it."""
+    """One prompt in ten is kept for evaluation. Decided by the prompt alone, so that DPO, and SFT on
+    a preference file, never train on it, whatever their seeds and the order of the file. (SFT on
+    reviews learns to write whole ones from nothing, and some begin like any prompt there is.)"""
     return zlib.crc32(prompt.encode("utf-8", "replace")) % 10 == 0
 
 
@@ -165,6 +171,7 @@ def is_held_out(prompt):
 # Tokenizers
 # ------------------------------------------------------------------------------------------------
 
+TOKENIZERS = ["reviews", "gpt2"]
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
@@ -375,7 +382,7 @@ class Batch:
 
     tokens: torch.Tensor        # (B, T) ids
     positions: torch.Tensor     # (B, T) from 0 in each prompt, and on from it in each answer
-    group: torch.Tensor         # (B, T) whose prompt and answers, from 0; -1 where a row is empty
+    group: torch.Tensor         # (B, T) one number for a prompt and its answers; -1 = empty place
     answer: torch.Tensor        # (B, T) 0 = prompt, else 1, 2, ...
     source: torch.Tensor        # (S,) place that predicts a scored token: the token before it
     target: torch.Tensor        # (S,) id of the scored token

@@ -242,9 +242,9 @@ class GPT(nn.Module):
 
 def choose(logits, temperature, top_k, top_p, generator):
     """Draw one token for each row of (B, V) logits; arguments as in GPT.generate. Returns (B,)."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # at most 0: no overflow
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -260,7 +260,7 @@ def choose(logits, temperature, top_k, top_p, generator):
 
 
 def save_checkpoint(path, model, **facts):
-    """Write weights, sizes and facts (plain values: tokenizer, task, step, ...) to one file.
+    """Write weights, sizes and facts (plain values: tokenizer, stage, seed, ...) to one file.
 
     The file is complete or it is not there: written beside, flushed to the disk, then renamed.
     """

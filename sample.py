@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Encoded, get_tokenizer, pack
-from model import UserError, load_checkpoint
-from train_sft import Parser, add_shared_flags, command, number, prepare, settle
+from data import Encoded
+from model import UserError
+from train_sft import (Parser, add_shared_flags, command, in_batches, number, open_checkpoint,
+                       settle)
 
 
 def sample(model, prompts, max_new_tokens, seed, eot, temperature=1.0, top_k=None, top_p=None,
@@ -49,14 +50,15 @@ def sample(model, prompts, max_new_tokens, seed, eot, temperature=1.0, top_k=Non
 
 
 @torch.no_grad()
-def score(model, items, row_length, progress="scoring", batch=32):
+def score(model, items, row_length, progress="scoring"):
     """log pi(y|x) of every answer: a list of floats for each of a list of Encoded."""
     logps = []
-    for start in tqdm(range(0, len(items), batch), progress, delay=1):
-        part = items[start:start + batch]
-        flat = iter(model.logps(pack(part, row_length).to(model.device)).tolist())
-        logps += [[next(flat) for _ in item.answers] for item in part]
-    return logps
+    with tqdm(total=sum(len(item.answers) for item in items), desc=progress, delay=1) as bar:
+        for batch in in_batches(items, row_length, model.device):
+            logps += model.logps(batch).tolist()
+            bar.update(batch.n_answers)
+    flat = iter(logps)
+    return [[next(flat) for _ in item.answers] for item in items]
 
 
 def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
@@ -110,7 +112,8 @@ def side_by_side(prompts, texts, reward=None):
         lines.append(f"\nprompt  {prompt!r}")
         for name, answers in texts.items():
             grade = f"{reward(prompt + answers[i]):+.2f}  " if reward else ""
-            lines.append(textwrap.fill(f"{grade}...{answers[i]}", 100, initial_indent=f"{name:<8}",
+            text = f"{grade}...{answers[i]}".replace("\n", "\\n")
+            lines.append(textwrap.fill(text, 100, initial_indent=f"{name:<7} ",
                                        subsequent_indent=" " * 8))
     return "\n".join(lines)
 
@@ -120,7 +123,7 @@ def answer(policies, tokenizer, prompt, args):
     ids, eot = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt), tokenizer.eot_token
     block_size = min(model.config.block_size for model in policies.values())
     if len(ids) >= block_size:
-        raise UserError(f"--prompt: {len(ids)} tokens; the model reads at most {block_size - 1}")
+        raise UserError(f"a prompt of {len(ids)} tokens; the model reads at most {block_size - 1}")
     texts = {}
     for name, model in policies.items():
         answers = sample(model, [ids] * args.n, args.max_new_tokens, args.seed, eot,
@@ -161,21 +164,22 @@ def main(argv=None):
         args.checkpoint or (dpo if dpo.exists() else sft)]
     policies, tokenizers = {}, set()
     for path in paths:
-        model, facts = load_checkpoint(path, device)
-        policies[path.stem if path.stem not in policies else str(path)] = prepare(model, args)
+        model, tokenizer, facts = open_checkpoint(path, device, args)
+        policies[path.stem if path.stem not in policies else str(path)] = model
         tokenizers.add(facts["tokenizer"])
     if len(tokenizers) > 1:
         raise UserError(f"{' and '.join(map(str, paths))} have different tokenizers")
-    tokenizer = get_tokenizer(tokenizers.pop())
+    if args.prompt is not None:
+        print(side_by_side([args.prompt] * args.n, answer(policies, tokenizer, args.prompt, args)))
+        return
     while True:
         try:
-            prompt = input("prompt> ") if args.prompt is None else args.prompt
+            prompt = input("prompt> ")
+            print(side_by_side([prompt] * args.n, answer(policies, tokenizer, prompt, args)))
+        except UserError as error:      # too long a prompt; the next one may do
+            print(error)
         except EOFError:
             print()
-            return
-        texts = answer(policies, tokenizer, prompt, args)
-        print(side_by_side([prompt] * args.n, texts))
-        if args.prompt is not None:
             return
 
 

@@ -23,13 +23,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train_sft
-from data import (Batches, encode_all, get_tokenizer, load_preferences, prefixes, rank,
-                  reward, well_formed)
-from model import UserError, load_checkpoint, save_checkpoint
+from data import Batches, encode_all, load_preferences, prefixes, rank, reward, well_formed
+from model import UserError, save_checkpoint
 from sample import evaluate, sample, score, side_by_side, table
-from train_sft import (Log, Parser, add_shared_flags, add_training_flags, command, grad_scaler,
-                       in_batches, is_time, load, make_folder, micro_batches, number, prepare,
-                       row_length, settle, split, update, warmup)
+from train_sft import (Log, Parser, add_shared_flags, add_training_flags, command, compile_logps,
+                       grad_scaler, in_batches, is_time, load, make_folder, micro_batches, number,
+                       open_checkpoint, row_length, settle, source, split, update, warmup)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -56,7 +55,8 @@ def plackett_luce(rewards, ranking):
     r = rewards[ranking.clamp(min=0)]                               # (..., K) in order of rank
     k = torch.arange(ranking.size(-1), device=ranking.device)
     later = k[None, :] >= k[:, None]                                # (K, K) row k: not drawn yet
-    left = later & drawn[..., None, :] | torch.diag(k >= 0)         # (..., K, K) a -1 is alone
+    alone = k[None, :] == k[:, None]                                # so that a -1 adds r - r = 0
+    left = later & drawn[..., None, :] | alone                      # (..., K, K)
     of_left = r[..., None, :].masked_fill(~left, -math.inf)         # (..., K, K)
     return (r - of_left.logsumexp(-1)).sum(-1)
 
@@ -199,7 +199,7 @@ def check_start(logps, batch, args, precision):
 @torch.no_grad()
 def evaluate_preferences(policy, held_out, args, log):
     """Loss and accuracy over all held-out preferences, to the log."""
-    for batch in in_batches(held_out, args, policy):
+    for batch in in_batches(held_out, args.row_length, policy.device):
         logps = policy.logps(batch)
         losses, rewards = objective(logps, batch, args)
         log.add(len(losses), held_out_loss=losses.sum())
@@ -232,8 +232,11 @@ def sample_preferences(sft, tokenizer, args):
             alike += row is None
             if row:
                 file.write(json.dumps(row) + "\n")
+    if alike == len(prompts):
+        raise UserError("no prompt got two finished answers of different reward: train SFT for longer, "
+                        "or raise --max-new-tokens")
     print(f"{path}: answers of {len(prompts) - alike:,} prompts ranked; left out {alike} prompts "
-          f"(answers of equal reward) and {unfinished} answers (empty or without an end)")
+          f"(no two rewards differ) and {unfinished} answers (empty or without an end)")
     return path
 
 
@@ -243,25 +246,26 @@ def add_reference(policy, items, args):
         item.ref_logps = logps
 
 
-def report(policy, reference, prompts, tokenizer, grades, args):
+def report(policy, reference, prompts, tokenizer, grades, sft_path, args):
     """Measure both on held-out prompts; print the table and some samples, write results.json."""
     measures, texts = evaluate({"sft": reference, "dpo": policy}, reference, prompts, tokenizer,
                                args.max_new_tokens, args.seed + 1, **grades)
     print(side_by_side(prompts[:4], texts, grades.get("reward")))
     print(f"\n{len(prompts):,} held-out prompts, one sample each, mean +- standard error\n"
           + table(measures))
-    results = {"task": args.out.name if args.data else args.task, "beta": args.beta,
-               "prompts": len(prompts), "policies": measures}
+    results = {"task": source(args), "beta": args.beta, "prompts": len(prompts),
+               "policies": measures}
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\nwrote {args.out / 'results.json'}; try: python sample.py --compare"
-          + ("" if args.out == Path("out/reviews") else f" --out {args.out}"))
+    print(f"\nwrote {args.out / 'results.json'}; try: "
+          f"python sample.py --compare {sft_path} {args.out / 'dpo.pt'}")
 
 
 def sft_flags(args):
     """The flags of this run that its SFT shares."""
-    names = ["task", "data", "out", "seed", "device", "precision", "compile", "tokenizer"]
-    return [word for name in names if getattr(args, name) is not None
-            for word in (f"--{name}", str(getattr(args, name)))]
+    names = ["task", "data", "out", "seed", "device", "precision", "compile", "tokenizer",
+             "row_length"]
+    return [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names
+            if getattr(args, name) is not None]
 
 
 def parse_args(argv):
@@ -272,11 +276,11 @@ def parse_args(argv):
     add("--loss", default="dpo", choices=["dpo", "plackett_luce", "unlikelihood"],
         help="dpo on pairs, on rankings (A.3), or the baseline of C.3 (default dpo)")
     add("--beta", type=number(float, 0, above=True),
-        help="strength of the KL penalty: larger stays closer to the reference (default 0.1, Appendix "
-             "B's; 0.3 for reviews, whose small model at 0.1 pays for more reward with its grammar)")
+        help="strength of the KL penalty: larger stays closer to the reference (default 0.1, "
+             "Appendix B's; 0.3 for reviews, whose small model pays for reward with its grammar)")
     add("--lr", type=number(float, 0, above=True),
         help="learning rate after warm-up (default 1e-6, Appendix B's, for pretrained models; "
-             "5e-5 for reviews, whose model is 300 times smaller than the smallest GPT-2: its few "
+             "5e-5 for reviews, whose model is 260 times smaller than the smallest GPT-2: its few "
              "weights have to move further for the same change of the policy)")
     add("--sft", type=Path,
         help="checkpoint to start from (default sft.pt of the run, trained if missing)")
@@ -310,13 +314,18 @@ def main(argv=None):
         train_sft.main(sft_flags(args))
     else:
         print(f"starting from {sft_path}")
-    policy, facts = load_checkpoint(sft_path, device)
+    policy, tokenizer, facts = open_checkpoint(sft_path, device, args)
     if args.tokenizer not in (None, facts["tokenizer"]):
         raise UserError(f"{sft_path} was trained with --tokenizer {facts['tokenizer']}, "
                         f"not {args.tokenizer}")
-    prepare(policy, args)
+    if not args.sft and facts.get("source") != source(args):
+        raise UserError(f"{sft_path} was trained on {facts.get('source')}, not {source(args)}: name "
+                        "it with --sft to start from it, or train another with --fresh")
+    if not args.data and policy.config.block_size < 64:
+        raise UserError(f"{sft_path}: a block size of {policy.config.block_size} has no room for "
+                        "reviews; train SFT with --block-size 64 or more")
+    compile_logps(policy, args)
     args.row_length = row_length(args, policy.config.block_size)
-    tokenizer = get_tokenizer(facts["tokenizer"])
 
     path = args.data or sample_preferences(policy, tokenizer, args)
     training, held_out = split(load(path, load_preferences, path))
@@ -329,7 +338,7 @@ def main(argv=None):
           f"{len(encoded):,} prompts, {args.loss}, beta {args.beta:g}, on {device}")
     train(policy, encoded, encoded_held_out, args)
     save_checkpoint(args.out / "dpo.pt", policy, tokenizer=facts["tokenizer"], stage="dpo",
-                    seed=args.seed, beta=args.beta, loss=args.loss)
+                    source=source(args), seed=args.seed, beta=args.beta, loss=args.loss)
     print(f"wrote {args.out / 'dpo.pt'}")
 
     if args.data:
@@ -341,8 +350,8 @@ def main(argv=None):
     if len(prompts) < 2:
         print(f"{path}: fewer than two held-out prompts, so no samples are measured")
         return
-    reference = prepare(load_checkpoint(sft_path, device)[0], args)
-    report(policy, reference, prompts, tokenizer, grades, args)
+    reference, _, _ = open_checkpoint(sft_path, device, args)
+    report(policy, reference, prompts, tokenizer, grades, sft_path, args)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (Batches, Preference, encode_all, get_tokenizer, is_held_out, load_preferences,
-                  pack, write_review)
-from model import GPT, GPTConfig, UserError, save_checkpoint
+from data import (TOKENIZERS, Batches, Preference, encode_all, get_tokenizer, is_held_out,
+                  load_preferences, pack, write_review)
+from model import GPT, GPTConfig, UserError, load_checkpoint, save_checkpoint
 
 COLUMNS = {"loss": ".4f", "grad_norm": ".2f", "lr": ".1e", "held_out_loss": ".4f"}
 
@@ -57,7 +57,7 @@ def train(model, examples, held_out, args):
 def evaluate(model, held_out, args):
     """Mean loss a token over all held-out answers."""
     total = tokens = 0
-    for batch in in_batches(held_out, args, model):
+    for batch in in_batches(held_out, args.row_length, model.device):
         total, tokens = total - model.logps(batch).sum().item(), tokens + len(batch.target)
     return total / tokens
 
@@ -90,15 +90,16 @@ def cosine(step, steps):
 
 
 def update(model, optimizer, scaler, lr, clip):
-    """One optimizer step on the gradients at hand. Returns their norm before clipping, a tensor."""
+    """One optimizer step on the gradients at hand. Returns their norm before clipping, a tensor; 0
+    where a float16 gradient overflowed, and the step is left out."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)          # first to true size, then clip
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    scaler.step(optimizer)              # leaves the step out if a float16 gradient overflowed
+    scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm.where(norm.isfinite(), 0) if scaler.is_enabled() else norm
 
 
 def grad_scaler(model):
@@ -115,10 +116,10 @@ def micro_batches(items, args, model):
         yield pack(part, args.row_length).to(model.device)
 
 
-def in_batches(items, args, model, size=64):
-    """All items, packed, `size` prompts at a time, on the model's device."""
+def in_batches(items, row_length, device, size=32):
+    """All items, packed, `size` prompts at a time, on a device."""
     for start in range(0, len(items), size):
-        yield pack(items[start:start + size], args.row_length).to(model.device)
+        yield pack(items[start:start + size], row_length).to(device)
 
 
 def is_time(step, steps, every):
@@ -168,7 +169,7 @@ class Log:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that answers a wrong flag with one sentence and shows defaults in its help."""
+    """argparse that answers a wrong flag with one sentence and prints the module's text as help."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -196,14 +197,18 @@ def number(kind, least, above=False, most=math.inf):
 
 
 def command(main):
-    """main(argv) as a command: a UserError becomes one sentence on stderr and exit code 2."""
+    """main(argv) as a command: a UserError, or a file that can't be written, becomes one sentence on
+    stderr and exit code 2."""
     @functools.wraps(main)
     def run(argv=None):
         try:
             return main(argv)
         except UserError as error:
-            print(f"{Path(sys.modules[main.__module__].__file__).name}: {error}", file=sys.stderr)
-            sys.exit(2)
+            message = str(error)
+        except OSError as error:
+            message = f"{error.filename or 'a file'}: {error.strerror or error}"
+        print(f"{Path(sys.modules[main.__module__].__file__).name}: {message}", file=sys.stderr)
+        sys.exit(2)
     return run
 
 
@@ -211,35 +216,36 @@ def add_shared_flags(parser):
     """Flags of all three scripts."""
     add = parser.add_argument
     add("--task", default="reviews", choices=["reviews"], help="built-in data (default reviews)")
-    add("--data", type=Path, help="your preferences instead, .jsonl or .jsonl.gz (see README)")
+    add("--data", type=Path,
+        help="your preferences instead, .jsonl or .jsonl.gz (see README); sample.py only takes its name")
     add("--out", type=Path, help="folder of the run (default out/<task>, or out/<name of --data>)")
-    add("--seed", type=number(int, 0), default=0,
+    add("--seed", type=number(int, 0, most=2**31), default=0,
         help="same seed, same machine: same run (default 0)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"],
         help="default: cuda if there is one")
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="of matrix products; parameters stay float32 (default: on CUDA bfloat16, or float16 "
              "where the card lacks it; float32 on CPU)")
-    add("--compile", default="auto", choices=["auto", "on", "off"],
-        help="torch.compile (default: on CUDA for models of 10M parameters or more; compiling "
-             "takes longer than the whole reviews run)")
 
 
 def add_training_flags(parser, batch, batch_unit, warmup):
     """Flags of both training scripts; the batch and the length of the warm-up differ."""
     add = parser.add_argument
-    add("--tokenizer", choices=["reviews", "gpt2"],
+    add("--tokenizer", choices=TOKENIZERS,
         help="default: reviews for the task of that name, gpt2 for --data")
+    add("--compile", default="auto", choices=["auto", "on", "off"],
+        help="torch.compile (default: on CUDA for models of 10M parameters or more; compiling "
+             "takes longer than the whole reviews run)")
     add("--batch", type=number(int, 1), default=batch,
         help=f"{batch_unit} a step (default {batch})")
     add("--accumulate", type=number(int, 1), default=1,
         help="micro-batches of a step; more save memory and change nothing else (default 1)")
     add("--row-length", type=number(int, 2),
         help="tokens of a packed row, at most the model's block size, which is the default")
-    add("--epochs", type=number(float, 0, above=True), default=1.0, help="default 1")
+    add("--epochs", type=number(float, 0, above=True, most=10**6), default=1.0, help="default 1")
     add("--steps", type=number(int, 1), help="optimizer steps, instead of --epochs")
     add("--warmup", type=number(int, 0), default=warmup,
-        help=f"steps over which --lr rises linearly from 0 (default {warmup})")
+        help=f"steps over which the learning rate rises linearly to --lr (default {warmup})")
     add("--weight-decay", type=number(float, 0), default=0.0,
         help="of matrices (default 0: plain Adam)")
     add("--clip", type=number(float, 0, above=True), default=1.0, help="gradient norm (default 1)")
@@ -254,10 +260,20 @@ def settle(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that torch can use")
     if args.out is None:
-        args.out = Path("out") / (args.data.name.split(".")[0] if args.data else args.task)
+        args.out = Path("out") / args.task
+        if args.data:
+            name = args.data.name.removesuffix(".gz").removesuffix(".jsonl")
+            if name in ("", args.task):
+                raise UserError(f"--data {args.data}: name a folder for this run with --out")
+            args.out = Path("out") / name
     if args.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(args.device)
+
+
+def source(args):
+    """What a run trains on, for its checkpoints: the name of the task or of the file."""
+    return args.data.name if args.data else args.task
 
 
 def make_folder(path):
@@ -276,19 +292,36 @@ def row_length(args, block_size):
 
 
 def prepare(model, args):
-    """Give a model on its device the precision and compilation that the flags ask for."""
+    """Give a model on its device the precision that the flags ask for. Returns the model."""
     cuda = model.device.type == "cuda"
-    if cuda:
+    if cuda and args.precision != "float32":
         torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
     if args.precision == "auto":
         has_bf16 = cuda and torch.cuda.get_device_capability() >= (8, 0)    # older ones emulate it
         model.precision = (torch.bfloat16 if has_bf16 else torch.float16) if cuda else None
     elif args.precision != "float32":
         model.precision = getattr(torch, args.precision)
-    large = sum(p.numel() for p in model.parameters()) >= 10_000_000
-    if args.compile == "on" or args.compile == "auto" and cuda and large:
-        model.logps = torch.compile(model.logps, dynamic=True)
     return model
+
+
+def compile_logps(model, args):
+    """Compile what a training step spends its time in, if the flags ask for it."""
+    large = sum(p.numel() for p in model.parameters()) >= 10_000_000
+    if args.compile == "on" or args.compile == "auto" and model.device.type == "cuda" and large:
+        model.logps = torch.compile(model.logps, dynamic=True)
+
+
+def open_checkpoint(path, device, args):
+    """(model ready for use, tokenizer, facts) of a checkpoint. Raises UserError."""
+    model, facts = load_checkpoint(path, device)
+    name = facts.get("tokenizer") if isinstance(facts, dict) else None
+    if name not in TOKENIZERS:
+        raise UserError(f"{path}: a checkpoint that does not say which tokenizer it was trained with")
+    tokenizer = get_tokenizer(name)
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise UserError(f"{path}: made for {model.config.vocab_size} ids, but the {name} tokenizer "
+                        f"has {tokenizer.n_vocab}")
+    return prepare(model, args), tokenizer, facts
 
 
 def load(what, read, *arguments):
@@ -348,10 +381,11 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     config = GPTConfig(args.block_size, tokenizer.n_vocab, args.n_layer, args.n_head, args.n_embd)
     model = prepare(GPT(config, args.init_std).to(device), args)
+    compile_logps(model, args)
     print(f"SFT of {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
     train(model, examples, held_out, args)
     save_checkpoint(args.out / "sft.pt", model, tokenizer=args.tokenizer, stage="sft",
-                    seed=args.seed)
+                    source=source(args), seed=args.seed)
     print(f"wrote {args.out / 'sft.pt'}")
 
 

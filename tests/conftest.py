@@ -1,5 +1,5 @@
-"""Settings of the whole suite: the repository root on the path, one thread-friendly torch, and the
-marker for tests that need a GPU."""
+"""Settings of the whole suite: the repository root on the path, and the marker for tests that need
+a GPU."""
 
 import sys
 from pathlib import Path

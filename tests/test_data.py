@@ -76,14 +76,14 @@ def test_thousands_of_reviews_are_thousands_of_different_texts():
     assert len(set(REVIEWS)) > 0.95 * len(REVIEWS)
 
 
-def test_a_review_has_15_to_48_tokens_and_about_25():
+def test_a_review_has_14_to_48_tokens_and_about_25():
     """Small enough for a CPU, and always longer than the longest prefix."""
-    # Shortest: twice "I liked the plot." (5), and "I would recommend it." (5): 15.
+    # Shortest: twice "I liked the plot." (5), and "An awful film." (4): 14.
     # Longest: "My friends and I watched this film on a plane." (11); twice "I did not like the
     # plot, and I did not like the songs." (6 + 2 + 6 + 1 = 15); "I would not watch it again." (7),
     # so no more than 11 + 30 + 7 = 48.
     lengths = [len(ids(review)) for review in REVIEWS]
-    assert 15 <= min(lengths) and max(lengths) <= 48
+    assert 14 <= min(lengths) and max(lengths) <= 48
     assert 20 < sum(lengths) / len(lengths) < 40
 
 

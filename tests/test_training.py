@@ -8,11 +8,13 @@ that is what `python train_dpo.py` shows.
 
 import argparse
 import ast
+import copy
 import csv
 import gzip
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,8 @@ import torch
 import sample
 import train_dpo
 import train_sft
-from data import Batches, Encoded, pack
-from model import GPT, GPTConfig, UserError, load_checkpoint
+from data import Batches, Encoded, get_tokenizer, pack, prefixes
+from model import GPT, GPTConfig, UserError, load_checkpoint, save_checkpoint
 from train_sft import Log, grad_scaler, micro_batches, update, warmup
 
 ROOT = Path(__file__).parent.parent
@@ -34,8 +36,7 @@ QUICK = ("--prefixes 40 --samples 3 --eval-prompts 20 --max-new-tokens 8 --steps
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a finished run: SFT of three steps, then DPO of four. Eight tokens are no review,
-    so the answers come from a file."""
+    """The folder of a finished run: SFT of three steps, then DPO of four, on a preference file."""
     out = tmp_path_factory.mktemp("run")
     pairs = write_pairs(out / "pairs.jsonl", 60)
     data = ["--data", str(pairs), "--tokenizer", "reviews", "--out", str(out)]
@@ -233,13 +234,13 @@ def test_the_reference_does_not_move_with_the_policy(tmp_path):
 
 
 def test_evaluation_counts_every_held_out_pair_once(tmp_path):
-    """Means over all pairs, not means of batch means: 70 prompts make batches of 64 and 6."""
+    """Means over all pairs, not means of batch means: 70 prompts make batches of 32, 32 and 6."""
     policy, other = small_gpt(0), small_gpt(1)
     items, args = ranked_items(70, other), settings(tmp_path)
     log = Log(tmp_path / "log.csv", {})
     train_dpo.evaluate_preferences(policy, items, args, log)
     losses = [train_dpo.dpo_loss(policy.logps(pack([item], 32)), torch.tensor(item.ref_logps),
-                                 torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2]), 0.1)[0]
+                                 torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2]), args.beta)[0]
               for item in items]
     assert log.counts["held_out_loss"] == log.counts["held_out_accuracy"] == 210
     expected = torch.cat(losses).mean().item()
@@ -310,7 +311,6 @@ def test_nothing_is_saved_over_a_good_checkpoint_when_training_breaks(run, monke
 def test_kl_and_win_rate_are_what_their_names_say():
     """For answers of one token KL can be summed over the vocabulary. Against itself a policy has KL 0
     and wins half; another wins by its share of better answers, ties half."""
-    from data import get_tokenizer
     tokenizer = get_tokenizer("reviews")
     torch.manual_seed(0)
     config = GPTConfig(16, tokenizer.n_vocab, 1, 2, 16)
@@ -453,6 +453,48 @@ def test_missing_files_are_refused_by_name(run, capsys, tmp_path):
         assert re.search(r"no\.(jsonl|pt): .*No such file", message)
 
 
+def test_checkpoints_that_do_not_fit_are_refused(run, capsys, tmp_path):
+    """No tokenizer named, ids of another tokenizer, no room for reviews, SFT of another data file."""
+    there = ["--out", tmp_path, "--device", "cpu"]
+    save_checkpoint(tmp_path / "a.pt", GPT(GPTConfig(16, 20, 1, 1, 8)))
+    save_checkpoint(tmp_path / "b.pt", GPT(GPTConfig(16, 20, 1, 1, 8)), tokenizer="reviews")
+    vocabulary = get_tokenizer("reviews").n_vocab
+    save_checkpoint(tmp_path / "c.pt", GPT(GPTConfig(16, vocabulary, 1, 1, 8)), tokenizer="reviews")
+    for main, flags, words in [
+            (sample.main, ["--checkpoint", tmp_path / "a.pt"], "does not say which tokenizer"),
+            (train_dpo.main, ["--sft", tmp_path / "a.pt"], "does not say which tokenizer"),
+            (sample.main, ["--checkpoint", tmp_path / "b.pt"], "made for 20 ids"),
+            (train_dpo.main, ["--sft", tmp_path / "c.pt"], "a block size of 16 has no room")]:
+        assert words in refused(main, [*flags, *there], capsys)
+    assert "was trained on pairs.jsonl, not reviews" in refused(
+        train_dpo.main, ["--out", run, "--device", "cpu"], capsys)
+
+
+def test_an_overflow_of_float16_leaves_the_step_out_and_goes_on():
+    """The scaler finds an infinite gradient: no weight moves, and the norm to log is 0."""
+    model = small_gpt().float()
+    before = copy.deepcopy(model)
+    optimizer, scaler = model.optimizer(1.0), torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.tensor([[1]])).sum() * math.inf).backward()
+    assert update(model, optimizer, scaler, 1.0, 1.0) == 0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
+
+
+def test_more_prompts_than_there_are_are_refused():
+    with pytest.raises(UserError, match="hardly 3,000 different beginnings; lower --eval-prompts"):
+        prefixes(3000, True, OneReview(), 0)
+
+
+class OneReview:
+    """A tokenizer to which all reviews are one."""
+
+    def encode_ordinary(self, text):
+        return list(range(8))
+
+    def decode(self, ids):
+        return f"review {len(ids)}"
+
+
 def test_a_truncated_gzip_file_is_refused(run, capsys, tmp_path):
     path = tmp_path / "cut.jsonl.gz"
     whole = gzip.compress("".join(json.dumps(ROW) + "\n" for _ in range(1000)).encode())
@@ -469,7 +511,7 @@ def test_contradictions_are_refused(run, capsys, tmp_path):
     assert "--compare takes two" in refused(sample.main, ["--compare", sft, *there], capsys)
     assert "--row-length 129 is above the block size, 128" in refused(
         train_dpo.main, ["--sft", sft, "--row-length", "129", *there], capsys)
-    assert "--prompt: 151 tokens" in refused(
+    assert "a prompt of 151 tokens" in refused(
         sample.main, ["--out", run, "--prompt", " plot" * 150], capsys)
     if not torch.cuda.is_available():
         assert "no CUDA device" in refused(train_dpo.main, ["--device", "cuda", *there], capsys)
@@ -505,23 +547,26 @@ def test_every_flag_is_read():
 
 
 def test_defaults_are_those_of_appendix_b():
-    """Beta 0.1, batch 64, learning rate 1e-6 on real data, linear warm-up over 150 steps."""
+    """Beta 0.1, batch 64, learning rate 1e-6 on real data, linear warm-up over 150 steps. The small
+    model of the reviews task has a beta and a learning rate of its own."""
     args = train_dpo.parse_args(["--data", "pairs.jsonl"])
-    assert (args.beta, args.batch, args.lr, args.warmup, args.weight_decay) == (0.1, 64, 1e-6, 150, 0)
+    assert (args.beta, args.batch, args.lr, args.warmup, args.weight_decay) == (
+        0.1, 64, 1e-6, 150, 0)
+    args = train_dpo.parse_args([])
+    assert (args.beta, args.batch, args.lr, args.warmup, args.weight_decay) == (0.3, 64, 5e-5, 150, 0)
 
 
 def commands_of_readme():
     """Every `python script.py ...` line of the README's code blocks, as (script, words)."""
     text = (ROOT / "README.md").read_text()
-    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S):
-        for line in block.splitlines():
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M):
+        for line in block.splitlines() if language == "bash" else []:
             found = re.match(r"(?:.*&& )?python (\w+)\.py\b([^#]*)", line)
             if found:
                 yield found[1], found[2]
 
 
 def test_readme_commands_parse():
-    import shlex
     commands = list(commands_of_readme())
     assert {name for name, _ in commands} == set(SCRIPTS)
     for name, words in commands:
