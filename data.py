@@ -161,9 +161,9 @@ def prefixes(count, held_out, tokenizer, seed):
 
 
 def is_held_out(prompt):
-    """One prompt in ten is kept for evaluation. Decided by the prompt alone, so that DPO, and SFT on
-    a preference file, never train on it, whatever their seeds and the order of the file. (SFT on
-    reviews learns to write whole ones from nothing, and some begin like any prompt there is.)"""
+    """One prompt in ten is kept for evaluation. Decided by the prompt alone, so that DPO, and SFT
+    on a preference file, never train on it, whatever their seeds and the order of the file. (SFT
+    on reviews learns to write whole ones from nothing; some begin like any prompt there is.)"""
     return zlib.crc32(prompt.encode("utf-8", "replace")) % 10 == 0
 
 

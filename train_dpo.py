@@ -233,8 +233,8 @@ def sample_preferences(sft, tokenizer, args):
             if row:
                 file.write(json.dumps(row) + "\n")
     if alike == len(prompts):
-        raise UserError("no prompt got two finished answers of different reward: train SFT for longer, "
-                        "or raise --max-new-tokens")
+        raise UserError("no prompt got two finished answers of different reward: train SFT for "
+                        "longer, or raise --max-new-tokens")
     print(f"{path}: answers of {len(prompts) - alike:,} prompts ranked; left out {alike} prompts "
           f"(no two rewards differ) and {unfinished} answers (empty or without an end)")
     return path
@@ -319,8 +319,8 @@ def main(argv=None):
         raise UserError(f"{sft_path} was trained with --tokenizer {facts['tokenizer']}, "
                         f"not {args.tokenizer}")
     if not args.sft and facts.get("source") != source(args):
-        raise UserError(f"{sft_path} was trained on {facts.get('source')}, not {source(args)}: name "
-                        "it with --sft to start from it, or train another with --fresh")
+        raise UserError(f"{sft_path} was trained on {facts.get('source')}, not {source(args)}: "
+                        "name it with --sft to start from it, or train another with --fresh")
     if not args.data and policy.config.block_size < 64:
         raise UserError(f"{sft_path}: a block size of {policy.config.block_size} has no room for "
                         "reviews; train SFT with --block-size 64 or more")

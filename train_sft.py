@@ -197,8 +197,8 @@ def number(kind, least, above=False, most=math.inf):
 
 
 def command(main):
-    """main(argv) as a command: a UserError, or a file that can't be written, becomes one sentence on
-    stderr and exit code 2."""
+    """main(argv) as a command: a UserError, or a file that can't be written, becomes one sentence
+    on stderr and exit code 2."""
     @functools.wraps(main)
     def run(argv=None):
         try:
@@ -217,7 +217,8 @@ def add_shared_flags(parser):
     add = parser.add_argument
     add("--task", default="reviews", choices=["reviews"], help="built-in data (default reviews)")
     add("--data", type=Path,
-        help="your preferences instead, .jsonl or .jsonl.gz (see README); sample.py only takes its name")
+        help="your preferences instead, .jsonl or .jsonl.gz (see README); sample.py only needs its "
+             "name, to find the run")
     add("--out", type=Path, help="folder of the run (default out/<task>, or out/<name of --data>)")
     add("--seed", type=number(int, 0, most=2**31), default=0,
         help="same seed, same machine: same run (default 0)")
@@ -316,7 +317,7 @@ def open_checkpoint(path, device, args):
     model, facts = load_checkpoint(path, device)
     name = facts.get("tokenizer") if isinstance(facts, dict) else None
     if name not in TOKENIZERS:
-        raise UserError(f"{path}: a checkpoint that does not say which tokenizer it was trained with")
+        raise UserError(f"{path}: a checkpoint that does not say which tokenizer it is for")
     tokenizer = get_tokenizer(name)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise UserError(f"{path}: made for {model.config.vocab_size} ids, but the {name} tokenizer "

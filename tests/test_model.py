@@ -78,7 +78,8 @@ def gpt2_by_hand(model, tokens):
     x = w["wte.weight"][tokens] + w["wpe.weight"][:T]
     for i in range(model.config.n_layer):
         x = x + attention(layer_norm(x, f"h.{i}.ln_1"), f"h.{i}.attn")
-        x = x + linear(gelu(linear(layer_norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
+        wide = gelu(linear(layer_norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"))
+        x = x + linear(wide, f"h.{i}.mlp.c_proj")
     return layer_norm(x, "ln_f") @ w["wte.weight"].T
 
 
@@ -92,8 +93,8 @@ def test_forward_is_gpt2_written_out_by_hand(tokens, seed):
 
 
 def test_default_sizes_are_those_of_the_released_124m_model():
-    """wte 50257 x 768, wpe 1024 x 768, 12 blocks of 12 C^2 + 13 C, ln_f 2 C: 124,439,808; the output
-    head is wte again and adds nothing."""
+    """wte 50257 x 768, wpe 1024 x 768, 12 blocks of 12 C^2 + 13 C, ln_f 2 C: 124,439,808; the
+    output head is wte again and adds nothing."""
     with torch.device("meta"):
         model = GPT(GPTConfig())
     C = 768
@@ -144,13 +145,14 @@ def logp_by_hand(model, prompt, answer):
 
 
 def logps_by_hand(model, items):
-    return torch.stack([logp_by_hand(model, item.prompt, answer) for item in items for answer in item.answers])
+    return torch.stack([logp_by_hand(model, item.prompt, answer)
+                        for item in items for answer in item.answers])
 
 
 @for_all
 @given(groups(), st.integers(12, 40))
 def test_packed_logps_are_those_of_one_row_a_sequence(items, row_length):
-    """Any lengths, any number of answers, any row: packing saves arithmetic and changes no number."""
+    """Any lengths, any number of answers: packing saves arithmetic and changes no number."""
     model = small_gpt()
     got = model.logps(pack(items, row_length))
     torch.testing.assert_close(got, logps_by_hand(model, items), rtol=0, atol=1e-12)
@@ -192,7 +194,7 @@ def test_probabilities_of_all_next_tokens_sum_to_one(prompt, answer):
 @for_all
 @given(sequences, sequences, sequences)
 def test_logps_follow_the_chain_rule(prompt, begin, end):
-    """log pi(ab|x) = log pi(a|x) + log pi(b|xa): sums of tokens, not means; prompts never scored."""
+    """log pi(ab|x) = log pi(a|x) + log pi(b|xa): sums, not means, and prompts are never scored."""
     model = small_gpt()
     whole, first, second = model.logps(pack([
         Encoded(prompt, [begin + end], []), Encoded(prompt, [begin], []),
@@ -209,15 +211,15 @@ def test_common_mistakes_give_other_numbers():
              "first dropped": sum(log_probs[2 + i, t] for i, t in enumerate(answer) if i > 0),
              "no end-of-text": sum(log_probs[2 + i, t] for i, t in enumerate(answer[:-1])),
              "mean": sum(log_probs[2 + i, t] for i, t in enumerate(answer)) / 3,
-             "prompt scored": sum(log_probs[i - 1, t] for i, t in enumerate(prompt + answer) if i > 0)}
+             "prompt scored": sum(log_probs[i, t] for i, t in enumerate((prompt + answer)[1:]))}
     for mistake, value in wrong.items():
         assert abs(value.item() - right) > 1e-3, mistake
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_half_precision_logps_are_float32_and_close(precision):
-    """Products in half precision, softmax and sums in float32. A half has 8 (bfloat16) or 11 bits, so
-    a logit of about 1 is off by less than 2^-7, and a sum of 5 tokens by 5 times that."""
+    """Products in half precision, softmax and sums in float32. A half has 8 or 11 bits, so a
+    logit of about 1 is off by less than 2^-7, and a sum of 5 tokens by 5 times that."""
     model, items = small_gpt().float(), [Encoded([1, 2, 3], [[4, 5, 6, 7, EOT], [8, 9, EOT]], [])]
     exact = model.logps(pack(items, 16))
     model.precision = precision
@@ -229,7 +231,7 @@ def test_half_precision_logps_are_float32_and_close(precision):
 
 
 def test_compiled_logps_are_the_eager_ones():
-    """Compilation may reorder float32 sums, by rounding and no more; and no key of the weights changes."""
+    """Compilation may reorder float32 sums, no more; and no key of the weights changes."""
     model, items = small_gpt().float(), [Encoded([1, 2, 3], [[4, 5, 6, EOT], [8, EOT]], [])]
     keys, eager = list(model.state_dict()), model.logps(pack(items, 16))
     model.logps = torch.compile(model.logps, dynamic=True)
@@ -287,8 +289,8 @@ def test_generation_has_its_own_generator():
 
 
 def test_an_answer_ends_with_its_first_end_of_text_or_at_the_limit():
-    model = small_gpt()
-    for answer in model.generate([[1], [2, 3]] * 50, 9, eot=EOT, generator=torch.Generator().manual_seed(0)):
+    model, generator = small_gpt(), torch.Generator().manual_seed(0)
+    for answer in model.generate([[1], [2, 3]] * 50, 9, eot=EOT, generator=generator):
         assert EOT not in answer[:-1]
         assert len(answer) == 9 or answer[-1] == EOT
 
@@ -341,7 +343,7 @@ def test_top_p_draws_only_the_fewest_likeliest_that_reach_p(row, p):
 
 
 def test_temperature_divides_the_logits_once():
-    """Logits 0 and 1 at temperature 0.5 are 0 and 2: the second comes with probability sigma(2), 0.88;
+    """Logits 0 and 1 at temperature 0.5 are 0 and 2: the second has probability sigma(2), 0.88;
     applied twice it would be sigma(4), 0.98. 20,000 draws: standard deviation 0.0023."""
     rows = torch.tensor([[0.0, 1.0]]).expand(20_000, -1)
     share = choose(rows, 0.5, None, None, torch.Generator().manual_seed(0)).double().mean().item()
@@ -354,7 +356,7 @@ def test_temperature_divides_the_logits_once():
 
 
 def test_weight_decay_shrinks_matrices_and_nothing_else():
-    """With zero gradients AdamW only decays: matrices by lr x decay, biases and gains not at all."""
+    """With zero gradients AdamW only decays: matrices by lr x decay, biases and gains not."""
     model = small_gpt()
     before, optimizer = copy.deepcopy(model), model.optimizer(lr=0.1, weight_decay=0.5)
     for parameter in model.parameters():
@@ -400,7 +402,7 @@ class Hostile:
 
 
 def test_files_that_are_no_checkpoints_are_refused_in_one_sentence(tmp_path, monkeypatch):
-    """Missing, a folder, cut in half, other content, other sizes, and a pickle that would run code."""
+    """Missing, a folder, cut in half, other content, other sizes, a pickle that would run code."""
     monkeypatch.chdir(tmp_path)
     save_checkpoint("good.pt", small_gpt())
     good = (tmp_path / "good.pt").read_bytes()
@@ -420,7 +422,8 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_sentence(tmp_path, mon
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision, tolerance", [(None, 1e-3), (torch.bfloat16, 0.3), (torch.float16, 0.05)])
+@pytest.mark.parametrize("precision, tolerance", [
+    (None, 1e-3), (torch.bfloat16, 0.3), (torch.float16, 0.05)])
 def test_cuda_logps_are_those_of_the_cpu(precision, tolerance):
     model, items = small_gpt().float(), [Encoded([1, 2, 3], [[4, 5, 6, EOT], [8, EOT]], [])] * 8
     expected = model.logps(pack(items, 32))
