@@ -23,13 +23,12 @@ for_all = settings(deadline=None, max_examples=30, derandomize=True)
 EOT = 12                                                    # the last id of the small vocabulary
 
 
-def small_gpt(seed=0, **sizes):
+def small_gpt(seed=0, std=0.3):
     """A GPT of 13 ids whose weights are large enough that every token matters."""
     torch.manual_seed(seed)
-    config = dict(block_size=24, vocab_size=13, n_layer=2, n_head=2, n_embd=8) | sizes
-    model = GPT(GPTConfig(**config)).double()
+    model = GPT(GPTConfig(block_size=24, vocab_size=13, n_layer=2, n_head=2, n_embd=8)).double()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=std)
     return model
 
 
@@ -251,8 +250,9 @@ def test_compiled_logps_are_the_eager_ones():
 @for_all
 @given(st.lists(sequences, min_size=1, max_size=4), st.integers(1, 12))
 def test_cached_generation_of_ragged_prompts_is_the_plain_one(prompts, new):
-    """The likeliest token after the whole text so far, each prompt alone, nothing remembered."""
-    model = small_gpt()
+    """The likeliest token after the whole text so far, each prompt alone, nothing remembered. The
+    weights are large, so that a token too many or too few in sight changes which is likeliest."""
+    model = small_gpt(std=1.0)
     expected = []
     for prompt in prompts:
         text = list(prompt)
