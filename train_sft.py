@@ -357,8 +357,8 @@ def parse_args(argv):
     add("--n-embd", type=number(int, 1), default=128,
         help="channels, a multiple of the heads (default 128; 768)")
     add("--init-std", type=number(float, 0, above=True), default=0.06,
-        help="standard deviation of initial weights (default 0.06, for 128 channels; GPT-2's 0.02 is "
-             "for 768, and ends the default run with a few per cent fewer well-formed texts)")
+        help="standard deviation of initial weights (default 0.06, for 128 channels; GPT-2's 0.02 "
+             "is for 768, and ends the default run with a few per cent fewer well-formed texts)")
     args = parser.parse_args(argv)
     if args.n_embd % args.n_head:
         raise UserError(f"--n-embd {args.n_embd} is not a multiple of --n-head {args.n_head}")
