@@ -2,7 +2,7 @@
 
     logits = GPT(GPTConfig())(tokens)            # (B, T) ids -> (B, T, V)
     logps = model.logps(batch)                   # (N,) log pi(y|x), one per answer of a batch
-    answers = model.generate(prompts, 64)          # new ids for each of a list of prompts
+    answers = model.generate(prompts, 64)        # new ids for each of a list of prompts
 
 The network is GPT-2 to the letter: token plus learned position embeddings, then n_layer blocks of
 
