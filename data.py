@@ -1,4 +1,4 @@
-"""Data: the reviews task, preference files, and the packed row that every objective trains on.
+"""Data: the tasks, preference files, and the packed row that every objective trains on.
 
 The one idea: a preference is one row. A prompt and all its answers share it,
 
@@ -10,7 +10,8 @@ each answer's positions restart right after the prompt, and an answer sees its p
 never its siblings. So the prompt is computed once, nothing is padded but the end of a row, and
 pairs, rankings of K answers and plain supervised text are all the same batch.
 
-Reading order: the reviews task, tokenizers, files, the packed row, batches.
+Reading order: the reviews task, tokenizers, files, the published tasks hh and tldr, the packed
+row, batches.
 Left out on purpose: worker processes and streaming. Preference data fits in memory, and packing
 the batch of a step takes a few milliseconds.
 """
@@ -26,8 +27,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 import tiktoken
 import torch
+from tqdm import tqdm
 
-from model import UserError
+from model import HUB, UserError, cache, download
 
 # ------------------------------------------------------------------------------------------------
 # The reviews task: C.1 in miniature. A grammar writes film reviews, half of them favourable.
@@ -210,25 +212,37 @@ def load_preferences(path, skipped=None):
         {"prompt": "...", "answers": ["...", ...], "ranking": [2, 0, 1]}      indices, best first
         {"chosen": "...", "rejected": "..."}      dialogues of "\\n\\nHuman:" and "\\n\\nAssistant:"
                                                   turns, alike up to the last (Anthropic's HH)
+        {"info": {"subreddit": "...", "title": "...", "post": "..."},             (OpenAI's TL;DR)
+         "summaries": [{"text": "..."}, {"text": "..."}], "choice": 1}
 
     Returns a list of Preference. A row that cannot teach anything is left out and counted by its
-    reason in `skipped`, a Counter. Raises UserError with the line of anything else that is wrong.
+    reason in `skipped`, a Counter. Raises UserError with the line of anything else that is wrong,
+    or where no row is left.
     """
     skipped = Counter() if skipped is None else skipped
-    preferences = []
+    preferences = _read(path, _preference, skipped)
+    if not preferences:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in skipped.items())
+        raise UserError(f"{path}: no usable row ({reasons or 'the file is empty'})")
+    return preferences
+
+
+def _read(path, parse, skipped):
+    """All that parse(row) makes of the rows of a file, but for those that it gives a reason (a str)
+    to leave out: these are counted. It raises ValueError for a broken one."""
+    kept = []
     for number, row in _read_objects(path):
         try:
-            found = _preference(row)
+            if not isinstance(row, dict):
+                raise ValueError(f"expected a JSON object, not {json.dumps(row)[:40]}")
+            found = parse(row)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
         if isinstance(found, str):
             skipped[found] += 1
         else:
-            preferences.append(found)
-    if not preferences:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in skipped.items())
-        raise UserError(f"{path}: no usable row ({reasons or 'the file is empty'})")
-    return preferences
+            kept.append(found)
+    return kept
 
 
 def _read_objects(path):
@@ -249,18 +263,17 @@ def _read_objects(path):
         raise UserError(f"{path}: cannot be read: {reason}") from error
 
 
+def _text(row, key):
+    """The string under a key of a JSON object; ValueError where there is none."""
+    if not isinstance(row.get(key), str):
+        raise ValueError(f'expected a string under "{key}"')
+    return row[key]
+
+
 def _preference(row):
     """A Preference, or why this row cannot teach (a str); ValueError for a broken row."""
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, not {json.dumps(row)[:40]}")
-
-    def text(key):
-        if not isinstance(row.get(key), str):
-            raise ValueError(f'expected a string under "{key}"')
-        return row[key]
-
     if "answers" in row:
-        prompt, answers, ranking = text("prompt"), row["answers"], row.get("ranking")
+        prompt, answers, ranking = _text(row, "prompt"), row["answers"], row.get("ranking")
         if not (isinstance(answers, list) and len(answers) > 1
                 and all(isinstance(answer, str) for answer in answers)):
             raise ValueError('expected a list of at least two strings under "answers"')
@@ -269,16 +282,25 @@ def _preference(row):
             raise ValueError(f'expected each of 0 to {len(answers) - 1} once, best first, '
                              'under "ranking"')
     elif "prompt" in row:
-        prompt, answers, ranking = text("prompt"), [text("chosen"), text("rejected")], [0, 1]
+        prompt, ranking = _text(row, "prompt"), [0, 1]
+        answers = [_text(row, "chosen"), _text(row, "rejected")]
+    elif "summaries" in row:
+        info, summaries, choice = row.get("info"), row["summaries"], row.get("choice")
+        if not (isinstance(summaries, list) and len(summaries) == 2
+                and all(isinstance(summary, dict) for summary in summaries)):
+            raise ValueError('expected a list of two objects under "summaries"')
+        if not (type(choice) is int and choice in (0, 1) and isinstance(info, dict)):
+            raise ValueError('expected 0 or 1 under "choice", and an object under "info"')
+        prompt, ranking = tldr_prompt(info), [choice, 1 - choice]
+        answers = [tldr_answer(_text(summary, "text")) for summary in summaries]
     else:
-        turn = "\n\nAssistant:"
-        if turn not in text("chosen") or turn not in text("rejected"):
+        if ASSISTANT not in _text(row, "chosen") or ASSISTANT not in _text(row, "rejected"):
             raise ValueError('expected a "prompt", or dialogues with "\\n\\nAssistant:" turns')
-        start = text("chosen").rindex(turn) + len(turn)
-        prompt = text("chosen")[:start]
-        if not text("rejected").startswith(prompt):
+        start = row["chosen"].rindex(ASSISTANT) + len(ASSISTANT)
+        prompt = row["chosen"][:start]
+        if not row["rejected"].startswith(prompt):
             return "dialogues that differ before the last answer"
-        answers, ranking = [text("chosen")[start:], text("rejected")[start:]], [0, 1]
+        answers, ranking = [row["chosen"][start:], row["rejected"][start:]], [0, 1]
     if not all(answer.strip() for answer in answers):
         return "empty answer"
     if len(set(answers)) < len(answers):
@@ -306,6 +328,99 @@ def rank(prompt, answers, rewards):
     kept = list(first)
     return {"prompt": prompt, "answers": [first[r] for r in kept],
             "ranking": sorted(range(len(kept)), key=lambda i: -kept[i]), "rewards": kept}
+
+
+# ------------------------------------------------------------------------------------------------
+# Published preferences: the tasks hh and tldr
+#
+# hh    Anthropic's helpful-base. Prompt: the dialogue up to the last "\n\nAssistant:". SFT on the
+#       chosen answers. 43,835 pairs, and 2,354 of a test file, held out.
+# tldr  OpenAI's comparisons of summaries of Reddit posts, batches 3 to 10, of which the rows of the
+#       split "train" are trained on. SFT on 116,722 summaries that people wrote of their own
+#       posts. Prompt:
+#
+#           SUBREDDIT: r/...
+#
+#           TITLE: ...
+#
+#           POST: ...
+#
+#           TL;DR:
+#
+#       Held out: the rows of the validation splits, of batch 11 too, which has no others.
+# ------------------------------------------------------------------------------------------------
+
+TASKS = ["reviews", "hh", "tldr"]
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+HH = f"{HUB}/datasets/Anthropic/hh-rlhf/resolve/main"
+HH_SHA256 = {"train": "518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4",
+             "test": "8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b"}
+TLDR = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
+MOST_HELD_OUT = 2500    # as many as hh has; tldr has tens of thousands, too many for every look
+
+
+def fetch(folder, name, url, sha256=None):
+    """The path of a published file under `folder`; downloaded to that place if it is not there."""
+    return download(url, (folder or cache()) / name, sha256)
+
+
+def load_comparisons(task, folder, held_out, skipped):
+    """The preferences of hh or tldr, a list of Preference: those held out, or the others.
+
+    folder: where the files are, or are downloaded to; None is the cache of torch. Raises UserError.
+    """
+    if task == "hh":
+        part = "test" if held_out else "train"
+        name = f"helpful-base/{part}.jsonl.gz"
+        return load_preferences(fetch(folder, name, f"{HH}/{name}", HH_SHA256[part]), skipped)
+
+    def parse(row):
+        wanted = (_text(row, "split") != "train") == held_out
+        return _preference(row) if wanted else "row of another split"
+    found = []
+    for batch in [*range(3, 11)] + [11] * held_out:
+        name = f"comparisons/batch{batch}.json"
+        found += _read(fetch(folder, name, f"{TLDR}/dataset/{name}"), parse, skipped)
+    return _at_most(found, held_out, skipped)
+
+
+def load_summaries(folder, held_out, skipped):
+    """The summaries that tldr's SFT learns from: a list of Preference with one answer, no pair."""
+    name = f"tldr_3_filtered/{'valid' if held_out else 'train'}.jsonl"
+
+    def parse(row):
+        answer = tldr_answer(_text(row, "summary"))
+        return Preference(tldr_prompt(row), [answer], []) if answer.strip() else "empty answer"
+    found = _read(fetch(folder, name, f"{TLDR}/datasets/{name}"), parse, skipped)
+    return _at_most(found, held_out, skipped)
+
+
+def _at_most(found, held_out, skipped):
+    """The first MOST_HELD_OUT of what is held out, the rest being counted; all of what is not."""
+    most = MOST_HELD_OUT if held_out else len(found)
+    skipped[f"held-out row beyond the first {most:,}"] += max(0, len(found) - most)
+    return found[:most]
+
+
+def tldr_prompt(post):
+    """The prompt for a Reddit post: a JSON object with "subreddit", "title" and "post"."""
+    return (f"SUBREDDIT: r/{_text(post, 'subreddit')}\n\nTITLE: {_text(post, 'title')}\n\n"
+            f"POST: {_text(post, 'post')}\n\nTL;DR:")
+
+
+def tldr_answer(summary):
+    """A summary as it follows "TL;DR:", after one space: some files have it and others do not, and
+    SFT and DPO must not disagree about it."""
+    return f" {summary.strip()}"
+
+
+def as_prompt(text, task):
+    """What a person typed, in the form of the prompts that the task's model has read."""
+    if task == "hh" and not text.startswith(HUMAN):
+        return f"{HUMAN} {text}{ASSISTANT}"
+    if task == "tldr" and not text.endswith("TL;DR:"):
+        return tldr_prompt({"subreddit": "AskReddit", "title": "", "post": text})
+    return text
 
 
 # ------------------------------------------------------------------------------------------------
@@ -355,7 +470,8 @@ def encode(preference, tokenizer, row_length, skipped=None):
 
 def encode_all(preferences, tokenizer, row_length, skipped):
     """All that encode makes of a list of Preference."""
-    encoded = [encode(preference, tokenizer, row_length, skipped) for preference in preferences]
+    encoded = [encode(preference, tokenizer, row_length, skipped)
+               for preference in tqdm(preferences, "encoding", delay=1)]
     return [item for item in encoded if item is not None]
 
 

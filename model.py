@@ -1,6 +1,8 @@
-"""GPT-2 in one file: the model, the log-probability of an answer, sampling, checkpoints.
+"""GPT-2 in one file: the model, the log-probability of an answer, sampling, weights in and out.
 
-    logits = GPT(GPTConfig())(tokens)            # (B, T) ids -> (B, T, V)
+    model = GPT(GPTConfig())                     # random weights, or
+    model = GPT.from_pretrained("gpt2")          # the released ones; save_pretrained writes such
+    logits = model(tokens)                       # (B, T) ids -> (B, T, V)
     logps = model.logps(batch)                   # (N,) log pi(y|x), one per answer of a batch
     answers = model.generate(prompts, 64)        # new ids for each of a list of prompts
 
@@ -17,9 +19,14 @@ Left out on purpose: dropout. DPO compares the same answer under two models; wit
 deterministic the comparison starts at zero, and nothing is lost on one pass over the data.
 """
 
+import json
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
+from pathlib import Path
+from urllib.request import Request, urlopen
 
 import torch
 import torch.nn as nn
@@ -239,6 +246,51 @@ class GPT(nn.Module):
                                   {"params": vectors, "weight_decay": 0.0}],
                                  lr=lr, betas=betas, fused=True)
 
+    # -- released weights ------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir):
+        """GPT-2 as it was released, or a model in the same files.
+
+        name_or_dir: "gpt2" (124M parameters), "gpt2-medium" (355M), "gpt2-large" (774M) or
+        "gpt2-xl" (1.6B), downloaded once into torch's cache; or a folder in the layout of the
+        Hugging Face hub: config.json, and model.safetensors or pytorch_model.bin. Returns the model
+        in float32 on the CPU. Raises UserError where a file is missing, damaged, or not of a GPT-2.
+        """
+        if name_or_dir in RELEASED:
+            config = GPTConfig(**RELEASED[name_or_dir])
+            path = download(f"{HUB}/openai-community/{name_or_dir}/resolve/main/model.safetensors",
+                            cache() / name_or_dir / "model.safetensors", SHA256.get(name_or_dir))
+        else:
+            folder = Path(name_or_dir)
+            config = read_config(folder / "config.json")
+            path = folder / "model.safetensors"
+            path = path if path.exists() else folder / "pytorch_model.bin"
+        with torch.device("meta"):      # no memory and no random numbers for weights not kept
+            model = cls(config)
+        state = from_hub_layout(read_weights(path), model.state_dict(), path)
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors; transformers' GPT2LMHeadModel.from_pretrained
+        and our own open the folder. The end-of-text id is the last of the vocabulary, as in GPT-2.
+        """
+        config, last = self.config, self.config.vocab_size - 1
+        facts = GPT2 | {
+            "architectures": ["GPT2LMHeadModel"], "n_layer": config.n_layer,
+            "n_head": config.n_head, "n_embd": config.n_embd, "n_positions": config.block_size,
+            "n_ctx": config.block_size, "vocab_size": config.vocab_size,
+            "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+            "bos_token_id": last, "eos_token_id": last, "torch_dtype": "float32"}
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "model.safetensors") as file:
+            write_safetensors(file, {f"transformer.{name}": transposed(name, weight.cpu())
+                                     for name, weight in self.state_dict().items()})
+        with replacing(folder / "config.json") as file:
+            file.write((json.dumps(facts, indent=2) + "\n").encode())
+
 
 def choose(logits, temperature, top_k, top_p, generator):
     """Draw one token for each row of (B, V) logits; arguments as in GPT.generate. Returns (B,)."""
@@ -256,21 +308,161 @@ def choose(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-# -- checkpoints ---------------------------------------------------------------------------------
+# -- the layout of the Hugging Face hub ------------------------------------------------------------
+
+HUB = "https://huggingface.co"
+RELEASED = {"gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+            "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+            "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+            "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
+SHA256 = {"gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"}
+
+# What config.json says of the network beside its sizes: with any other value it is not this one.
+GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False, "add_cross_attention": False,
+        "tie_word_embeddings": True}
+
+
+def read_config(path):
+    """config.json of a GPT-2 to a GPTConfig. Raises UserError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {ours: found[theirs] for ours, theirs in [
+            ("block_size", "n_positions"), ("vocab_size", "vocab_size"), ("n_layer", "n_layer"),
+            ("n_head", "n_head"), ("n_embd", "n_embd")]}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; expected one of "
+                        f"{', '.join(RELEASED)}, or a folder with config.json and "
+                        "model.safetensors or pytorch_model.bin") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path}: expected the config.json of a GPT-2, with n_positions, "
+                        "vocab_size, n_layer, n_head and n_embd") from error
+    for key, needed in GPT2.items():
+        value = found.get(key, needed)
+        if value != needed and (key, value) != ("n_inner", 4 * sizes["n_embd"]):
+            raise UserError(f"{path}: {key} is {json.dumps(value)}; this GPT-2 has "
+                            f"{json.dumps(needed)}")
+    for key, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{path}: expected a whole number above 0 for {key}, "
+                            f"not {json.dumps(value)[:40]}")
+    if sizes["n_embd"] % sizes["n_head"]:
+        raise UserError(f"{path}: n_embd {sizes['n_embd']} is not a multiple of n_head "
+                        f"{sizes['n_head']}")
+    return GPTConfig(**sizes)
+
+
+def transposed(name, weight):
+    """A weight turned from our layout to that of the files, or back: GPT-2's matrices are written
+    as in x @ W, but nn.Linear computes x @ W.T, so the four matrices of a block are transposed."""
+    matrix = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+    return weight.t() if matrix else weight
+
+
+def from_hub_layout(weights, wanted, path):
+    """The tensors of a weights file as a state dict of ours: float32, in memory of their own.
+
+    weights: {name: tensor}, names with or without "transformer." in front. wanted: our state dict,
+    for its names and shapes. Left out: the causal mask, which early versions stored as attn.bias,
+    and the head, which is the token embedding once more. Raises UserError with a tensor's name.
+    """
+    found = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()
+             if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    head = found.pop("lm_head.weight", None)
+    if head is not None and "wte.weight" in found and not torch.equal(head, found["wte.weight"]):
+        raise UserError(f"{path}: lm_head.weight is not wte.weight; GPT-2's head is tied to it")
+    for name in sorted(wanted.keys() ^ found.keys()):
+        raise UserError(f"{path}: " + (f"{name} is missing" if name in wanted else
+                                       f"{name} is no weight of a GPT-2 of this size"))
+    state = {}
+    for name, tensor in found.items():
+        shape, expected = tuple(tensor.shape), tuple(transposed(name, wanted[name]).shape)
+        if shape != expected:
+            raise UserError(f"{path}: {name} has shape {shape}, expected {expected}")
+        state[name] = transposed(name, tensor).to(
+            torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return state
+
+
+def read_weights(path):
+    """{name: tensor} of model.safetensors or pytorch_model.bin. Raises UserError."""
+    try:
+        found = (read_safetensors(path) if path.suffix == ".safetensors" else
+                 torch.load(path, map_location="cpu", weights_only=True))
+        if all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+            return found
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except Exception as error:      # whatever a foreign or damaged file makes of its reader
+        raise UserError(f"{path}: not a file of weights, or a damaged one") from error
+    raise UserError(f"{path}: expected names and tensors, and nothing else")
+
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+               "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file, which is three things one after the other:
+
+        8 bytes    n, the length of the header, least significant byte first
+        n bytes    JSON: {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
+        the rest   the tensors' bytes, at their offsets, without a gap
+
+    Raises ValueError, KeyError and the like for what is no such file, or a part of one.
+    """
+    raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    n = int.from_bytes(raw[:8].numpy().tobytes(), "little")
+    header = json.loads(raw[8:8 + n].numpy().tobytes())
+    header.pop("__metadata__", None)
+    data, tensors, end = raw[8 + n:], {}, 0
+    for name, facts in header.items():
+        first, last = facts["data_offsets"]
+        tensor = data[first:last].clone().view(SAFETENSORS[facts["dtype"]])
+        tensors[name], end = tensor.view(facts["shape"]), max(end, last)
+    if end != len(data):
+        raise ValueError(f"{len(data)} bytes of tensors, expected {end}")
+    return tensors
+
+
+def write_safetensors(file, tensors):
+    """Write {name: float32 tensor on the CPU} to an open binary file."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape),
+                        "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                     # so that the tensors are aligned
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(tensor.contiguous().numpy().data)
+
+
+# -- checkpoints, files ----------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path):
+    """A binary file to write in a with block. It is complete or it is not there: written beside,
+    flushed to the disk, then renamed to `path`."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, model, **facts):
-    """Write weights, sizes and facts (plain values: tokenizer, stage, seed, ...) to one file.
-
-    The file is complete or it is not there: written beside, flushed to the disk, then renamed.
-    """
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
+    """Write weights, sizes and facts (plain values: tokenizer, stage, seed, ...) to one file."""
+    with replacing(path) as file:
         torch.save({"config": asdict(model.config), "facts": facts, "model": model.state_dict()},
                    file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -285,3 +477,41 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:      # whatever a foreign or damaged file makes of torch.load
         raise UserError(f"{path}: not a checkpoint of train_sft.py or train_dpo.py, "
                         f"or a damaged one") from error
+
+
+def cache():
+    """Where downloads are kept: a folder beside those of torch.hub (TORCH_HOME moves them)."""
+    return Path(torch.hub.get_dir()) / "dpo"
+
+
+def download(url, path, sha256=None):
+    """Fetch url to path, once, with a progress bar. A file that is there is taken as it is.
+
+    torch.hub writes beside the path, compares the checksum where there is one, and renames. To it
+    a broken connection is an end like any other, and a proxy's page a file like any other; so the
+    length and the first bytes are looked at before the file takes its place. Returns the path.
+    Raises UserError, which says what to fetch by hand and where to put it.
+    """
+    if path.exists():
+        return path
+    partial = Path(f"{path}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {url} to {path}")
+        with urlopen(Request(url, method="HEAD"), timeout=60) as reply:
+            length = reply.headers["Content-Length"]
+        torch.hub.download_url_to_file(url, str(partial), hash_prefix=sha256)
+        size = partial.stat().st_size
+        with open(partial, "rb") as file:
+            start = file.read(64).lstrip().lower()
+        if length is not None and size != int(length):
+            raise OSError(f"the connection broke after {size:,} of {int(length):,} bytes")
+        if start.startswith((b"<!doctype", b"<html")):
+            raise OSError("the answer is a web page, not the file")
+        os.replace(partial, path)
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:
+        raise UserError(f"{path}: not there, and it could not be downloaded ({error}); fetch {url} "
+                        "by hand and put it there") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

@@ -3,6 +3,7 @@
     python sample.py                                   # type a prompt, read what the policy writes
     python sample.py --prompt "The acting was" -n 5    # five answers
     python sample.py --compare                         # SFT and DPO side by side, same seed
+    python sample.py --task hh --export folder         # the policy, for transformers to open
 
 `evaluate` is the end of train_dpo.py: for each policy, on held-out prompts and sampled at
 temperature 1,
@@ -24,10 +25,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Encoded
+from data import Encoded, as_prompt
 from model import UserError
 from train_sft import (Parser, add_shared_flags, command, in_batches, number, open_checkpoint,
-                       settle)
+                       settle, settle_task)
 
 
 def sample(model, prompts, max_new_tokens, seed, eot, temperature=1.0, top_k=None, top_p=None,
@@ -120,6 +121,7 @@ def side_by_side(prompts, texts, reward=None):
 
 def answer(policies, tokenizer, prompt, args):
     """{name: texts}, -n answers of each policy to one prompt; the same seed for all."""
+    prompt = as_prompt(prompt, args.task)
     ids, eot = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt), tokenizer.eot_token
     block_size = min(model.config.block_size for model in policies.values())
     if len(ids) >= block_size:
@@ -140,6 +142,8 @@ def parse_args(argv):
         help="default: dpo.pt of the run, or sft.pt where there is none")
     add("--compare", nargs="*", type=Path, metavar="FILE",
         help="two checkpoints side by side (default: sft.pt and dpo.pt of the run)")
+    add("--export", type=Path, metavar="FOLDER",
+        help="write the checkpoint's weights in the layout of the Hugging Face hub, and end")
     add("--prompt", help="default: ask for prompts until end of input (Ctrl-D)")
     add("-n", type=number(int, 1), default=1, help="answers to each prompt (default 1)")
     add("--max-new-tokens", type=number(int, 1), default=128, help="longest answer (default 128)")
@@ -149,9 +153,12 @@ def parse_args(argv):
     add("--top-p", type=number(float, 0, above=True, most=1),
         help="only the fewest likeliest tokens whose probabilities reach p")
     args = parser.parse_args(argv)
+    settle_task(args)
     if args.compare is not None and (len(args.compare) not in (0, 2) or args.checkpoint):
         raise UserError("--compare takes two checkpoints, or none for sft.pt and dpo.pt of the "
                         "run, and no --checkpoint beside it")
+    if args.export and args.compare is not None:
+        raise UserError("--export writes one checkpoint: name it with --checkpoint, not --compare")
     return args
 
 
@@ -169,6 +176,10 @@ def main(argv=None):
         tokenizers.add(facts["tokenizer"])
     if len(tokenizers) > 1:
         raise UserError(f"{' and '.join(map(str, paths))} have different tokenizers")
+    if args.export:
+        model.save_pretrained(args.export)
+        print(f"wrote {args.export}: open it with transformers' GPT2LMHeadModel.from_pretrained")
+        return
     if args.prompt is not None:
         print(side_by_side([args.prompt] * args.n, answer(policies, tokenizer, args.prompt, args)))
         return

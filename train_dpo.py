@@ -1,6 +1,7 @@
 """Direct Preference Optimization: the mathematics, the step, the loop.
 
     python train_dpo.py                           # the reviews task: SFT if there is none, then DPO
+    python train_dpo.py --task hh                 # GPT-2 on Anthropic's dialogues, or --task tldr
     python train_dpo.py --data pairs.jsonl        # your own preferences
 
     loss = -log sigma( beta log pi(y_w|x)/pi_ref(y_w|x) - beta log pi(y_l|x)/pi_ref(y_l|x) )
@@ -23,12 +24,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train_sft
-from data import Batches, encode_all, load_preferences, prefixes, rank, reward, well_formed
+from data import Batches, encode_all, prefixes, rank, reward, well_formed
 from model import UserError, save_checkpoint
 from sample import evaluate, sample, score, side_by_side, table
-from train_sft import (Log, Parser, add_shared_flags, add_training_flags, command, compile_logps,
-                       grad_scaler, in_batches, is_time, load, make_folder, micro_batches, number,
-                       open_checkpoint, row_length, settle, source, split, update, warmup)
+from train_sft import (PARTS, Log, Parser, add_shared_flags, add_training_flags, command,
+                       compile_logps, grad_scaler, in_batches, is_time, load, load_training,
+                       make_folder, micro_batches, number, open_checkpoint, row_length, settle,
+                       settle_task, source, update, warmup, warn_of_large_lr)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -262,10 +264,13 @@ def report(policy, reference, prompts, tokenizer, grades, sft_path, args):
 
 def sft_flags(args):
     """The flags of this run that its SFT shares."""
-    names = ["task", "data", "out", "seed", "device", "precision", "compile", "tokenizer",
-             "row_length"]
+    names = ["task", "data", "data_dir", "out", "seed", "device", "precision", "compile", "init",
+             "tokenizer", "row_length"]
     return [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names
             if getattr(args, name) is not None]
+
+
+PAPER_LR = 1e-6     # Appendix B
 
 
 def parse_args(argv):
@@ -276,14 +281,16 @@ def parse_args(argv):
     add("--loss", default="dpo", choices=["dpo", "plackett_luce", "unlikelihood"],
         help="dpo on pairs, on rankings (A.3), or the baseline of C.3 (default dpo)")
     add("--beta", type=number(float, 0, above=True),
-        help="strength of the KL penalty: larger stays closer to the reference (default 0.1, "
-             "Appendix B's; 0.3 for reviews, whose small model pays for reward with its grammar)")
+        help="strength of the KL penalty: larger stays closer to the reference (default 0.1, and "
+             "0.5 for tldr, Appendix B's; 0.3 for reviews, whose small model pays for reward with "
+             "its grammar)")
     add("--lr", type=number(float, 0, above=True),
         help="learning rate after warm-up (default 1e-6, Appendix B's, for pretrained models; "
              "5e-5 for reviews, whose model is 260 times smaller than the smallest GPT-2: its few "
              "weights have to move further for the same change of the policy)")
     add("--sft", type=Path,
-        help="checkpoint to start from (default sft.pt of the run, trained if missing)")
+        help="checkpoint to start from, or a folder as --init takes them (default sft.pt of the "
+             "run, trained if missing)")
     add("--fresh", action="store_true", help="train SFT again even if there is one")
     add("--prefixes", type=number(int, 10), default=2800,
         help="reviews: prompts to sample answers for (default 2,800; C.1 has 25,000)")
@@ -294,12 +301,11 @@ def parse_args(argv):
     add("--eval-prompts", type=number(int, 2), default=1024,
         help="held-out prompts of the final table (default 1,024)")
     args = parser.parse_args(argv)
-    if args.lr is None:
-        args.lr = 1e-6 if args.data else 5e-5
-    if args.beta is None:
-        args.beta = 0.1 if args.data else 0.3
-    if args.sft and args.fresh:
-        raise UserError("--fresh trains a new SFT model, --sft names one: choose")
+    settle_task(args)
+    args.lr = args.lr or (5e-5 if args.task == "reviews" else PAPER_LR)
+    args.beta = args.beta or {"reviews": 0.3, "tldr": 0.5}.get(args.task, 0.1)
+    if args.sft and (args.fresh or args.init):
+        raise UserError("--fresh and --init are for a new SFT model, --sft names one: choose")
     return args
 
 
@@ -321,34 +327,40 @@ def main(argv=None):
     if not args.sft and facts.get("source") != source(args):
         raise UserError(f"{sft_path} was trained on {facts.get('source')}, not {source(args)}: "
                         "name it with --sft to start from it, or train another with --fresh")
-    if not args.data and policy.config.block_size < 64:
+    init = facts.get("init", "random")
+    if args.init not in (None, init):
+        raise UserError(f"{sft_path} was trained from {init} weights, not {args.init}: train "
+                        "another with --fresh")
+    if args.task == "reviews" and policy.config.block_size < 64:
         raise UserError(f"{sft_path}: a block size of {policy.config.block_size} has no room for "
                         "reviews; train SFT with --block-size 64 or more")
     compile_logps(policy, args)
     args.row_length = row_length(args, policy.config.block_size)
 
-    path = args.data or sample_preferences(policy, tokenizer, args)
-    training, held_out = split(load(path, load_preferences, path))
-    encoded = load(f"{path}, training", encode_all, training, tokenizer, args.row_length)
-    encoded_held_out = load(f"{path}, held out", encode_all, held_out, tokenizer, args.row_length)
+    path = sample_preferences(policy, tokenizer, args) if args.task == "reviews" else args.data
+    name = path or args.task
+    encoded, held_out = (load(f"{name}, {part}", encode_all, rows, tokenizer, args.row_length)
+                         for part, rows in zip(PARTS, load_training(args, path)))
     if not encoded:
-        raise UserError(f"{path}: no row is left to train on")
-    add_reference(policy, encoded + encoded_held_out, args)
+        raise UserError(f"{name}: no row is left to train on")
+    warn_of_large_lr(args, PAPER_LR, init)
+    add_reference(policy, encoded + held_out, args)
     print(f"DPO of {sft_path} on {sum(len(item.pairs) for item in encoded):,} pairs of "
           f"{len(encoded):,} prompts, {args.loss}, beta {args.beta:g}, on {device}")
-    train(policy, encoded, encoded_held_out, args)
+    train(policy, encoded, held_out, args)
     save_checkpoint(args.out / "dpo.pt", policy, tokenizer=facts["tokenizer"], stage="dpo",
-                    source=source(args), seed=args.seed, beta=args.beta, loss=args.loss)
+                    source=source(args), init=init, seed=args.seed, beta=args.beta,
+                    loss=args.loss)
     print(f"wrote {args.out / 'dpo.pt'}")
 
-    if args.data:
-        prompts = {tokenizer.decode(item.prompt[1:]): None for item in encoded_held_out}
-        prompts, grades = list(prompts)[:args.eval_prompts], {}
-    else:
+    if args.task == "reviews":
         prompts = prefixes(args.eval_prompts, True, tokenizer, args.seed + 1)
         grades = {"reward": reward, "well_formed": well_formed}
+    else:
+        prompts = {tokenizer.decode(item.prompt[1:]): None for item in held_out}
+        prompts, grades = list(prompts)[:args.eval_prompts], {}
     if len(prompts) < 2:
-        print(f"{path}: fewer than two held-out prompts, so no samples are measured")
+        print(f"{name}: fewer than two held-out prompts, so no samples are measured")
         return
     reference, _, _ = open_checkpoint(sft_path, device, args)
     report(policy, reference, prompts, tokenizer, grades, sft_path, args)

@@ -2,6 +2,7 @@
 same one with another loss, and starts where this one ends.
 
     python train_sft.py                                # reviews, written by the task's own grammar
+    python train_sft.py --task hh                      # GPT-2, on Anthropic's chosen answers
     python train_sft.py --data pairs.jsonl             # the best answers of your own preferences
 
     loss = - sum over answers of log pi(y|x)  /  number of their tokens
@@ -22,10 +23,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (TOKENIZERS, Batches, Preference, encode_all, get_tokenizer, is_held_out,
-                  load_preferences, pack, write_review)
-from model import GPT, GPTConfig, UserError, load_checkpoint, save_checkpoint
+from data import (TASKS, TOKENIZERS, Batches, Preference, encode_all, get_tokenizer, is_held_out,
+                  load_comparisons, load_preferences, load_summaries, pack, write_review)
+from model import RELEASED, GPT, GPTConfig, UserError, load_checkpoint, save_checkpoint
 
+PARTS = ["training", "held out"]
 COLUMNS = {"loss": ".4f", "grad_norm": ".2f", "lr": ".1e", "held_out_loss": ".4f"}
 
 
@@ -64,13 +66,16 @@ def evaluate(model, held_out, args):
 
 def load_examples(args):
     """(training, held-out) lists of Preference with one answer each: whole reviews after an empty
-    prompt, or the best answer of each preference in --data."""
-    if args.data:
-        return split([Preference(p.prompt, [p.answers[p.pairs[0][0]]], [])
-                      for p in load(args.data, load_preferences, args.data)])
-    rng = random.Random(f"reviews {args.seed}")
-    reviews = [Preference("", [write_review(rng)], []) for _ in range(args.reviews + 256)]
-    return reviews[:args.reviews], reviews[args.reviews:]
+    prompt, the summaries of tldr, or the best answer of each preference there is."""
+    if args.task == "reviews":
+        rng = random.Random(f"reviews {args.seed}")
+        reviews = [Preference("", [write_review(rng)], []) for _ in range(args.reviews + 256)]
+        return reviews[:args.reviews], reviews[args.reviews:]
+    if args.task == "tldr":
+        return [load(f"tldr summaries, {part}", load_summaries, args.data_dir, part == "held out")
+                for part in PARTS]
+    return [[Preference(p.prompt, [p.answers[p.pairs[0][0]]], []) for p in part]
+            for part in load_training(args)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -215,10 +220,15 @@ def command(main):
 def add_shared_flags(parser):
     """Flags of all three scripts."""
     add = parser.add_argument
-    add("--task", default="reviews", choices=["reviews"], help="built-in data (default reviews)")
+    add("--task", choices=TASKS,
+        help="reviews, written by a grammar; hh, Anthropic's helpful dialogues; tldr, summaries of "
+             "Reddit posts (default reviews)")
     add("--data", type=Path,
         help="your preferences instead, .jsonl or .jsonl.gz (see README); sample.py only needs its "
              "name, to find the run")
+    add("--data-dir", type=Path,
+        help="hh and tldr: folder that has the published files, or gets them (default: the cache "
+             "of torch.hub)")
     add("--out", type=Path, help="folder of the run (default out/<task>, or out/<name of --data>)")
     add("--seed", type=number(int, 0, most=2**31), default=0,
         help="same seed, same machine: same run (default 0)")
@@ -232,8 +242,12 @@ def add_shared_flags(parser):
 def add_training_flags(parser, batch, batch_unit, warmup):
     """Flags of both training scripts; the batch and the length of the warm-up differ."""
     add = parser.add_argument
+    add("--init",
+        help=f"weights SFT starts from: random, {', '.join(RELEASED)}, or a folder with "
+             "config.json and model.safetensors or pytorch_model.bin (default gpt2; random for "
+             "reviews)")
     add("--tokenizer", choices=TOKENIZERS,
-        help="default: reviews for the task of that name, gpt2 for --data")
+        help="default: reviews for the task of that name, else gpt2")
     add("--compile", default="auto", choices=["auto", "on", "off"],
         help="torch.compile (default: on CUDA for models of 10M parameters or more; compiling "
              "takes longer than the whole reviews run)")
@@ -256,17 +270,23 @@ def add_training_flags(parser, batch, batch_unit, warmup):
         help="steps between evaluations on held-out data (default 100)")
 
 
+def settle_task(args):
+    """--task or --data: after this one of the two is None."""
+    if args.task and args.data:
+        raise UserError(f"--task {args.task} and --data {args.data}: choose one")
+    if not args.data:
+        args.task = args.task or "reviews"
+
+
 def settle(args):
     """Fill in the run's folder, which depends on other flags. Returns the device."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that torch can use")
     if args.out is None:
-        args.out = Path("out") / args.task
-        if args.data:
-            name = args.data.name.removesuffix(".gz").removesuffix(".jsonl")
-            if name in ("", args.task):
-                raise UserError(f"--data {args.data}: name a folder for this run with --out")
-            args.out = Path("out") / name
+        name = args.task or args.data.name.removesuffix(".gz").removesuffix(".jsonl")
+        if args.data and name in ("", *TASKS):
+            raise UserError(f"--data {args.data}: name a folder for this run with --out")
+        args.out = Path("out") / name
     if args.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(args.device)
@@ -313,8 +333,13 @@ def compile_logps(model, args):
 
 
 def open_checkpoint(path, device, args):
-    """(model ready for use, tokenizer, facts) of a checkpoint. Raises UserError."""
-    model, facts = load_checkpoint(path, device)
+    """(model ready for use, tokenizer, facts) of a checkpoint, or of a folder in the layout of the
+    Hugging Face hub, whose tokenizer is then GPT-2's. Raises UserError."""
+    if path.is_dir():
+        model = GPT.from_pretrained(path).to(device)
+        facts = {"tokenizer": "gpt2", "init": str(path)}
+    else:
+        model, facts = load_checkpoint(path, device)
     name = facts.get("tokenizer") if isinstance(facts, dict) else None
     if name not in TOKENIZERS:
         raise UserError(f"{path}: a checkpoint that does not say which tokenizer it is for")
@@ -334,10 +359,24 @@ def load(what, read, *arguments):
     return found
 
 
-def split(preferences):
-    """(training, held-out): see data.is_held_out."""
-    return ([p for p in preferences if not is_held_out(p.prompt)],
-            [p for p in preferences if is_held_out(p.prompt)])
+def load_training(args, path=None):
+    """(training, held-out) lists of Preference: those of a file (default --data), one prompt in ten
+    held out; or of a published task, which says itself what is."""
+    path = path or args.data
+    if path:
+        found = load(path, load_preferences, path)
+        return ([p for p in found if not is_held_out(p.prompt)],
+                [p for p in found if is_held_out(p.prompt)])
+    return [load(f"{args.task}, {part}", load_comparisons, args.task, args.data_dir,
+                 part == "held out") for part in PARTS]
+
+
+def warn_of_large_lr(args, usual, init):
+    """One line where pretrained weights are about to be trained with a rate that ruins them."""
+    if init != "random" and args.lr / usual > 10.1:
+        print(f"warning: --lr {args.lr:g} is {args.lr / usual:.0f} times the {usual:g} that "
+              "pretrained weights bear well: watch the samples, the language may fall apart",
+              file=sys.stderr)
 
 
 def parse_args(argv):
@@ -345,25 +384,51 @@ def parse_args(argv):
     add_shared_flags(parser)
     add_training_flags(parser, 32, "answers", warmup=30)
     add = parser.add_argument
-    add("--lr", type=number(float, 0, above=True), default=3e-3,
-        help="peak learning rate (default 3e-3, for the small default model; the larger a model, "
-             "the lower: 6e-4 for 124M parameters)")
+    add("--lr", type=number(float, 0, above=True),
+        help="peak learning rate (default 2e-5 from pretrained weights; 3e-3 from random ones, for "
+             "the small default model: the larger a model, the lower, 6e-4 for 124M parameters)")
     add("--reviews", type=number(int, 1), default=40_000,
         help="reviews: how many to write and train on (default 40,000)")
-    add("--block-size", type=number(int, 2), default=256,
-        help="longest prompt and answer together, in tokens (default 256; GPT-2 1024)")
-    add("--n-layer", type=number(int, 1), default=2, help="blocks (default 2; GPT-2 124M 12)")
-    add("--n-head", type=number(int, 1), default=4, help="attention heads (default 4; 12)")
-    add("--n-embd", type=number(int, 1), default=128,
-        help="channels, a multiple of the heads (default 128; 768)")
-    add("--init-std", type=number(float, 0, above=True), default=0.06,
-        help="standard deviation of initial weights (default 0.06, for 128 channels; GPT-2's 0.02 "
-             "is for 768, and ends the default run with a few per cent fewer well-formed texts)")
+    add("--block-size", type=number(int, 2),
+        help="--init random: longest prompt and answer together, in tokens (default 256)")
+    add("--n-layer", type=number(int, 1), help="--init random: blocks (default 2; GPT-2 124M 12)")
+    add("--n-head", type=number(int, 1), help="--init random: attention heads (default 4; 12)")
+    add("--n-embd", type=number(int, 1),
+        help="--init random: channels, a multiple of the heads (default 128; 768)")
+    add("--init-std", type=number(float, 0, above=True),
+        help="--init random: standard deviation of initial weights (default 0.06, for 128 "
+             "channels; GPT-2's 0.02 is for 768, and ends the default run with a few per cent "
+             "fewer well-formed texts)")
     args = parser.parse_args(argv)
-    if args.n_embd % args.n_head:
+    settle_task(args)
+    args.tokenizer = args.tokenizer or ("reviews" if args.task == "reviews" else "gpt2")
+    args.init = args.init or ("random" if args.tokenizer == "reviews" else "gpt2")
+    if args.init != "random" and args.tokenizer != "gpt2":
+        raise UserError(f"--init {args.init} has read text in GPT-2's tokens: it needs --tokenizer "
+                        "gpt2")
+    for name, value in dict(block_size=256, n_layer=2, n_head=4, n_embd=128, init_std=0.06).items():
+        if args.init == "random":
+            setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+        elif getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for --init random: {args.init} has its "
+                            "own sizes")
+    args.lr = args.lr or (3e-3 if args.init == "random" else 2e-5)
+    if args.init == "random" and args.n_embd % args.n_head:
         raise UserError(f"--n-embd {args.n_embd} is not a multiple of --n-head {args.n_head}")
-    args.tokenizer = args.tokenizer or ("gpt2" if args.data else "reviews")
     return args
+
+
+def initial_model(args, tokenizer):
+    """The model that training starts from: random weights of the sizes asked for, or --init."""
+    if args.init != "random":
+        model = GPT.from_pretrained(args.init)
+        if model.config.vocab_size != tokenizer.n_vocab:
+            raise UserError(f"--init {args.init} has {model.config.vocab_size} ids, but the "
+                            f"{args.tokenizer} tokenizer {tokenizer.n_vocab}")
+        return model
+    torch.manual_seed(args.seed)
+    return GPT(GPTConfig(args.block_size, tokenizer.n_vocab, args.n_layer, args.n_head,
+                         args.n_embd), args.init_std)
 
 
 @command
@@ -371,22 +436,22 @@ def main(argv=None):
     args = parse_args(argv)
     device = settle(args)
     make_folder(args.out)
-    args.row_length = row_length(args, args.block_size)
     tokenizer = get_tokenizer(args.tokenizer)
-    name, parts = args.data or args.task, load_examples(args)
+    model = prepare(initial_model(args, tokenizer).to(device), args)
+    args.row_length = row_length(args, model.config.block_size)
+    name = args.data or args.task
     examples, held_out = (load(f"{name}, {part}", encode_all, rows, tokenizer, args.row_length)
-                          for part, rows in zip(("training", "held out"), parts))
+                          for part, rows in zip(PARTS, load_examples(args)))
     if not examples:
         raise UserError(f"{name}: no row is left to train on")
 
-    torch.manual_seed(args.seed)
-    config = GPTConfig(args.block_size, tokenizer.n_vocab, args.n_layer, args.n_head, args.n_embd)
-    model = prepare(GPT(config, args.init_std).to(device), args)
     compile_logps(model, args)
-    print(f"SFT of {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+    warn_of_large_lr(args, 2e-5, args.init)
+    print(f"SFT of {sum(p.numel() for p in model.parameters()):,} parameters ({args.init}) on "
+          f"{device}")
     train(model, examples, held_out, args)
     save_checkpoint(args.out / "sft.pt", model, tokenizer=args.tokenizer, stage="sft",
-                    source=source(args), seed=args.seed)
+                    source=source(args), init=args.init, seed=args.seed)
     print(f"wrote {args.out / 'sft.pt'}")
 
 

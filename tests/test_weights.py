@@ -1,0 +1,431 @@
+"""Released weights: GPT-2 in the layout of the Hugging Face hub, in and out, and their download.
+
+    pytest tests/test_weights.py
+
+What the loader is compared with is written out here: a reader of the file format that counts bytes
+with struct, and a GPT-2 in NumPy that multiplies as the files have it, x @ W. The downloads come
+from a server on this machine. That transformers itself opens what we write, and we what it writes,
+was checked by hand; it is no required package.
+"""
+
+import http.server
+import json
+import math
+import pickle
+import struct
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import model as model_py
+from model import GPT, GPTConfig, UserError, download, read_weights
+
+for_all = settings(deadline=None, max_examples=25, derandomize=True)
+
+
+def random_gpt(config, seed=0):
+    """Every parameter random, biases and gains too, so that none can be left out unnoticed."""
+    torch.manual_seed(seed)
+    model = GPT(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+SMALL = GPTConfig(block_size=24, vocab_size=13, n_layer=2, n_head=2, n_embd=8)
+
+
+@st.composite
+def configs(draw):
+    n_head = draw(st.integers(1, 3))
+    return GPTConfig(draw(st.integers(4, 20)), draw(st.integers(2, 30)), draw(st.integers(1, 3)),
+                     n_head, n_head * draw(st.integers(1, 5)))
+
+
+def tensors_by_hand(path):
+    """{name: array} of a safetensors file of float32, byte by byte."""
+    content = path.read_bytes()
+    (n,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8:8 + n])
+    tensors = {}
+    for name, facts in header.items():
+        if name != "__metadata__":
+            assert facts["dtype"] == "F32"
+            start, end = (8 + n + offset for offset in facts["data_offsets"])
+            values = struct.unpack(f"<{(end - start) // 4}f", content[start:end])
+            tensors[name] = np.array(values, dtype=np.float64).reshape(facts["shape"])
+    return tensors
+
+
+def gpt2_from_the_file(folder, tokens):
+    """Logits (T, V) of one sequence, from nothing but what is in the folder: matrices multiply
+    from the right, as GPT-2 was released."""
+    config = json.loads((folder / "config.json").read_text())
+    w = tensors_by_hand(folder / "model.safetensors")
+    w = {name.removeprefix("transformer."): value for name, value in w.items()}
+    T, D = len(tokens), config["n_embd"] // config["n_head"]
+
+    def linear(x, name):
+        return x @ w[name + ".weight"] + w[name + ".bias"]
+
+    def layer_norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(
+            x.var(-1, keepdims=True) + config["layer_norm_epsilon"])
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    x = w["wte.weight"][tokens] + w["wpe.weight"][:T]
+    for layer in range(config["n_layer"]):
+        h = f"h.{layer}."
+        q, k, v = np.split(linear(layer_norm(x, h + "ln_1"), h + "attn.c_attn"), 3, axis=-1)
+        y = np.zeros_like(q)
+        for start in range(0, config["n_embd"], D):
+            head = slice(start, start + D)
+            for t in range(T):
+                scores = np.exp(k[:t + 1, head] @ q[t, head] / math.sqrt(D))
+                y[t, head] = scores / scores.sum() @ v[:t + 1, head]
+        x = x + linear(y, h + "attn.c_proj")
+        z = linear(layer_norm(x, h + "ln_2"), h + "mlp.c_fc")
+        z = 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+        x = x + linear(z, h + "mlp.c_proj")
+    return layer_norm(x, "ln_f") @ w["wte.weight"].T
+
+
+# ------------------------------------------------------------------------------------------------
+# Out and in
+# ------------------------------------------------------------------------------------------------
+
+
+@for_all
+@given(configs(), st.integers(0, 99))
+def test_what_is_saved_is_read_back_to_the_last_bit(tmp_path_factory, config, seed):
+    folder = tmp_path_factory.mktemp("model")
+    model = random_gpt(config, seed)
+    model.save_pretrained(folder)
+    back = GPT.from_pretrained(folder)
+    assert back.config == config
+    assert back.state_dict().keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight), name
+
+
+@for_all
+@given(configs(), st.data())
+def test_the_files_are_a_gpt2_that_multiplies_from_the_right(tmp_path_factory, config, data):
+    """The four matrices of a block are transposed against nn.Linear's. One that is square would
+    load either way, so it is the numbers that tell."""
+    folder = tmp_path_factory.mktemp("model")
+    model = random_gpt(config)
+    model.save_pretrained(folder)
+    tokens = data.draw(st.lists(st.integers(0, config.vocab_size - 1), min_size=1,
+                                max_size=config.block_size))
+    expected = gpt2_from_the_file(folder, tokens)
+    got = GPT.from_pretrained(folder).double()(torch.tensor([tokens]))[0]
+    np.testing.assert_allclose(got.detach().numpy(), expected, rtol=0, atol=1e-10)
+
+
+def test_the_files_have_the_names_and_shapes_of_the_hub(tmp_path):
+    """A block of gpt2 holds c_attn as (768, 2304), so that of 8 channels holds (8, 24)."""
+    random_gpt(SMALL).save_pretrained(tmp_path)
+    shapes = {name: value.shape for name, value in
+              tensors_by_hand(tmp_path / "model.safetensors").items()}
+    block = {"ln_1.weight": (8,), "ln_1.bias": (8,), "attn.c_attn.weight": (8, 24),
+             "attn.c_attn.bias": (24,), "attn.c_proj.weight": (8, 8), "attn.c_proj.bias": (8,),
+             "ln_2.weight": (8,), "ln_2.bias": (8,), "mlp.c_fc.weight": (8, 32),
+             "mlp.c_fc.bias": (32,), "mlp.c_proj.weight": (32, 8), "mlp.c_proj.bias": (8,)}
+    expected = {"wte.weight": (13, 8), "wpe.weight": (24, 8), "ln_f.weight": (8,),
+                "ln_f.bias": (8,)}
+    expected |= {f"h.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
+    assert shapes == {f"transformer.{name}": shape for name, shape in expected.items()}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["GPT2LMHeadModel"]
+    assert (config["n_positions"], config["vocab_size"], config["eos_token_id"]) == (24, 13, 12)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def as_the_hub(model):
+    """A state dict as old files of the hub have it: no prefix, the causal masks, no head."""
+    state = {name: model_py.transposed(name, value).clone() for name, value in
+             model.state_dict().items()}
+    for layer in range(model.config.n_layer):
+        state[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
+        state[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    return state
+
+
+def written(folder, state):
+    """A folder with config.json and pytorch_model.bin."""
+    random_gpt(SMALL).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize("change", ["as it is", "prefix and tied head", "float16"])
+def test_older_files_of_the_hub_are_read(tmp_path, change):
+    model = random_gpt(SMALL)
+    state = as_the_hub(model)
+    if change == "prefix and tied head":
+        state = {f"transformer.{name}": value for name, value in state.items()}
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    if change == "float16":
+        state = {name: value.half() for name, value in state.items()}
+    back = GPT.from_pretrained(written(tmp_path, state))
+    for name, weight in model.state_dict().items():
+        expected = weight.half().float() if change == "float16" else weight
+        assert back.state_dict()[name].dtype == torch.float32
+        assert torch.equal(back.state_dict()[name], expected), name
+
+
+def test_a_model_that_was_loaded_trains_and_samples_like_any_other(tmp_path):
+    """Weights that still pointed into the file would be read-only, or change it."""
+    random_gpt(SMALL).save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model = GPT.from_pretrained(tmp_path)
+    optimizer = model.optimizer(1e-2)
+    model(torch.tensor([[1, 2, 3]])).logsumexp(-1).sum().backward()
+    old = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.step()
+    assert all(not torch.equal(old[name], value) for name, value in model.state_dict().items())
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert len(model.generate([[1, 2]], 5)[0]) == 5
+
+
+# ------------------------------------------------------------------------------------------------
+# What is refused, in one sentence that names the place
+# ------------------------------------------------------------------------------------------------
+
+
+def refusal(folder):
+    with pytest.raises(UserError) as caught:
+        GPT.from_pretrained(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(random_gpt(SMALL).state_dict()))
+def test_every_shape_is_checked_and_named(tmp_path, name):
+    state = as_the_hub(random_gpt(SMALL))
+    shape = tuple(state[name].shape)
+    state[name] = torch.zeros(*shape[:-1], shape[-1] + 1)
+    wrong = (*shape[:-1], shape[-1] + 1)
+    assert f"{name} has shape {wrong}, expected {shape}" in refusal(written(tmp_path, state))
+
+
+@pytest.mark.parametrize("name", ["wte.weight", "h.1.mlp.c_fc.bias", "ln_f.weight"])
+def test_a_weight_that_is_missing_or_too_much_is_named(tmp_path, name):
+    state = as_the_hub(random_gpt(SMALL))
+    value = state.pop(name)
+    assert f"{name} is missing" in refusal(written(tmp_path, state))
+    state |= {name: value, "h.2.ln_1.bias": value}
+    assert "h.2.ln_1.bias is no weight of a GPT-2 of this size" in refusal(written(tmp_path, state))
+
+
+def test_a_head_of_its_own_is_refused(tmp_path):
+    """It would be dropped, and the model would be another one."""
+    state = as_the_hub(random_gpt(SMALL))
+    state["lm_head.weight"] = state["wte.weight"] + 1
+    assert "lm_head.weight is not wte.weight" in refusal(written(tmp_path, state))
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"model_type": "llama"}, 'model_type is "llama"; this GPT-2 has "gpt2"'),
+    ({"activation_function": "relu"}, "activation_function"),
+    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; this GPT-2 has 1e-05"),
+    ({"n_inner": 33}, "n_inner"), ({"scale_attn_weights": False}, "scale_attn_weights"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+    ({"n_layer": None}, "whole number above 0 for n_layer"),
+    ({"n_layer": True}, "whole number above 0 for n_layer"),
+    ({"n_embd": "8"}, "whole number above 0 for n_embd"), ({"n_head": 3}, "not a multiple"),
+])
+def test_the_configuration_of_another_network_is_refused(tmp_path, change, words):
+    random_gpt(SMALL).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    assert words in refusal(tmp_path)
+
+
+def test_four_times_the_channels_may_be_written_out(tmp_path):
+    random_gpt(SMALL).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_inner": 32}))
+    assert GPT.from_pretrained(tmp_path).config == SMALL
+
+
+class Hostile:
+    def __reduce__(self):
+        return open, ("pwned", "w")
+
+
+DAMAGED = {
+    "empty": lambda good: b"", "cut short": lambda good: good[:-1],
+    "cut in the header": lambda good: good[:100], "too long": lambda good: good + b"\0",
+    "a web page": lambda good: b"<!doctype html><html></html>",
+    "an endless header": lambda good: b"\xff" * 8 + good[8:],
+    "no JSON": lambda good: good[:8] + b"[" * (len(good) - 8),
+    "another dtype": lambda good: good.replace(b'"F32"', b'"I64"'),
+    "offsets outside": lambda good: good.replace(b"[0, ", b"[9, "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_of_weights_is_refused(tmp_path, damage):
+    random_gpt(SMALL).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(DAMAGED[damage](path.read_bytes()))
+    assert "model.safetensors: not a file of weights" in refusal(tmp_path)
+
+
+@for_all
+@given(st.integers(0, 3000), st.integers(1, 255))
+def test_any_changed_byte_is_another_weight_or_is_refused(tmp_path_factory, at, change):
+    """Never a traceback, whatever the damage."""
+    folder = tmp_path_factory.mktemp("model")
+    random_gpt(SMALL).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[at] ^= change
+    path.write_bytes(content)
+    try:
+        GPT.from_pretrained(folder)
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_runs_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, {})
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Hostile()))
+    assert "not a file of weights" in refusal(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+    torch.save({"wte.weight": [1, 2]}, "pytorch_model.bin")
+    assert "expected names and tensors" in refusal(tmp_path)
+
+
+def test_a_folder_without_the_files_says_which_and_what_else_there_is(tmp_path):
+    message = refusal(tmp_path)
+    assert "config.json: cannot be read: No such file" in message and "gpt2-medium" in message
+    random_gpt(SMALL).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert "pytorch_model.bin: cannot be read: No such file" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    assert "expected the config.json of a GPT-2" in refusal(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Downloads, from a server on this machine
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    """A web server on the loopback address. `server.files`: {path: bytes}; `server.asked`: the
+    paths of all GET requests; `server.cut`: how many bytes of an answer get lost on the way."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = here.files.get(self.path)
+            if self.command == "GET":
+                here.asked.append(self.path)
+            self.send_response(404 if content is None else 200)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if self.command == "GET" and content:
+                self.wfile.write(content[:len(content) - here.cut])
+
+        do_HEAD = do_GET
+
+        def log_message(self, *words):
+            pass
+    here = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    here.files, here.asked, here.cut = {}, [], 0
+    here.url = f"http://127.0.0.1:{here.server_port}"
+    threading.Thread(target=here.serve_forever, daemon=True).start()
+    yield here
+    here.shutdown()
+    here.server_close()
+
+
+def refused_download(url, path, sha256=None):
+    """The sentence of a download that fails; it must leave nothing behind."""
+    with pytest.raises(UserError) as caught:
+        download(url, path, sha256)
+    assert list(path.parent.iterdir()) == []
+    message = str(caught.value)
+    assert url in message and str(path) in message and "by hand" in message
+    return message
+
+
+def test_a_file_is_downloaded_once(server, tmp_path):
+    server.files["/a"] = b"hello"
+    for _ in range(2):
+        path = download(f"{server.url}/a", tmp_path / "folder" / "a")
+        assert path.read_bytes() == b"hello"
+    assert server.asked == ["/a"]
+    assert [path.name for path in path.parent.iterdir()] == ["a"]
+
+
+def test_a_wrong_checksum_a_broken_connection_and_a_web_page_leave_nothing(server, tmp_path):
+    server.files |= {"/a": b"hello" * 100, "/page": b"\n<!DOCTYPE html><html>Please log in"}
+    # sha256 of "hello" is 2cf24d..., of this file it is not.
+    assert "hash" in refused_download(f"{server.url}/a", tmp_path / "a", "2cf24dba5fb0a30e26e83b2a")
+    assert "web page" in refused_download(f"{server.url}/page", tmp_path / "a")
+    assert "404" in refused_download(f"{server.url}/none", tmp_path / "a")
+    server.cut = 7
+    assert "broke after 493 of 500 bytes" in refused_download(f"{server.url}/a", tmp_path / "a")
+    server.cut = 0
+    assert download(f"{server.url}/a", tmp_path / "a").read_bytes() == b"hello" * 100
+
+
+def test_without_a_network_one_sentence_says_what_to_fetch_and_where_to_put_it(tmp_path):
+    # Nothing listens on port 9 of this machine.
+    assert "refused" in refused_download("http://127.0.0.1:9/a", tmp_path / "a").lower()
+
+
+def test_gpt2_is_downloaded_by_name_and_kept(server, tmp_path, monkeypatch):
+    """The way of "gpt2", with fewer layers: sizes from the name, one file, one download."""
+    sizes = dict(n_layer=1, n_head=1, n_embd=2)
+    model = random_gpt(GPTConfig(**sizes))
+    model.save_pretrained(tmp_path / "there")
+    name = "/openai-community/gpt2-medium/resolve/main/model.safetensors"
+    server.files[name] = (tmp_path / "there/model.safetensors").read_bytes()
+    monkeypatch.setattr(model_py, "HUB", server.url)
+    monkeypatch.setitem(model_py.RELEASED, "gpt2-medium", sizes)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    for _ in range(2):
+        loaded = GPT.from_pretrained("gpt2-medium")
+        assert loaded.config == GPTConfig(1024, 50257, 1, 1, 2)
+        assert torch.equal(loaded.wte.weight, model.wte.weight)
+    assert server.asked == [name]
+    # "gpt2" has a published checksum, which this file has not.
+    server.files[name.replace("gpt2-medium", "gpt2")] = server.files[name]
+    with pytest.raises(UserError, match="invalid hash value"):
+        GPT.from_pretrained("gpt2")
+
+
+def test_the_released_sizes_have_as_many_parameters_as_their_names_say():
+    """124M, 355M, 774M, 1.6B: V C + T C + L (12 C^2 + 13 C) + 2 C."""
+    for name, millions in [("gpt2", 124.4), ("gpt2-medium", 354.8), ("gpt2-large", 774.0),
+                           ("gpt2-xl", 1557.6)]:
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**model_py.RELEASED[name]))
+        C, L = model.config.n_embd, model.config.n_layer
+        n = 50257 * C + 1024 * C + L * (12 * C * C + 13 * C) + 2 * C
+        assert sum(p.numel() for p in model.parameters()) == n
+        assert n / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_safetensors_of_other_precisions_are_read(tmp_path):
+    """bfloat16 has float32's exponent and 7 bits of mantissa: 1.5 is exact in all of them."""
+    values = {"F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
+    for dtype, kind in values.items():
+        data = torch.tensor([[1.5, -2.0]], dtype=kind).view(torch.uint8).numpy().tobytes()
+        header = json.dumps({"a": {"dtype": dtype, "shape": [1, 2],
+                                   "data_offsets": [0, len(data)]}}).encode()
+        path = tmp_path / f"{dtype}.safetensors"
+        path.write_bytes(struct.pack("<Q", len(header)) + header + data)    # not aligned
+        assert torch.equal(read_weights(path)["a"].float(), torch.tensor([[1.5, -2.0]]))
