@@ -205,6 +205,20 @@ def get_tokenizer(name):
 Preference = namedtuple("Preference", "prompt answers pairs")
 
 
+class Skipped(Counter):
+    """How many rows were left out or cut, by reason. strict: the first of them is an error."""
+
+    def __init__(self, strict=False):
+        super().__init__()
+        self.strict = strict
+
+    def add(self, reason, where):
+        """where: the file and line, or the beginning of the prompt. Raises UserError if strict."""
+        if self.strict:
+            raise UserError(f"{where}: {reason}, and --strict is set")
+        self[reason] += 1
+
+
 def load_preferences(path, skipped=None):
     """Read a .jsonl or .jsonl.gz file with one of these objects a line; other keys are ignored:
 
@@ -216,10 +230,10 @@ def load_preferences(path, skipped=None):
          "summaries": [{"text": "..."}, {"text": "..."}], "choice": 1}
 
     Returns a list of Preference. A row that cannot teach anything is left out and counted by its
-    reason in `skipped`, a Counter. Raises UserError with the line of anything else that is wrong,
+    reason in `skipped`, a Skipped. Raises UserError with the line of anything else that is wrong,
     or where no row is left.
     """
-    skipped = Counter() if skipped is None else skipped
+    skipped = Skipped() if skipped is None else skipped
     preferences = _read(path, _preference, skipped)
     if not preferences:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in skipped.items())
@@ -228,8 +242,8 @@ def load_preferences(path, skipped=None):
 
 
 def _read(path, parse, skipped):
-    """All that parse(row) makes of the rows of a file, but for those that it gives a reason (a str)
-    to leave out: these are counted. It raises ValueError for a broken one."""
+    """All that parse(row) makes of the rows of a file. It returns None for a row not asked for, a
+    reason (a str) for one to be left out and counted, and raises ValueError for a broken one."""
     kept = []
     for number, row in _read_objects(path):
         try:
@@ -239,8 +253,8 @@ def _read(path, parse, skipped):
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
         if isinstance(found, str):
-            skipped[found] += 1
-        else:
+            skipped.add(found, f"{path}, line {number}")
+        elif found is not None:
             kept.append(found)
     return kept
 
@@ -253,14 +267,26 @@ def _read_objects(path):
             for number, line in enumerate(file, 1):
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if line.strip():
-                    yield number, json.loads(line)
+                    yield number, json.loads(line, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {number}: not UTF-8 text") from error
+    except KeyError as error:
+        raise UserError(f"{path}, line {number}: the key {error} stands twice in it") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not JSON; expected one object a line") from error
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: cannot be read: {reason}") from error
+
+
+def _object(pairs):
+    """A JSON object as a dict. Of two values under one key json would keep the last in silence."""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise KeyError(key)
+        found[key] = value
+    return found
 
 
 def _text(row, key):
@@ -305,6 +331,10 @@ def _preference(row):
         return "empty answer"
     if len(set(answers)) < len(answers):
         return "equal answers"
+    try:
+        "".join([prompt, *answers]).encode()
+    except UnicodeEncodeError:
+        return "half a character (a lone surrogate)"
     return Preference(prompt, answers, ranking_to_pairs(ranking))
 
 
@@ -375,8 +405,7 @@ def load_comparisons(task, folder, held_out, skipped):
         return load_preferences(fetch(folder, name, f"{HH}/{name}", HH_SHA256[part]), skipped)
 
     def parse(row):
-        wanted = (_text(row, "split") != "train") == held_out
-        return _preference(row) if wanted else "row of another split"
+        return _preference(row) if (_text(row, "split") != "train") == held_out else None
     found = []
     for batch in [*range(3, 11)] + [11] * held_out:
         name = f"comparisons/batch{batch}.json"
@@ -446,22 +475,24 @@ def encode(preference, tokenizer, row_length, skipped=None):
     samples, and no merge crosses the boundary. Text that looks like a control token stays text. An
     answer may have row_length - len(prompt) tokens; a longer one is cut, and then has no
     end-of-text, which would teach the model to stop in mid-sentence. Reasons are counted in
-    `skipped`, a Counter.
+    `skipped`, a Skipped.
     """
-    skipped = Counter() if skipped is None else skipped
-    eot = tokenizer.eot_token
+    skipped = Skipped() if skipped is None else skipped
+    where, eot = f"the prompt {preference.prompt[:40]!r}", tokenizer.eot_token
     prompt = [eot] + tokenizer.encode_ordinary(preference.prompt)
     room = row_length - len(prompt)
     if room < 1:
-        skipped["prompt as long as a row"] += 1
+        skipped.add("prompt as long as a row", where)
         return None
     answers = [tokenizer.encode_ordinary(answer) + [eot] for answer in preference.answers]
-    skipped["answer cut (kept, without end-of-text)"] += sum(len(a) > room for a in answers)
+    for answer in answers:
+        if len(answer) > room:
+            skipped.add("answer cut (kept, without end-of-text)", where)
     answers = [answer[:room] for answer in answers]
     item = Encoded(prompt, answers, list(preference.pairs))
     distinct = [i for i, answer in enumerate(answers) if answer not in answers[:i]]
     if len(distinct) < len(answers):
-        skipped["answers equal after the cut"] += 1
+        skipped.add("answers equal after the cut", where)
         item = take(item, [pair for pair in range(len(item.pairs))
                            if set(item.pairs[pair]) <= set(distinct)])
         return item if item.pairs else None
@@ -619,12 +650,16 @@ class Batches:
                                   for unit in range(self.units[i])]
         return self.orders[epoch]
 
+    def units_of(self, step):
+        """(epoch, number of the item, unit) of each unit of a step."""
+        for k in range(step * self.size, (step + 1) * self.size):
+            epoch, k = divmod(k, self.per_epoch)
+            yield epoch, *self.order(epoch)[k]
+
     def __getitem__(self, step):
         """A list of Encoded."""
         wanted = {}
-        for k in range(step * self.size, (step + 1) * self.size):
-            epoch, k = divmod(k, self.per_epoch)
-            item, unit = self.order(epoch)[k]
+        for epoch, item, unit in self.units_of(step):
             wanted.setdefault((epoch, item), []).append(unit)
         return [self.encoded[item] if self.whole else take(self.encoded[item], units)
                 for (_, item), units in wanted.items()]

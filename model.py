@@ -446,7 +446,8 @@ def write_safetensors(file, tensors):
 @contextmanager
 def replacing(path):
     """A binary file to write in a with block. It is complete or it is not there: written beside,
-    flushed to the disk, then renamed to `path`."""
+    flushed to the disk, then renamed to `path`. Raises UserError where the disk is full, or the
+    like."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -454,6 +455,12 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):      # torch.save hides an OSError behind one of its own
+            raise
+        raise UserError(f"{path}: cannot be written: {cause.strerror or cause}; what was there "
+                        "before is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
 

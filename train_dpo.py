@@ -15,22 +15,22 @@ Writes to out/<task>/: preferences.jsonl (where the task samples its own), dpo.p
 results.json. Left out on purpose: the reward model and PPO, which DPO is there to do without.
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import train_sft
 from data import Batches, encode_all, prefixes, rank, reward, well_formed
-from model import UserError, save_checkpoint
+from model import UserError, replacing, save_checkpoint
 from sample import evaluate, sample, score, side_by_side, table
-from train_sft import (PARTS, Log, Parser, add_shared_flags, add_training_flags, command,
-                       compile_logps, grad_scaler, in_batches, is_time, load, load_training,
-                       make_folder, micro_batches, number, open_checkpoint, row_length, settle,
-                       settle_task, source, update, warmup, warn_of_large_lr)
+from train_sft import (PARTS, Log, Parser, Run, add_shared_flags, add_training_flags, command,
+                       compile_logps, fingerprint, grad_scaler, in_batches, is_time, load,
+                       load_training, make_folder, micro_batches, number, open_checkpoint,
+                       row_length, settle, settle_task, source, update, warmup, warn_of_large_lr)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -159,7 +159,8 @@ def train(policy, preferences, held_out, args):
     steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
     optimizer, scaler = policy.optimizer(args.lr, args.weight_decay), grad_scaler(policy)
     log = Log(args.out / "metrics.csv", COLUMNS)
-    for step in tqdm(range(steps), "DPO"):
+    run = Run(args.out / "dpo_state.pt", args, policy, batches, optimizer, scaler, log)
+    for step in run.steps(steps, "DPO"):
         for batch in micro_batches(batches[step], args, policy):
             logps = policy.logps(batch)                             # (N,) log pi(y|x)
             losses, rewards = objective(logps, batch, args)         # (P,) and (N,)
@@ -170,9 +171,11 @@ def train(policy, preferences, held_out, args):
                 check_start(logps.detach(), batch, args, policy.precision)
         lr = args.lr * warmup(step, args.warmup)
         grad_norm = update(policy, optimizer, scaler, lr, args.clip)
+        run.watch(step, grad_norm)
         if held_out and is_time(step, steps, args.eval_every):
             evaluate_preferences(policy, held_out, args, log)
         if is_time(step, steps, args.log_every):
+            run.check()
             log.write(step, grad_norm=grad_norm, lr=lr)
 
 
@@ -216,36 +219,72 @@ def evaluate_preferences(policy, held_out, args, log):
 def sample_preferences(sft, tokenizer, args):
     """Sample --samples answers to each of --prefixes prefixes from the SFT model, rank them by the
     ground-truth reward of the whole review, and write them to preferences.jsonl. One prefix in ten
-    is a held-out one. Returns the file's path."""
+    is a held-out one. Returns the file's path.
+
+    A file that the same model and flags have written is used again: preferences.key says which.
+    """
     eot, path = tokenizer.eot_token, args.out / "preferences.jsonl"
+    key = " ".join(map(str, (fingerprint(sft), sft.device.type, sft.precision, args.seed,
+                             args.prefixes, args.samples, args.max_new_tokens)))
+    if is_kept(path, key):
+        print(f"{path}: sampled before, by the same model with the same flags")
+        return path
     n_held_out = max(1, args.prefixes // 10)
     prompts = (prefixes(args.prefixes - n_held_out, False, tokenizer, args.seed)
                + prefixes(n_held_out, True, tokenizer, args.seed))
     ids = [[eot] + tokenizer.encode_ordinary(prompt)
            for prompt in prompts for _ in range(args.samples)]
     answers = sample(sft, ids, args.max_new_tokens, args.seed, eot, progress="sampling answers")
-    unfinished = alike = 0
-    with open(path, "w", encoding="utf-8") as file:
-        for i, prompt in enumerate(prompts):
-            mine = answers[i * args.samples:(i + 1) * args.samples]
-            done = [tokenizer.decode(ids[:-1]) for ids in mine if ids[-1] == eot and len(ids) > 1]
-            unfinished += len(mine) - len(done)
-            row = rank(prompt, done, [reward(prompt + answer) for answer in done])
-            alike += row is None
-            if row:
-                file.write(json.dumps(row) + "\n")
-    if alike == len(prompts):
+    unfinished, rows = 0, []
+    for i, prompt in enumerate(prompts):
+        mine = answers[i * args.samples:(i + 1) * args.samples]
+        done = [tokenizer.decode(ids[:-1]) for ids in mine if ids[-1] == eot and len(ids) > 1]
+        unfinished += len(mine) - len(done)
+        rows.append(rank(prompt, done, [reward(prompt + answer) for answer in done]))
+    ranked = [row for row in rows if row]
+    if not ranked:
         raise UserError("no prompt got two finished answers of different reward: train SFT for "
                         "longer, or raise --max-new-tokens")
-    print(f"{path}: answers of {len(prompts) - alike:,} prompts ranked; left out {alike} prompts "
-          f"(no two rewards differ) and {unfinished} answers (empty or without an end)")
+    keep(path, key, "".join(json.dumps(row) + "\n" for row in ranked))
+    print(f"{path}: answers of {len(ranked):,} prompts ranked; left out "
+          f"{len(rows) - len(ranked)} prompts (no two rewards differ) and {unfinished} answers "
+          "(empty or without an end)")
     return path
 
 
+def keep(path, key, text):
+    """Write a file, and beside it what it was made from; is_kept(path, key) is then true, until
+    one of them is another."""
+    digest = hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()
+    for where, content in [(path, text), (path.with_suffix(".key"), digest)]:
+        with replacing(where) as file:
+            file.write(content.encode())
+
+
+def is_kept(path, key):
+    """Whether the file at `path` is one that `keep` wrote for this key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        digest = hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()
+        return path.with_suffix(".key").read_text() == digest
+    except (OSError, ValueError):
+        return False
+
+
 def add_reference(policy, items, args):
-    """Before its first step the policy is the reference: note its log-probs, once."""
-    for item, logps in zip(items, score(policy, items, args.row_length, "reference log-probs")):
-        item.ref_logps = logps
+    """Before its first step the policy is the reference: note its log-probs, once. They are kept in
+    reference.json, for the same weights on the same data at the same precision."""
+    path = args.out / "reference.json"
+    key = " ".join(map(str, (fingerprint(policy), fingerprint(items), args.row_length,
+                             policy.device.type, policy.precision)))
+    if is_kept(path, key):
+        print(f"{path}: computed before, by the same model on the same answers")
+        logps = json.loads(path.read_text())
+    else:
+        logps = score(policy, items, args.row_length, "reference log-probs")
+        keep(path, key, json.dumps(logps))
+    for item, of_item in zip(items, logps):
+        item.ref_logps = of_item
 
 
 def report(policy, reference, prompts, tokenizer, grades, sft_path, args):
@@ -257,7 +296,8 @@ def report(policy, reference, prompts, tokenizer, grades, sft_path, args):
           + table(measures))
     results = {"task": source(args), "beta": args.beta, "prompts": len(prompts),
                "policies": measures}
-    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with replacing(args.out / "results.json") as file:
+        file.write((json.dumps(results, indent=2) + "\n").encode())
     print(f"\nwrote {args.out / 'results.json'}; try: "
           f"python sample.py --compare {sft_path} {args.out / 'dpo.pt'}")
 
@@ -265,9 +305,10 @@ def report(policy, reference, prompts, tokenizer, grades, sft_path, args):
 def sft_flags(args):
     """The flags of this run that its SFT shares."""
     names = ["task", "data", "data_dir", "out", "seed", "device", "precision", "compile", "init",
-             "tokenizer", "row_length"]
+             "tokenizer", "row_length", "save_every"]
     return [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names
-            if getattr(args, name) is not None]
+            if getattr(args, name) is not None] + [
+        f"--{name}" for name in ("resume", "strict") if getattr(args, name)]
 
 
 PAPER_LR = 1e-6     # Appendix B
@@ -306,6 +347,8 @@ def parse_args(argv):
     args.beta = args.beta or {"reviews": 0.3, "tldr": 0.5}.get(args.task, 0.1)
     if args.sft and (args.fresh or args.init):
         raise UserError("--fresh and --init are for a new SFT model, --sft names one: choose")
+    if args.fresh and args.resume:
+        raise UserError("--fresh starts again, --resume goes on: choose")
     return args
 
 
@@ -315,7 +358,8 @@ def main(argv=None):
     device = settle(args)
     make_folder(args.out)
     sft_path = args.sft or args.out / "sft.pt"
-    if args.fresh or not (args.sft or sft_path.exists()):
+    stopped = args.resume and (args.out / "sft_state.pt").exists()      # SFT itself did not end
+    if args.fresh or not args.sft and (stopped or not sft_path.exists()):
         print("--fresh: SFT first" if args.fresh else f"no {sft_path} yet: SFT first")
         train_sft.main(sft_flags(args))
     else:
@@ -339,7 +383,7 @@ def main(argv=None):
 
     path = sample_preferences(policy, tokenizer, args) if args.task == "reviews" else args.data
     name = path or args.task
-    encoded, held_out = (load(f"{name}, {part}", encode_all, rows, tokenizer, args.row_length)
+    encoded, held_out = (load(f"{name}, {part}", args, encode_all, rows, tokenizer, args.row_length)
                          for part, rows in zip(PARTS, load_training(args, path)))
     if not encoded:
         raise UserError(f"{name}: no row is left to train on")
@@ -361,9 +405,10 @@ def main(argv=None):
         prompts, grades = list(prompts)[:args.eval_prompts], {}
     if len(prompts) < 2:
         print(f"{name}: fewer than two held-out prompts, so no samples are measured")
-        return
-    reference, _, _ = open_checkpoint(sft_path, device, args)
-    report(policy, reference, prompts, tokenizer, grades, sft_path, args)
+    else:
+        reference, _, _ = open_checkpoint(sft_path, device, args)
+        report(policy, reference, prompts, tokenizer, grades, sft_path, args)
+    (args.out / "dpo_state.pt").unlink(missing_ok=True)     # all is done: it is needed no more
 
 
 if __name__ == "__main__":

@@ -8,24 +8,29 @@ same one with another loss, and starts where this one ends.
     loss = - sum over answers of log pi(y|x)  /  number of their tokens
 
 Writes sft.pt and sft_metrics.csv to out/<task>/. Below the loop stands what all three scripts need
-and none is about: flags, device and precision, the update, the log.
+and none is about: the update, the log, how a run stops and goes on, flags, device and precision.
 """
 
 import argparse
 import csv
 import functools
+import hashlib
 import math
 import random
+import signal
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import (TASKS, TOKENIZERS, Batches, Preference, encode_all, get_tokenizer, is_held_out,
-                  load_comparisons, load_preferences, load_summaries, pack, write_review)
-from model import RELEASED, GPT, GPTConfig, UserError, load_checkpoint, save_checkpoint
+from data import (TASKS, TOKENIZERS, Batches, Preference, Skipped, encode_all, get_tokenizer,
+                  is_held_out, load_comparisons, load_preferences, load_summaries, pack,
+                  write_review)
+from model import (RELEASED, GPT, GPTConfig, UserError, load_checkpoint, replacing,
+                   save_checkpoint)
 
 PARTS = ["training", "held out"]
 COLUMNS = {"loss": ".4f", "grad_norm": ".2f", "lr": ".1e", "held_out_loss": ".4f"}
@@ -39,7 +44,8 @@ def train(model, examples, held_out, args):
     optimizer = model.optimizer(args.lr, args.weight_decay, betas=(0.9, 0.99))
     scaler = grad_scaler(model)
     log = Log(args.out / "sft_metrics.csv", COLUMNS)
-    for step in tqdm(range(steps), "SFT"):
+    run = Run(args.out / "sft_state.pt", args, model, batches, optimizer, scaler, log)
+    for step in run.steps(steps, "SFT"):
         items = batches[step]
         n_tokens = sum(len(item.answers[0]) for item in items)
         for batch in micro_batches(items, args, model):
@@ -49,9 +55,11 @@ def train(model, examples, held_out, args):
             log.add(len(batch.target), loss=-logps.detach().sum())
         lr = args.lr * min(warmup(step, args.warmup), cosine(step, steps))
         grad_norm = update(model, optimizer, scaler, lr, args.clip)
+        run.watch(step, grad_norm)
         if held_out and is_time(step, steps, args.eval_every):
             log.add(1, held_out_loss=evaluate(model, held_out, args))
         if is_time(step, steps, args.log_every):
+            run.check()
             log.write(step, grad_norm=grad_norm, lr=lr)
 
 
@@ -72,8 +80,8 @@ def load_examples(args):
         reviews = [Preference("", [write_review(rng)], []) for _ in range(args.reviews + 256)]
         return reviews[:args.reviews], reviews[args.reviews:]
     if args.task == "tldr":
-        return [load(f"tldr summaries, {part}", load_summaries, args.data_dir, part == "held out")
-                for part in PARTS]
+        return [load(f"tldr summaries, {part}", args, load_summaries, args.data_dir,
+                     part == "held out") for part in PARTS]
     return [[Preference(p.prompt, [p.answers[p.pairs[0][0]]], []) for p in part]
             for part in load_training(args)]
 
@@ -95,8 +103,8 @@ def cosine(step, steps):
 
 
 def update(model, optimizer, scaler, lr, clip):
-    """One optimizer step on the gradients at hand. Returns their norm before clipping, a tensor; 0
-    where a float16 gradient overflowed, and the step is left out."""
+    """One optimizer step on the gradients at hand. Returns their norm before clipping, a tensor;
+    where it is not finite and the scaler is on, float16 overflowed and the step was left out."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)          # first to true size, then clip
@@ -104,7 +112,7 @@ def update(model, optimizer, scaler, lr, clip):
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm.where(norm.isfinite(), 0) if scaler.is_enabled() else norm
+    return norm
 
 
 def grad_scaler(model):
@@ -136,11 +144,18 @@ class Log:
     """Means since the last line: a line on the screen and a row in a CSV file."""
 
     def __init__(self, path, columns):
-        """columns: {name: format on the screen}."""
-        self.columns, self.lines, self.sums, self.counts = columns, 0, Counter(), Counter()
-        self.file = open(path, "w", newline="")
-        self.csv = csv.writer(self.file, lineterminator="\n")
-        self.csv.writerow(["step", *columns])
+        """columns: {name: format on the screen}. The file is opened at the first line, so that a
+        run that goes on can say first how much of it to keep."""
+        self.path, self.columns = path, columns
+        self.lines, self.size, self.sums, self.counts = 0, 0, Counter(), Counter()
+
+    def state_dict(self):
+        return {"lines": self.lines, "size": self.size, "sums": dict(self.sums),
+                "counts": dict(self.counts)}
+
+    def load_state_dict(self, state):
+        self.lines, self.size = state["lines"], state["size"]
+        self.sums, self.counts = Counter(state["sums"]), Counter(state["counts"])
 
     def add(self, count, **sums):
         """Sums over `count` things; sums and counts are kept, never means of means. Tensors stay
@@ -150,11 +165,11 @@ class Log:
             self.counts[name] += count
 
     def write(self, step, **values):
-        """values: what is shown as it is. Raises UserError where a number is not finite."""
+        """values: what is shown as it is. Raises UserError where a mean is not finite."""
         values |= {name: self.sums[name] / self.counts[name] for name in self.sums}
         values = {name: float(value) for name, value in values.items()}
         for name, value in values.items():
-            if not math.isfinite(value):
+            if name in self.sums and not math.isfinite(value):
                 raise UserError(f"step {step}: the {name} is {value}; stopped, nothing was saved; "
                                 "a lower --lr may help")
         if self.lines % 25 == 0:
@@ -162,10 +177,164 @@ class Log:
         tqdm.write(f"{step:6d}  " + "  ".join(
             f"{format(values[name], form) if name in values else '':>{max(8, len(name))}}"
             for name, form in self.columns.items()))
-        self.csv.writerow([step, *(f"{values[name]:.6g}" if name in values else ""
+        with open(self.path, "r+" if self.size else "w", newline="") as file:
+            file.seek(self.size)
+            file.truncate()         # what a run wrote after the state from which this one goes on
+            rows = csv.writer(file, lineterminator="\n")
+            if self.size == 0:
+                rows.writerow(["step", *self.columns])
+            rows.writerow([step, *(f"{values[name]:.6g}" if name in values else ""
                                    for name in self.columns)])
-        self.file.flush()
+            self.size = file.tell()
         self.lines, self.sums, self.counts = self.lines + 1, Counter(), Counter()
+
+
+# ------------------------------------------------------------------------------------------------
+# What both loops need: to stop at any moment, and to go on from there
+# ------------------------------------------------------------------------------------------------
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT (Ctrl-C) or SIGTERM: the arguments are its number and what to tell the person."""
+
+
+# Flags that change nothing of what is trained on what; what they bring in is compared by content.
+NOT_COMPARED = {"resume", "fresh", "save_every", "strict", "out", "task", "data", "data_dir", "sft",
+                "init", "device", "reviews", "prefixes", "samples", "max_new_tokens",
+                "eval_prompts", "block_size", "n_layer", "n_head", "n_embd", "init_std",
+                "tokenizer", "precision"}
+PATIENCE = 25       # overflows of float16 in a row: 2**25 is more than the scaler begins with
+
+
+class Run:
+    """What of a training loop is on disk: everything that the next step depends on.
+
+    The order of the data depends on seed and step alone (data.Batches), training draws no random
+    number, and the state is written like a checkpoint, whole or not at all. So a run that was
+    killed and goes on ends, on the same CPU, with the same bytes as one that was not.
+    """
+
+    def __init__(self, path, args, model, batches, optimizer, scaler, log):
+        """Load the state at `path` if args.resume asks for it. Raises UserError where that is of
+        another run."""
+        self.path, self.batches, self.scaler = path, batches, scaler
+        self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "log": log}
+        self.step, self.norms, self.overflows = 0, [], 0
+        self.seconds, self.saved_at = 60 * args.save_every, time.monotonic()
+        self.settings = {name: value for name, value in vars(args).items()
+                         if name not in NOT_COMPARED}
+        self.settings |= {"device": model.device.type, "precision": str(model.precision),
+                          "weights to start from": fingerprint(model),
+                          "data": fingerprint(batches.encoded)}
+        if args.resume and path.exists():
+            self.load()
+        elif args.resume:
+            print(f"{path}: nothing to resume; starting from the first step")
+        elif path.exists():
+            print(f"{path} is of a run that stopped early, and --resume goes on with it; this run "
+                  "starts from the first step, and will write its own state over it")
+
+    def load(self):
+        state = load_state(self.path)
+        for name, now in self.settings.items():
+            then = state["settings"].get(name)
+            if then != now:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{self.path}: cannot resume, " + (
+                    f"the {name} changed since" if len(str(now)) == 64 else
+                    f"that run had {flag} {then}, this one has {now}"))
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.overflows = state["step"], state["overflows"]
+        print(f"{self.path}: going on after step {self.step - 1}")
+
+    def save(self):
+        self.check()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"settings": self.settings, "step": self.step, "overflows": self.overflows}
+        with replacing(self.path) as file:
+            torch.save(state, file)
+        self.saved_at = time.monotonic()
+
+    def steps(self, total, name):
+        """The steps that are still to do, under a progress bar. The state is written every
+        --save-every minutes, after the last step, and when Ctrl-C or SIGTERM ask to stop: then the
+        step at hand is finished first. A second Ctrl-C stops at once."""
+        asked = []
+
+        def ask(number, frame):
+            asked.append(number)
+            if len(asked) > 1:
+                raise Interrupted(number, "stopped at once; the last state that was saved is kept")
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in tqdm(range(self.step, total), name, initial=self.step, total=total):
+                yield step
+                self.step = step + 1
+                due = time.monotonic() - self.saved_at >= self.seconds
+                if asked or due or self.step == total:
+                    self.save()
+                if asked:
+                    raise Interrupted(asked[0], f"stopped after step {step}; the same command with "
+                                                "--resume goes on from there")
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def watch(self, step, norm):
+        """Note a step's gradient norm, a tensor, without waiting for it: that is for `check`."""
+        self.norms.append((step, norm))
+
+    def check(self):
+        """Raise UserError, naming the step and its rows, if a gradient was not finite."""
+        norms, self.norms = self.norms, []
+        values = torch.stack([norm for _, norm in norms]).tolist() if norms else []
+        for (step, _), value in zip(norms, values):
+            if math.isfinite(value):
+                self.overflows = 0
+            elif not self.scaler.is_enabled():
+                raise UserError(f"step {step}: the gradient is {value}; stopped, nothing was saved "
+                                f"over what was; a lower --lr may help, or a look at the step's "
+                                f"rows, the prompts {self.rows(step)}")
+            else:
+                self.overflows += 1
+                if self.overflows >= PATIENCE:
+                    raise UserError(f"step {step}: float16 overflowed {PATIENCE} times in a row; "
+                                    "stopped, nothing was saved over what was; a lower --lr or "
+                                    "--precision float32 may help")
+
+    def rows(self, step):
+        """The prompts of a step, by their number among those trained on, counted from 0."""
+        found = sorted({i for _, i, _ in self.batches.units_of(step)})
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        return ", ".join(map(str, found[:8])) + more
+
+
+def fingerprint(content):
+    """64 letters that stand for the exact weights of a model, or the exact content of a list of
+    Encoded."""
+    digest = hashlib.sha256()
+    if isinstance(content, torch.nn.Module):
+        for name, weight in content.state_dict().items():
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+    else:
+        for item in content:
+            digest.update(repr(item).encode())
+    return digest.hexdigest()
+
+
+def load_state(path):
+    """The content of a file that Run.save wrote. Raises UserError for another."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if {"settings", "step", "model", "optimizer", "scaler", "log"} <= state.keys():
+            return state
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except Exception as error:      # whatever a foreign or damaged file makes of torch.load
+        raise UserError(f"{path}: a damaged file; without --resume the run starts anew") from error
+    raise UserError(f"{path}: not the state of a run; without --resume the run starts anew")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -202,18 +371,26 @@ def number(kind, least, above=False, most=math.inf):
 
 
 def command(main):
-    """main(argv) as a command: a UserError, or a file that can't be written, becomes one sentence
-    on stderr and exit code 2."""
+    """main(argv) as a command. A UserError, or a file that can't be written, becomes one sentence
+    on stderr and exit code 2. Ctrl-C ends it with 130, SIGTERM with 143, as the shell counts."""
     @functools.wraps(main)
     def run(argv=None):
+        def terminate(number, frame):
+            raise Interrupted(number, "stopped; what was finished is kept")
+        before = signal.signal(signal.SIGTERM, terminate)
         try:
             return main(argv)
         except UserError as error:
-            message = str(error)
+            message, code = str(error), 2
         except OSError as error:
-            message = f"{error.filename or 'a file'}: {error.strerror or error}"
+            message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
+        except KeyboardInterrupt as stop:
+            number, message = stop.args or (signal.SIGINT, "stopped; what was finished is kept")
+            code = 128 + number
+        finally:
+            signal.signal(signal.SIGTERM, before)
         print(f"{Path(sys.modules[main.__module__].__file__).name}: {message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(code)
     return run
 
 
@@ -264,6 +441,12 @@ def add_training_flags(parser, batch, batch_unit, warmup):
     add("--weight-decay", type=number(float, 0), default=0.0,
         help="of matrices (default 0: plain Adam)")
     add("--clip", type=number(float, 0, above=True), default=1.0, help="gradient norm (default 1)")
+    add("--resume", action="store_true",
+        help="go on with a run of the same flags that was stopped or killed")
+    add("--save-every", type=number(float, 0), default=5.0,
+        help="minutes between writing the state that --resume needs (default 5; 0: each step)")
+    add("--strict", action="store_true",
+        help="rows that cannot teach, or must be cut, are errors; without it they are counted")
     add("--log-every", type=number(int, 1), default=20,
         help="steps between log lines (default 20)")
     add("--eval-every", type=number(int, 1), default=100,
@@ -350,9 +533,9 @@ def open_checkpoint(path, device, args):
     return prepare(model, args), tokenizer, facts
 
 
-def load(what, read, *arguments):
+def load(what, args, read, *arguments):
     """read(*arguments, skipped), and say what was found, and what was skipped or cut, and why."""
-    skipped = Counter()
+    skipped = Skipped(args.strict)
     found = read(*arguments, skipped)
     notes = "; ".join(f"{count:,} x {reason}" for reason, count in skipped.items() if count)
     print(f"{what}: {len(found):,} rows" + (f"; skipped or cut: {notes}" if notes else ""))
@@ -364,10 +547,10 @@ def load_training(args, path=None):
     held out; or of a published task, which says itself what is."""
     path = path or args.data
     if path:
-        found = load(path, load_preferences, path)
+        found = load(path, args, load_preferences, path)
         return ([p for p in found if not is_held_out(p.prompt)],
                 [p for p in found if is_held_out(p.prompt)])
-    return [load(f"{args.task}, {part}", load_comparisons, args.task, args.data_dir,
+    return [load(f"{args.task}, {part}", args, load_comparisons, args.task, args.data_dir,
                  part == "held out") for part in PARTS]
 
 
@@ -440,8 +623,9 @@ def main(argv=None):
     model = prepare(initial_model(args, tokenizer).to(device), args)
     args.row_length = row_length(args, model.config.block_size)
     name = args.data or args.task
-    examples, held_out = (load(f"{name}, {part}", encode_all, rows, tokenizer, args.row_length)
-                          for part, rows in zip(PARTS, load_examples(args)))
+    examples, held_out = (
+        load(f"{name}, {part}", args, encode_all, rows, tokenizer, args.row_length)
+        for part, rows in zip(PARTS, load_examples(args)))
     if not examples:
         raise UserError(f"{name}: no row is left to train on")
 
@@ -452,6 +636,7 @@ def main(argv=None):
     train(model, examples, held_out, args)
     save_checkpoint(args.out / "sft.pt", model, tokenizer=args.tokenizer, stage="sft",
                     source=source(args), init=args.init, seed=args.seed)
+    (args.out / "sft_state.pt").unlink(missing_ok=True)     # all is done: it is needed no more
     print(f"wrote {args.out / 'sft.pt'}")
 
 

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 from data import (
     DEGREES, FEELINGS, PLURAL, QUALITIES, SINGULAR, VERDICTS, WORDS, Batches, Encoded, Preference,
-    encode, encode_all, get_tokenizer, is_held_out, load_preferences, pack, prefixes, rank,
-    ranking_to_pairs, reward, take, well_formed, write_review,
+    Skipped, encode, encode_all, get_tokenizer, is_held_out, load_preferences, pack, prefixes,
+    rank, ranking_to_pairs, reward, take, well_formed, write_review,
 )
 from model import UserError
 
@@ -393,10 +393,10 @@ THREE_FORMS = [
 @pytest.mark.parametrize("name", ["plain.jsonl", "zipped.jsonl.gz"])
 def test_the_three_forms_of_a_preference_are_read(tmp_path, name):
     """Two answers, a ranking, two dialogues; HH is split at its last "\\n\\nAssistant:"."""
-    path, skipped = write(tmp_path / name, lines(PAIR, RANKING, DIALOGUES)), Counter()
+    path, skipped = write(tmp_path / name, lines(PAIR, RANKING, DIALOGUES)), Skipped()
     assert load_preferences(path, skipped) == THREE_FORMS
     assert load_preferences(str(path)) == THREE_FORMS
-    assert skipped == Counter()
+    assert skipped == Skipped()
 
 
 def test_other_keys_are_ignored(tmp_path):
@@ -445,7 +445,7 @@ DIFFER = "dialogues that differ before the last answer"
 ])
 def test_a_row_that_cannot_teach_is_left_out_and_counted(tmp_path, reason, row):
     """Two sides of one prompt, two different answers, some text: else there is no preference."""
-    path, skipped = write(tmp_path / "file.jsonl", lines(row, PAIR, row)), Counter()
+    path, skipped = write(tmp_path / "file.jsonl", lines(row, PAIR, row)), Skipped()
     assert load_preferences(path, skipped) == [THREE_FORMS[0]]
     assert skipped == {reason: 2}
 
@@ -542,7 +542,7 @@ def test_a_folder_is_not_a_file_of_preferences(tmp_path, name):
 @pytest.mark.skipif("DPO_HH_FILE" not in os.environ, reason="DPO_HH_FILE is not set")
 def test_of_the_2354_rows_of_helpful_base_2346_can_teach():
     """Anthropic's test file: 2 rows differ earlier, 2 have equal answers, 4 an empty one."""
-    skipped = Counter()
+    skipped = Skipped()
     preferences = load_preferences(os.environ["DPO_HH_FILE"], skipped)
     assert skipped == {DIFFER: 2, EQUAL: 2, EMPTY: 4}
     assert len(preferences) == 2354 - (2 + 2 + 4) == 2346
@@ -649,7 +649,7 @@ def test_with_gpt2_an_answer_keeps_its_first_word():
 @given(texts, st.lists(texts, min_size=1, max_size=3), st.integers(1, 30))
 def test_an_answer_has_all_the_row_after_its_prompt(prompt, answers, row_length):
     """Not a token less; one that is longer fills it exactly and has no end-of-text."""
-    skipped = Counter()
+    skipped = Skipped()
     room = row_length - 1 - len(ids(prompt))
     for answer in answers:
         item = encode(Preference(prompt, [answer], []), TOKENIZER, row_length, skipped)
@@ -677,7 +677,7 @@ def test_an_answer_that_only_just_fits_is_not_cut():
 
 def test_a_prompt_that_leaves_no_room_is_dropped_and_counted():
     """An answer cut to nothing would keep its loss at log 2 for ever."""
-    preference, skipped = Preference("The plot was", [" good.", " dull."], [(0, 1)]), Counter()
+    preference, skipped = Preference("The plot was", [" good.", " dull."], [(0, 1)]), Skipped()
     assert encode(preference, TOKENIZER, 4, skipped) is None
     assert encode(preference, TOKENIZER, 3, skipped) is None
     assert skipped == {"prompt as long as a row": 2}
@@ -689,7 +689,7 @@ def test_answers_that_are_equal_after_the_cut_are_dropped_and_the_pairs_renumber
     # Room for two tokens: " very good", " very good" again, " dull."; best first: 0, 2, 1.
     answers = [" very good.", " very good, but", " dull."]
     preference = Preference("The plot was", answers, [(0, 2), (0, 1), (2, 1)])
-    skipped = Counter()
+    skipped = Skipped()
     item = encode(preference, TOKENIZER, 4 + 2, skipped)
     assert item.answers == [ids(" very good"), ids(" dull.")]
     assert item.pairs == [(0, 1)]
@@ -702,7 +702,7 @@ def test_a_pair_whose_answers_are_equal_after_the_cut_is_dropped():
     gone = Preference("The plot was", [" very good.", " very good, but"], [(1, 0)])
     kept = [Preference("The", [f" {a}", f" {b}"], [(0, 1)]) for a, b in [("plot", "jokes"),
                                                                         ("songs", "plot")]]
-    skipped = Counter()
+    skipped = Skipped()
     assert encode(gone, TOKENIZER, 4 + 2, skipped) is None
     assert skipped["answers equal after the cut"] == 1
     found = encode_all([kept[0], gone, kept[1]], TOKENIZER, 4 + 2, skipped)
@@ -874,7 +874,7 @@ def test_an_answer_has_exactly_one_end_of_text_and_it_is_scored():
     """The model learns where to stop; it is the last thing each answer is scored on."""
     preferences = [Preference("The plot was", [f" {a}.", f" very {a}, but"], [(0, 1)])
                    for a in ("good", "dull", "weak")]
-    batch = pack(encode_all(preferences, TOKENIZER, 24, Counter()), 24)
+    batch = pack(encode_all(preferences, TOKENIZER, 24, Skipped()), 24)
     for n in range(batch.n_answers):
         scored = batch.target[batch.owner == n].tolist()
         assert scored.count(EOT) == 1 and scored[-1] == EOT

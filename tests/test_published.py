@@ -1,4 +1,4 @@
-"""The published tasks, hh and tldr: what is read, what is left out, and the way through the scripts.
+"""The published tasks, hh and tldr: what is read, what is left out, the way through the scripts.
 
     pytest tests/test_published.py
 
@@ -11,7 +11,6 @@ import gzip
 import json
 import math
 import os
-from collections import Counter
 
 import pytest
 import tiktoken
@@ -23,8 +22,9 @@ import data as data_py
 import sample
 import train_dpo
 import train_sft
-from data import (ASSISTANT, HUMAN, Preference, as_prompt, encode, encode_all, get_tokenizer,
-                  load_comparisons, load_preferences, load_summaries, pack, tldr_prompt)
+from data import (ASSISTANT, HUMAN, Preference, Skipped, as_prompt, encode, encode_all,
+                  get_tokenizer, load_comparisons, load_preferences, load_summaries, pack,
+                  tldr_prompt)
 from model import GPT, GPTConfig, UserError, load_checkpoint
 
 TOKENIZER = get_tokenizer("reviews")
@@ -90,7 +90,7 @@ def test_traps_5_and_7_a_long_answer_fills_the_row_and_has_no_end(tmp_path):
     item = one(tmp_path, row, row_length=60)
     assert len(item.prompt) + len(item.answers[0]) == 60 and EOT not in item.answers[0]
     assert item.answers[1][-1] == EOT
-    skipped = Counter()
+    skipped = Skipped()
     encode_all(load_preferences(write(tmp_path / "a.jsonl", [row])), TOKENIZER, 60, skipped)
     assert skipped == {"answer cut (kept, without end-of-text)": 1}
 
@@ -99,7 +99,7 @@ def test_trap_6_a_dialogue_that_leaves_no_room_for_an_answer_is_dropped_and_coun
     """Two answers of no tokens are equal for ever, and the loss would stand at log 2."""
     [preference] = load_preferences(write(tmp_path / "a.jsonl", [
         hh_row("Hi " * 100, "Hello", rejected="No")]))
-    skipped = Counter()
+    skipped = Skipped()
     assert encode(preference, TOKENIZER, 100, skipped) is None
     assert skipped == {"prompt as long as a row": 1}
 
@@ -120,7 +120,7 @@ def test_trap_9_dialogues_that_part_before_the_last_answer_are_left_out(tmp_path
             hh_row("Hi", "Hello", rejected="Hello"), hh_row("Hi", "", rejected="Hello"),
             {"chosen": dialogue("Hi", "A", "B", "C"), "rejected": dialogue("Hi", "A")},
             hh_row("Hi", "Hello", rejected="No")]
-    skipped = Counter()
+    skipped = Skipped()
     [kept] = load_preferences(write(tmp_path / "a.jsonl", rows), skipped)
     assert kept == Preference(dialogue("Hi") + ASSISTANT, [" Hello", " No"], [(0, 1)])
     assert skipped == {"dialogues that differ before the last answer": 2, "equal answers": 1,
@@ -154,7 +154,7 @@ def test_trap_11_exactly_the_answers_are_scored_whatever_the_dialogue(tmp_path_f
 def test_all_the_traps_on_the_real_file_with_the_real_tokens():
     """helpful-base/test.jsonl.gz in GPT-2's tokens and rows of 1024: every row is accounted for,
     and what is scored is each answer to the letter and its end, unless it was cut."""
-    gpt2, skipped = tiktoken.get_encoding("gpt2"), Counter()
+    gpt2, skipped = tiktoken.get_encoding("gpt2"), Skipped()
     preferences = load_preferences(os.environ["DPO_HH_FILE"], skipped)
     items = encode_all(preferences, gpt2, 1024, skipped)
     assert len(preferences) == 2346 and len(items) == 2346 - skipped["prompt as long as a row"]
@@ -241,7 +241,7 @@ def folder(tmp_path):
 
 
 def test_hh_is_split_as_it_was_published(folder):
-    skipped = Counter()
+    skipped = Skipped()
     training = load_comparisons("hh", folder, False, skipped)
     held_out = load_comparisons("hh", folder, True, skipped)
     assert (len(training), len(held_out)) == (20, 10) and skipped["empty answer"] == 1
@@ -250,29 +250,27 @@ def test_hh_is_split_as_it_was_published(folder):
 
 def test_tldr_trains_on_batches_3_to_10_and_holds_out_the_validation_splits(folder):
     """9 files with a row of each split; batch 11 is read for its validation rows alone."""
-    skipped = Counter()
-    training = load_comparisons("tldr", folder, False, skipped)
+    training = load_comparisons("tldr", folder, False, Skipped())
     assert [p.answers[0] for p in training] == [f" a car {100 + i}" for i in range(3, 11)]
-    assert skipped["row of another split"] == 8
-    held_out = load_comparisons("tldr", folder, True, Counter())
+    held_out = load_comparisons("tldr", folder, True, Skipped())
     assert [p.answers[0] for p in held_out] == [f" a car {i}" for i in range(3, 12)]
 
 
 def test_tldr_has_its_own_summaries_for_sft(folder):
-    skipped = Counter()
+    skipped = Skipped()
     training = load_summaries(folder, False, skipped)
     assert len(training) == 6 and skipped["empty answer"] == 1
     assert training[0] == Preference(
         "SUBREDDIT: r/tifu\n\nTITLE: T 0\n\nPOST: I fell.\n\nTL;DR:", [" train 0 fell."], [])
-    assert [p.answers[0] for p in load_summaries(folder, True, Counter())][0] == " valid 0 fell."
+    assert [p.answers[0] for p in load_summaries(folder, True, Skipped())][0] == " valid 0 fell."
 
 
 def test_held_out_rows_beyond_so_many_are_counted(folder, monkeypatch):
     monkeypatch.setattr(data_py, "MOST_HELD_OUT", 4)
-    skipped = Counter()
+    skipped = Skipped()
     assert len(load_comparisons("tldr", folder, True, skipped)) == 4
     assert skipped["held-out row beyond the first 4"] == 9 - 4
-    assert len(load_comparisons("tldr", folder, False, Counter())) == 8     # training is not
+    assert len(load_comparisons("tldr", folder, False, Skipped())) == 8     # training is not
 
 
 def test_a_file_that_is_not_there_is_fetched_from_where_it_was_published(tmp_path, monkeypatch):
@@ -285,9 +283,9 @@ def test_a_file_that_is_not_there_is_fetched_from_where_it_was_published(tmp_pat
     monkeypatch.setattr(data_py, "download", download)
     for task, held_out in [("hh", False), ("hh", True), ("tldr", False)]:
         with pytest.raises(UserError):
-            load_comparisons(task, tmp_path, held_out, Counter())
+            load_comparisons(task, tmp_path, held_out, Skipped())
     with pytest.raises(UserError):
-        load_summaries(None, False, Counter())
+        load_summaries(None, False, Skipped())
     hub, blob = "https://huggingface.co/datasets/Anthropic/hh-rlhf", data_py.TLDR
     assert asked == [
         (f"{hub}/resolve/main/helpful-base/train.jsonl.gz",
@@ -338,7 +336,7 @@ def test_each_task_goes_from_pretrained_weights_to_a_folder_that_opens_elsewhere
     train_dpo.main([*there, "--init", str(gpt2), "--max-new-tokens", "5"])
     out = capsys.readouterr().out
     assert f"({gpt2})" in out and f"beta {0.5 if task == 'tldr' else 0.1}" in out
-    assert ("1 x empty answer" in out) and ("row of another split" in out) == (task == "tldr")
+    assert "1 x empty answer" in out
     first = (tmp_path / "out/metrics.csv").read_text().splitlines()[1].split(",")
     assert float(first[1]) == pytest.approx(math.log(2), abs=1e-5)
     model, facts = load_checkpoint(tmp_path / "out/dpo.pt")

@@ -1,0 +1,513 @@
+"""Nothing lost: a run that is stopped, killed or broken goes on from where it was, to the same end.
+
+    pytest tests/test_nothing_lost.py
+
+A kill leaves nothing but what is on the disk. Most tests here kill a run by an exception that
+nothing catches, in the same process, which is quick; one sends SIGKILL to real processes. "The same
+end" is always to the last bit: weights, the optimizer's moments, every row of metrics.csv.
+"""
+
+import errno
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_dpo
+import train_sft
+from data import Batches, Encoded
+from model import GPT, GPTConfig, UserError, load_checkpoint, save_checkpoint
+from train_sft import Run, load_state
+
+ROOT = Path(__file__).parent.parent
+for_all = settings(deadline=None, max_examples=20, derandomize=True)
+STEPS = 7
+
+
+class Killed(BaseException):
+    """Nothing catches it; what is in memory is gone."""
+
+
+def items(n=6):
+    """n prompts with three ranked answers each, and made-up reference log-probs."""
+    numbers = torch.Generator().manual_seed(1)
+    return [Encoded(draw[:2], [draw[2:4], draw[4:7], draw[7:]], [(0, 1), (0, 2), (1, 2)],
+                    [-9.0, -14.0, -23.0])
+            for draw in torch.randint(0, 20, (n, 12), generator=numbers).tolist()]
+
+
+def train(script, out, resume=False, seed=0, data=None, **changes):
+    """A training loop of STEPS steps; returns its model and its Run."""
+    made = []
+
+    class Watched(Run):
+        def __init__(self, *arguments):
+            made.append(self)
+            super().__init__(*arguments)
+
+    # 5 pairs a step of 18, or 4 texts of 6: epochs end in the middle of a step.
+    flags = dict(out=out, row_length=32, steps=STEPS, batch=5 if script is train_dpo else 4,
+                 lr=1e-2, warmup=3, log_every=2, eval_every=3, save_every=0.0, resume=resume,
+                 seed=seed)
+    args = script.parse_args([])
+    for name, value in (flags | changes).items():
+        assert hasattr(args, name), name
+        setattr(args, name, value)
+    torch.manual_seed(5)
+    model = GPT(GPTConfig(block_size=32, vocab_size=20, n_layer=1, n_head=2, n_embd=8), 0.3)
+    data = data or items()
+    if script is train_sft:
+        data = [Encoded(item.prompt, item.answers[:1], []) for item in data]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "Run", Watched)
+        patch.setattr(script, "check_start", lambda *arguments: None, raising=False)
+        script.train(model, data, data[:3], args)
+    return model, made[0]
+
+
+def everything(out):
+    """The final state and the metrics: what must be the same."""
+    [state] = out.glob("*_state.pt")
+    [metrics] = out.glob("*metrics.csv")
+    state = load_state(state)
+    del state["settings"]["batch"]
+    return state, metrics.read_bytes()
+
+
+def same(left, right):
+    """Nested dicts and lists with tensors in them are equal to the last bit."""
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def killed_at(script, step):
+    """Make the loop of a script die in step number `step`, before its update or after it."""
+    calls = []
+    update = script.update
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == step // 2 + 1 and step % 2 == 0:
+            raise Killed
+        norm = update(*arguments)
+        if len(calls) == step // 2 + 1:
+            raise Killed
+        return norm
+    return dying
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    """What runs come to that nothing disturbed: {(script, accumulate): everything}."""
+    found = {}
+    for script in (train_sft, train_dpo):
+        for accumulate in (1, 2):
+            out = tmp_path_factory.mktemp("untouched")
+            train(script, out, accumulate=accumulate)
+            found[script, accumulate] = everything(out)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Killed, and resumed
+# ------------------------------------------------------------------------------------------------
+
+
+@for_all
+@given(st.sampled_from([train_sft, train_dpo]), st.integers(1, 2), st.integers(1, 4),
+       st.lists(st.integers(0, 2 * STEPS - 1), max_size=3))
+def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bytes(
+        untouched, tmp_path_factory, script, accumulate, every, deaths):
+    """Killed up to three times, in any step, before or after its update, with the state written
+    every so many steps: a clock that advances a minute with each look at it."""
+    out, clock = tmp_path_factory.mktemp("killed"), iter(range(10**6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sft.time, "monotonic", lambda: 60 * next(clock))
+        for death in deaths:
+            with pytest.MonkeyPatch.context() as deadly:
+                deadly.setattr(script, "update", killed_at(script, death))
+                try:
+                    train(script, out, resume=True, accumulate=accumulate, save_every=every)
+                except Killed:
+                    pass
+        train(script, out, resume=True, accumulate=accumulate, save_every=every)
+    state, metrics = everything(out)
+    expected, expected_metrics = untouched[script, accumulate]
+    for name in ("model", "optimizer", "scaler", "log", "step"):
+        assert same(state[name], expected[name]), name
+    assert metrics == expected_metrics
+
+
+def test_what_is_compared_would_show_one_step_more_or_less(untouched, tmp_path):
+    """The claim above can fail: one step left out is another model."""
+    train(train_dpo, tmp_path, steps=STEPS - 1)
+    state, metrics = everything(tmp_path)
+    expected, expected_metrics = untouched[train_dpo, 1]
+    assert not same(state["model"], expected["model"])
+    assert not same(state["optimizer"], expected["optimizer"]) and metrics != expected_metrics
+
+
+def test_sigkill_in_every_phase_of_dpo_costs_nothing_but_the_phase(tmp_path):
+    """A process is killed while it samples, while it computes the reference, and while it trains,
+    and the next goes on. Every file is then the one of a run in one go."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = ("--prefixes 40 --samples 4 --max-new-tokens 96 --eval-prompts 20 --steps 10 "
+             "--batch 16 --accumulate 2 --seed 3 --device cpu").split()
+    train_sft.main(("--n-layer 1 --n-head 2 --n-embd 16 --block-size 128 --reviews 200 --steps 120 "
+                    f"--lr 1e-2 --seed 3 --device cpu --out {whole}").split())
+    killed.mkdir()
+    (killed / "sft.pt").write_bytes((whole / "sft.pt").read_bytes())
+    train_dpo.main([*flags, "--out", str(whole)])
+
+    def start():
+        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        return subprocess.Popen(
+            [sys.executable, "-u", ROOT / "train_dpo.py", "--out", killed, *flags, "--resume",
+             "--save-every", "0"], env=environment, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
+
+    for phase in ("sampling", "reference", "training"):
+        process = start()
+        if phase == "sampling":
+            while "starting from" not in process.stdout.readline():
+                pass
+        there = killed / {"reference": "preferences.key", "training": "dpo_state.pt"}.get(phase, "")
+        while process.poll() is None and not there.exists():
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and not (killed / "dpo.pt").exists()
+    process = start()
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "sampled before" in output and "computed before" in output and "going on" in output
+    names = {path.name for path in killed.iterdir()}
+    assert names == {"dpo.pt", "metrics.csv", "preferences.jsonl", "preferences.key",
+                     "reference.json", "reference.key", "results.json", "sft.pt"}
+    for name in names:
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_finished_phases_are_not_repeated_unless_something_they_depend_on_changed(
+        tmp_path, monkeypatch, capsys):
+    """Sampling depends on the SFT weights, seed and counts; the reference on weights and data."""
+    sft = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 128 --reviews 100 --steps 120 "
+           "--lr 1e-2 --device cpu").split()
+    dpo = "--prefixes 20 --samples 3 --max-new-tokens 96 --eval-prompts 5 --steps 2 --device cpu"
+    there, done = ["--out", str(tmp_path)], []
+    for module, name in [(train_dpo, "sample"), (train_dpo, "score")]:
+        def noted(*arguments, name=name, real=getattr(module, name), **more):
+            done.append(name)
+            return real(*arguments, **more)
+        monkeypatch.setattr(module, name, noted)
+
+    def phases(*words):
+        done.clear()
+        train_dpo.main([*there, *dpo.split(), *words])
+        return done.copy()
+    train_sft.main([*there, *sft])
+    assert phases() == ["sample", "score"]
+    assert phases() == phases("--beta", "0.2") == []
+    assert phases("--samples", "4") == ["sample", "score"]
+    assert phases("--samples", "4", "--row-length", "60") == ["score"]
+    (tmp_path / "reference.json").write_text("[[0]]")
+    assert phases("--samples", "4") == ["score"]
+    (tmp_path / "preferences.jsonl").write_text("{}")
+    assert phases("--samples", "4") == ["sample"]           # the same ones, so the same reference
+    train_sft.main([*there, *sft, "--seed", "1"])
+    assert phases("--samples", "4") == ["sample", "score"]
+
+
+# ------------------------------------------------------------------------------------------------
+# What cannot be resumed is refused, and says why
+# ------------------------------------------------------------------------------------------------
+
+
+def interrupted(script, out, **changes):
+    """A folder with the state of a run that was killed in its fourth step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "update", killed_at(script, 6))
+        with pytest.raises(Killed):
+            train(script, out, **changes)
+    return out
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"beta": 0.7}, "that run had --beta 0.3, this one has 0.7"),
+    ({"lr": 0.02}, "--lr 0.01, this one has 0.02"), ({"batch": 6}, "--batch 5"),
+    ({"accumulate": 2}, "--accumulate 1"), ({"seed": 1}, "--seed 0"), ({"steps": 9}, "--steps 7"),
+    ({"loss": "plackett_luce"}, "--loss dpo"), ({"log_every": 3}, "--log-every 2"),
+    ({"data": items(5)}, "the data changed since"),
+])
+def test_another_configuration_or_other_data_are_refused_by_name(tmp_path, changes, words):
+    interrupted(train_dpo, tmp_path)
+    before = (tmp_path / "dpo_state.pt").read_bytes(), (tmp_path / "metrics.csv").read_bytes()
+    with pytest.raises(UserError) as caught:
+        train(train_dpo, tmp_path, resume=True, **changes)
+    assert "cannot resume" in str(caught.value) and words in str(caught.value)
+    assert before == ((tmp_path / "dpo_state.pt").read_bytes(),
+                      (tmp_path / "metrics.csv").read_bytes())
+
+
+def test_another_reference_is_refused(tmp_path):
+    """The same answers, of which one was a little likelier: rewards would start elsewhere."""
+    interrupted(train_dpo, tmp_path)
+    other = items()
+    other[3].ref_logps[1] += 1e-6
+    with pytest.raises(UserError, match="the data changed since"):
+        train(train_dpo, tmp_path, resume=True, data=other)
+
+
+def test_other_weights_to_start_from_are_refused(tmp_path, monkeypatch):
+    interrupted(train_dpo, tmp_path)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed, real=torch.manual_seed: real(seed + 1))
+    with pytest.raises(UserError, match="the weights to start from changed since"):
+        train(train_dpo, tmp_path, resume=True)
+
+
+class Hostile:
+    def __reduce__(self):
+        return open, ("pwned", "w")
+
+
+def test_a_damaged_or_foreign_state_is_refused_and_kept(tmp_path, monkeypatch):
+    """Cut in half, empty, a pickle that runs code, a checkpoint, the state of the other loop."""
+    monkeypatch.chdir(tmp_path)
+    path = interrupted(train_dpo, tmp_path) / "dpo_state.pt"
+    good = path.read_bytes()
+    save_checkpoint("checkpoint.pt", GPT(GPTConfig(32, 20, 1, 2, 8)))
+    torch.save(Hostile(), "hostile.pt")
+    (tmp_path / "sft").mkdir()
+    other = interrupted(train_sft, tmp_path / "sft") / "sft_state.pt"
+    for content in (good[:len(good) // 2], b"", Path("checkpoint.pt").read_bytes(),
+                    Path("hostile.pt").read_bytes(), other.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="dpo_state.pt: "):
+            train(train_dpo, tmp_path, resume=True)
+        assert path.read_bytes() == content
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_run_says_when_there_is_something_to_resume_and_when_there_is_not(tmp_path, capsys):
+    train(train_dpo, tmp_path, resume=True)
+    assert "nothing to resume" in capsys.readouterr().out
+    interrupted(train_sft, tmp_path)
+    capsys.readouterr()
+    train(train_sft, tmp_path)
+    assert "--resume goes on with it" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
+# Ctrl-C and SIGTERM
+# ------------------------------------------------------------------------------------------------
+
+
+def raising_signal(script, number, at):
+    """Send this process a signal in step `at`, before the update."""
+    calls, update = [], script.update
+
+    def signalling(*arguments):
+        calls.append(1)
+        if len(calls) == at + 1:
+            os.kill(os.getpid(), number)
+        return update(*arguments)
+    return signalling
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+        untouched, tmp_path, capsys, script, number, code):
+    before = signal.getsignal(number)
+
+    def main(argv=None):
+        train(script, tmp_path, save_every=60.0)
+    main.__module__ = script.__name__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "update", raising_signal(script, number, 3))
+        with pytest.raises(SystemExit) as caught:
+            train_sft.command(main)()
+    err = capsys.readouterr().err
+    assert caught.value.code == code and "Traceback" not in err
+    assert err.splitlines()[-1] == (f"{script.__name__}.py: stopped after step 3; the same command "
+                                    "with --resume goes on from there")
+    [path] = tmp_path.glob("*_state.pt")
+    assert load_state(path)["step"] == 4
+    assert signal.getsignal(number) == before
+    train(script, tmp_path, resume=True)
+    state, metrics = everything(tmp_path)
+    expected, expected_metrics = untouched[script, 1]
+    assert same(state["model"], expected["model"]) and metrics == expected_metrics
+
+
+def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_state(tmp_path, monkeypatch, capsys):
+    update = train_dpo.update
+
+    def twice(*arguments):
+        norm = update(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return norm
+    monkeypatch.setattr(train_dpo, "update", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(train_dpo, tmp_path)
+    assert not (tmp_path / "dpo_state.pt").exists()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_outside_of_training_ends_with_one_sentence(
+        tmp_path, monkeypatch, capsys, number, code):
+    """While answers are sampled, say."""
+    monkeypatch.setattr(train_dpo, "open_checkpoint", lambda *a: os.kill(os.getpid(), number))
+    (tmp_path / "sft.pt").write_bytes(b"")
+    with pytest.raises(SystemExit) as caught:
+        train_dpo.main(["--out", str(tmp_path), "--device", "cpu"])
+        time.sleep(1)
+    assert caught.value.code == code
+    assert capsys.readouterr().err == "train_dpo.py: stopped; what was finished is kept\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# Numbers that are none
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_names_step_and_rows_and_spoils_nothing(
+        untouched, tmp_path, script, value):
+    """It breaks in step 4: the state of step 3 stays, and a repaired run goes on from there."""
+    calls, update = [], script.update
+
+    def breaking(model, *arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            model.wte.weight.grad[0, 0] = value
+        return update(model, *arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "update", breaking)
+        with pytest.raises(UserError) as caught:
+            train(script, tmp_path)
+    batches = Batches(items(), 5 if script is train_dpo else 4, 0, whole=script is train_sft)
+    rows = sorted({item for _, item, _ in batches.units_of(4)})
+    assert f"step 4: the gradient is {'nan' if value != value else 'inf'}" in str(caught.value) or (
+        "step 4: the gradient is nan" in str(caught.value))
+    assert f"the prompts {', '.join(map(str, rows))}" in str(caught.value)
+    [path] = tmp_path.glob("*_state.pt")
+    assert load_state(path)["step"] == 4
+    train(script, tmp_path, resume=True)
+    state, metrics = everything(tmp_path)
+    expected, expected_metrics = untouched[script, 1]
+    assert same(state["model"], expected["model"]) and metrics == expected_metrics
+
+
+def test_a_broken_number_is_found_although_nobody_waits_for_it(tmp_path, monkeypatch):
+    """Without a save in between it is still the first step that is named, not the last."""
+    calls, update = [], train_dpo.update
+
+    def breaking(model, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            model.wte.weight.grad[0, 0] = math.nan
+        return update(model, *arguments)
+    monkeypatch.setattr(train_dpo, "update", breaking)
+    with pytest.raises(UserError, match="step 1: the gradient is nan"):
+        train(train_dpo, tmp_path, save_every=60.0, log_every=100, eval_every=100)
+    assert not (tmp_path / "dpo_state.pt").exists()
+
+
+def test_overflows_of_float16_are_the_scalers_business_until_they_go_on_for_too_long(tmp_path):
+    """24 in a row may pass, and one good step forgets them; the 25th in a row stops the run."""
+    class On:
+        def is_enabled(self):
+            return True
+    run = Run.__new__(Run)
+    run.scaler, run.norms, run.overflows = On(), [], 0
+    for _ in range(2):
+        for step in range(24):
+            run.watch(step, torch.tensor(math.inf))
+        run.watch(24, torch.tensor(1.0))
+    run.check()
+    for step in range(24):
+        run.watch(step, torch.tensor(math.nan))
+        run.check()                         # counted across looks
+    run.watch(24, torch.tensor(math.inf))
+    with pytest.raises(UserError, match="step 24: float16 overflowed 25 times in a row"):
+        run.check()
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_last_good_file(tmp_path):
+    """A limit on the size of files breaks off the writing in the middle, as a full disk does."""
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, GPT(GPTConfig(32, 20, 1, 1, 4)), seed=1)
+    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError) as caught:
+            save_checkpoint(path, GPT(GPTConfig(32, 1000, 1, 1, 64)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == (f"{path}: cannot be written: {os.strerror(errno.EFBIG)}; what was "
+                                 "there before is kept")
+    assert path.read_bytes() == before and load_checkpoint(path)[1] == {"seed": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_no_state_is_left_when_all_is_done_and_checkpoints_have_plain_keys(tmp_path):
+    """No `_orig_mod.` of torch.compile, no `module.` of a parallel wrapper."""
+    flags = ["--out", str(tmp_path), "--device", "cpu", "--save-every", "0"]
+    rows = [{"prompt": f"P {i}", "chosen": f" good {i}", "rejected": " bad"} for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags += ["--data", str(tmp_path / "a.jsonl"), "--tokenizer", "reviews", "--steps", "1"]
+    train_sft.main([*flags, *"--n-layer 1 --n-head 1 --n-embd 8 --block-size 64".split()])
+    train_dpo.main([*flags, "--eval-prompts", "2", "--max-new-tokens", "4"])
+    assert not list(tmp_path.glob("*_state.pt"))
+    for name in ("sft.pt", "dpo.pt"):
+        keys = torch.load(tmp_path / name, weights_only=True)["model"].keys()
+        assert keys == load_checkpoint(tmp_path / name)[0].state_dict().keys()
+        assert not [key for key in keys if "_orig_mod" in key or "module" in key]
+
+
+@pytest.mark.parametrize("flag", ["--fresh", None])
+def test_an_sft_run_that_did_not_end_is_not_mistaken_for_an_older_one_that_did(
+        tmp_path, monkeypatch, flag):
+    """--fresh was killed while SFT ran again: the old sft.pt must not be taken for the new."""
+    small = ("--n-layer 1 --n-head 1 --n-embd 8 --block-size 64 --reviews 50 --steps 3 "
+             "--save-every 0 --device cpu").split()
+    train_sft.main([*small, "--out", str(tmp_path)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sft, "update", killed_at(train_sft, 3))
+        with pytest.raises(Killed):
+            train_sft.main([*small, "--out", str(tmp_path), "--seed", "1"])
+    asked = []
+    monkeypatch.setattr(train_sft, "main", lambda argv: asked.append(argv) or exit(0))
+    with pytest.raises(SystemExit):
+        train_dpo.main(["--out", str(tmp_path), "--seed", "1", "--device", "cpu",
+                        *([flag] if flag else ["--resume"])])
+    assert ("--resume" in asked[0]) == (flag is None)
+
+
+def test_flags_that_begin_again_and_go_on_contradict_each_other(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train_dpo.main(["--fresh", "--resume"])
+    assert caught.value.code == 2 and "choose" in capsys.readouterr().err
