@@ -39,13 +39,21 @@ class UserError(Exception):
 
 @dataclass
 class GPTConfig:
-    """Sizes of a GPT-2; the defaults are the smallest released one (124M parameters)."""
+    """Sizes of a GPT-2; the defaults are the smallest released one (124M parameters). Raises
+    ValueError for sizes that make no network."""
 
     block_size: int = 1024      # the longest sequence: positions that have an embedding
     vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768           # C; n_head must divide it
+
+    def __post_init__(self):
+        for name, size in asdict(self).items():
+            if type(size) is not int or size < 1:
+                raise ValueError(f"expected a whole number above 0 for {name}, not {size!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
 class Attention(nn.Module):
@@ -116,10 +124,8 @@ class GPT(nn.Module):
 
     def __init__(self, config, init_std=0.02):
         """init_std: standard deviation of the initial weights; 0.02 is GPT-2's, for 768 channels.
-        Raises ValueError where n_head does not divide n_embd."""
+        """
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.config = config
         self.precision = None       # torch.bfloat16 or torch.float16: autocast to it
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -340,17 +346,13 @@ def read_config(path):
                         "vocab_size, n_layer, n_head and n_embd") from error
     for key, needed in GPT2.items():
         value = found.get(key, needed)
-        if value != needed and (key, value) != ("n_inner", 4 * sizes["n_embd"]):
+        if value != needed and (key, value) != ("n_inner", 4 * found["n_embd"]):
             raise UserError(f"{path}: {key} is {json.dumps(value)}; this GPT-2 has "
                             f"{json.dumps(needed)}")
-    for key, value in sizes.items():
-        if type(value) is not int or value < 1:
-            raise UserError(f"{path}: expected a whole number above 0 for {key}, "
-                            f"not {json.dumps(value)[:40]}")
-    if sizes["n_embd"] % sizes["n_head"]:
-        raise UserError(f"{path}: n_embd {sizes['n_embd']} is not a multiple of n_head "
-                        f"{sizes['n_head']}")
-    return GPTConfig(**sizes)
+    try:
+        return GPTConfig(**sizes)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def transposed(name, weight):

@@ -1,0 +1,380 @@
+"""Bad input: one sentence that names the place, exit code 2, never a traceback, nothing lost.
+
+    pytest tests/test_bad_input.py
+
+The corpus is made here, by code: files, lines, rows, flags, checkpoints, over a hundred. A row that
+cannot teach must not cost a run; it is left out and counted, or with --strict it is an error too.
+What people will think of next is hypothesis's part.
+"""
+
+import gzip
+import json
+import re
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sample
+import train_dpo
+import train_sft
+from data import Skipped, encode_all, get_tokenizer, load_preferences, pack, prefixes
+from model import GPT, GPTConfig, UserError, save_checkpoint
+
+for_all = settings(deadline=None, max_examples=150, derandomize=True)
+TOKENIZER = get_tokenizer("reviews")
+TINY = ("--init random --n-layer 1 --n-head 2 --n-embd 16 --block-size 128 --steps 2 "
+        "--tokenizer reviews --device cpu").split()
+QUICK = "--steps 2 --eval-prompts 3 --max-new-tokens 4 --device cpu".split()
+ROW = {"prompt": "a", "chosen": "b", "rejected": "c"}
+RANKING = {"prompt": "a", "answers": ["b", "c", "d"], "ranking": [2, 0, 1]}
+HH = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+TLDR = {"info": {"subreddit": "s", "title": "t", "post": "p"}, "choice": 0,
+        "summaries": [{"text": "b"}, {"text": "c"}]}
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def pairs(n):
+    return [{"prompt": f"The plot {i}", "chosen": f" was good {i}.", "rejected": " was dull."}
+            for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with sft.pt of two steps on pairs.jsonl."""
+    out = tmp_path_factory.mktemp("run")
+    (out / "pairs.jsonl").write_bytes(lines(*pairs(40)))
+    train_sft.main(["--data", str(out / "pairs.jsonl"), "--out", str(out), *TINY])
+    return out
+
+
+def refused(main, argv, capsys):
+    """The one sentence on stderr with which a command ends at once."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in argv])
+    message = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message.count("\n") == 1 and "Traceback" not in message, message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------
+# Files, lines, rows
+# ------------------------------------------------------------------------------------------------
+
+WHOLE_FILES = {                                         # what the sentence must say beside the path
+    "empty": (b"", "the file is empty"), "blank lines": (b"\n \r\n\t\n", "the file is empty"),
+    "binary": (bytes(range(128, 256)), "line 1: not UTF-8"),
+    "UTF-16": (json.dumps(ROW).encode("utf-16"), "line 1: not UTF-8"),
+    "a gzip without its name": (gzip.compress(lines(ROW)), "line 1: not UTF-8"),
+    "a web page": (b"<!doctype html>\n<html></html>", "line 1: not JSON"),
+    "CSV": (b"prompt,chosen,rejected\na,b,c\n", "line 1: not JSON"),
+    "one array over many lines": (json.dumps([ROW], indent=1).encode(), "line 1: not JSON"),
+    "one array on one line": (json.dumps([ROW, ROW]).encode(), "line 1: expected a JSON object"),
+    "all answers empty": (lines(ROW | {"chosen": " "}), "1 x empty answer"),
+    "all answers equal": (lines(ROW | {"chosen": "c"}, ROW | {"rejected": "b"}), "2 x equal"),
+    "all prompts too long": (lines(ROW | {"prompt": "x " * 500}), "no row is left to train on"),
+    "a line of many megabytes": (lines(ROW | {"prompt": "x" * 4_000_000}), "no row is left"),
+    "a number of many digits": (b'{"prompt": ' + b"7" * 5000 + b"}", "line 1: not JSON"),
+}
+BROKEN_LINES = {
+    "cut short": (b'{"prompt": "a", "chosen": "b', "not JSON"),
+    "two objects": (b'{"prompt": "a"} {"prompt": "b"}', "not JSON"),
+    "a trailing comma": (b'{"prompt": "a", }', "not JSON"),
+    "single quotes": (b"{'prompt': 'a'}", "not JSON"),
+    "deeply nested": (b"[" * 100_000, "not JSON"), "a NUL": (b'{"prompt": "a\0b"}', "not JSON"),
+    "Latin-1": ('{"prompt": "Grüße"}'.encode("latin-1"), "not UTF-8"),
+    "a list": (b"[1]", "a JSON object, not [1]"), "a string": (b'"a"', "a JSON object"),
+    "null": (b"null", "a JSON object"), "NaN": (b"NaN", "a JSON object"),
+    "no field": (b"{}", '"chosen"'),
+    "no rejected": (b'{"prompt": "a", "chosen": "b"}', '"rejected"'),
+    "a key twice": (b'{"prompt": "a", "chosen": "b", "chosen": "x", "rejected": "c"}',
+                    "the key 'chosen' stands twice"),
+    "a nested key twice": (b'{"prompt": "a", "x": {"y": 1, "y": 2}}', "the key 'y' stands twice"),
+    "chosen a number": (lines(ROW | {"chosen": 3}), 'a string under "chosen"'),
+    "chosen null": (lines(ROW | {"chosen": None}), 'a string under "chosen"'),
+    "chosen NaN": (lines(ROW | {"chosen": float("nan")}), 'a string under "chosen"'),
+    "rejected a list": (lines(ROW | {"rejected": ["c"]}), 'a string under "rejected"'),
+    "prompt an object": (lines(ROW | {"prompt": {"text": "a"}}), 'a string under "prompt"'),
+    "one answer": (lines(RANKING | {"answers": ["b"], "ranking": [0]}), "at least two strings"),
+    "answers nested": (lines(RANKING | {"answers": [["b"], "c", "d"]}), "at least two strings"),
+    "ranking missing": (lines({"prompt": "a", "answers": ["b", "c"]}), '"ranking"'),
+    "ranking no permutation": (lines(RANKING | {"ranking": [0, 0, 1]}), "each of 0 to 2 once"),
+    "ranking out of range": (lines(RANKING | {"ranking": [1, 2, 3]}), "each of 0 to 2 once"),
+    "ranking negative": (lines(RANKING | {"ranking": [0, 1, -1]}), "each of 0 to 2 once"),
+    "ranking too short": (lines(RANKING | {"ranking": [0, 1]}), "each of 0 to 2 once"),
+    "ranking of floats": (lines(RANKING | {"ranking": [2.0, 0.0, 1.0]}), "each of 0 to 2 once"),
+    "ranking with NaN": (lines(RANKING | {"ranking": [float("nan"), 0, 1]}), "each of 0 to 2"),
+    "no Assistant turn": (lines({"chosen": "b", "rejected": "c"}), "turns"),
+    "one Assistant turn": (lines(HH | {"rejected": "\n\nHuman: a"}), "turns"),
+    "choice 2": (lines(TLDR | {"choice": 2}), '"choice"'),
+    "choice null": (lines(TLDR | {"choice": None}), '"choice"'),
+    "three summaries": (lines(TLDR | {"summaries": [{"text": "b"}] * 3}), '"summaries"'),
+    "a summary without text": (lines(TLDR | {"summaries": [{"text": "b"}, {}]}), '"text"'),
+    "no post": (lines(TLDR | {"info": {"subreddit": "s", "title": "t"}}), '"post"'),
+}
+CANNOT_TEACH = {                                        # one such row must not cost the run
+    "empty": (ROW | {"chosen": ""}, "empty answer"),
+    "white space": (ROW | {"rejected": " \n\t\u3000"}, "empty answer"),
+    "empty in a ranking": (RANKING | {"answers": ["b", "", "d"]}, "empty answer"),
+    "equal": (ROW | {"rejected": "b"}, "equal answers"),
+    "equal in a ranking": (RANKING | {"answers": ["b", "c", "b"]}, "equal answers"),
+    "equal but for a space": (TLDR | {"summaries": [{"text": " b"}, {"text": "b "}]},
+                              "equal answers"),
+    "parted too early": (HH | {"rejected": "\n\nHuman: x\n\nAssistant: c"},
+                         "dialogues that differ before the last answer"),
+    "a lone surrogate": (ROW | {"prompt": "\ud800"}, "half a character (a lone surrogate)"),
+    "a lone surrogate in an answer": (ROW | {"chosen": "x\udfff"}, "half a character"),
+    "too long a prompt": (ROW | {"prompt": "long " * 400}, "prompt as long as a row"),
+    "too long an answer": (ROW | {"chosen": "long " * 400},
+                           "answer cut (kept, without end-of-text)"),
+    "equal after the cut": (ROW | {"chosen": "long " * 400, "rejected": "long " * 401},
+                            "answers equal after the cut"),
+}
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+@pytest.mark.parametrize("kind", WHOLE_FILES)
+def test_a_file_without_a_usable_row_is_refused_by_name(script, kind, run, capsys, tmp_path):
+    content, words = WHOLE_FILES[kind]
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(content)
+    flags = TINY if script is train_sft else ["--sft", run / "sft.pt", *QUICK]
+    message = refused(script.main, ["--data", path, "--out", tmp_path / "out", *flags], capsys)
+    assert message.startswith(f"{script.__name__}.py: {path}") and words in message
+
+
+@pytest.mark.parametrize("kind", BROKEN_LINES)
+def test_a_broken_line_is_refused_by_file_and_number(kind, tmp_path):
+    """Line 4: blank lines count, as they do in an editor; so do the marks of Windows."""
+    line, words = BROKEN_LINES[kind]
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + lines(ROW) + b"\r\n" + lines(ROW) + line.strip() + b"\n")
+    with pytest.raises(UserError) as caught:
+        load_preferences(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}, line 4: ") and words in message
+    assert "\n" not in message and len(message) < len(str(path)) + 200
+
+
+@pytest.mark.parametrize("kind", CANNOT_TEACH)
+def test_a_row_that_cannot_teach_is_counted_and_under_strict_an_error(kind, tmp_path):
+    row, reason = CANNOT_TEACH[kind]
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(lines(ROW, row, ROW))
+    skipped = Skipped()
+    kept = encode_all(load_preferences(path, skipped), TOKENIZER, 128, skipped)
+    cut = reason == "answer cut (kept, without end-of-text)"
+    assert len(kept) == 2 + cut and [name for name in skipped if name.startswith(reason)]
+    with pytest.raises(UserError) as caught:
+        strict = Skipped(strict=True)
+        encode_all(load_preferences(path, strict), TOKENIZER, 128, strict)
+    message = str(caught.value)
+    assert "--strict" in message and "\n" not in message and len(message) < len(str(path)) + 150
+    assert f"{path}, line 2: {reason}" in message or "the prompt '" in message
+
+
+def test_strict_is_obeyed_by_both_scripts_and_without_it_the_run_goes_on(run, capsys, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(lines(*pairs(40), *(row for row, _ in CANNOT_TEACH.values())))
+    for script, flags in [(train_sft, TINY), (train_dpo, ["--sft", run / "sft.pt", *QUICK])]:
+        flags = [str(flag) for flag in ["--data", path, "--out", tmp_path / "out", *flags]]
+        message = refused(script.main, [*flags, "--strict"], capsys)
+        assert f"{path}, line 41: empty answer, and --strict is set" in message
+        script.main(flags)
+        out = capsys.readouterr().out
+        assert "3 x empty answer; 3 x equal answers; 1 x dialogues that differ" in out
+        assert "2 x half a character" in out and "1 x prompt as long as a row" in out
+
+
+@pytest.mark.parametrize("name, words", [
+    ("no.jsonl", "No such file"), ("folder.jsonl", "Is a directory"),
+    ("cut.jsonl.gz", "end-of-stream"), ("plain.jsonl.gz", "Not a gzipped file"),
+    ("damaged.jsonl.gz", "cannot be read"),
+])
+def test_a_file_that_cannot_be_read_is_refused_by_name(name, words, run, capsys, tmp_path):
+    whole = gzip.compress(lines(*pairs(1000)))
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "plain.jsonl.gz").write_bytes(lines(ROW))
+    (tmp_path / "damaged.jsonl.gz").write_bytes(whole[:50] + b"\xff" * 50 + whole[100:])
+    flags = ["--data", tmp_path / name, "--sft", run / "sft.pt", "--out", tmp_path / "out"]
+    message = refused(train_dpo.main, flags, capsys)
+    assert f"{tmp_path / name}: cannot be read" in message and words in message
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner,
+                                                                 max_size=4), max_leaves=8)
+fields = st.sampled_from(["prompt", "chosen", "rejected", "answers", "ranking", "info", "summaries",
+                          "choice", "text", "post", "title", "subreddit"])
+rows = st.one_of(
+    json_values, st.dictionaries(fields, json_values | st.dictionaries(fields, st.text())),
+    st.builds(lambda row, change: {**row, **change}, st.sampled_from([ROW, RANKING, HH, TLDR]),
+              st.dictionaries(fields, json_values, max_size=2)))
+
+
+def read_or_refused(path):
+    """What a run does with a file before it trains: items that can be packed, or one sentence."""
+    skipped = Skipped()
+    try:
+        items = encode_all(load_preferences(path, skipped), TOKENIZER, 40, skipped)
+    except UserError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+        return
+    if items:
+        assert pack(items, 40).n_answers == sum(len(item.answers) for item in items)
+
+
+@for_all
+@given(st.lists(rows, max_size=3))
+def test_any_json_is_read_or_refused_in_one_sentence(tmp_path_factory, found):
+    path = tmp_path_factory.mktemp("json") / "file.jsonl"
+    path.write_bytes(lines(*found))
+    read_or_refused(path)
+
+
+@for_all
+@given(st.binary(max_size=200), st.booleans(), st.booleans())
+def test_any_bytes_are_read_or_refused_in_one_sentence(tmp_path_factory, content, zipped, after):
+    path = tmp_path_factory.mktemp("bytes") / ("file.jsonl.gz" if zipped else "file.jsonl")
+    path.write_bytes(gzip.compress(lines(ROW)) + content if zipped and after else
+                     lines(ROW) + content if after else content)
+    read_or_refused(path)
+
+
+def test_the_corpus_is_large():
+    sizes = Counter(files=len(WHOLE_FILES), lines=len(BROKEN_LINES), rows=len(CANNOT_TEACH),
+                    flags=len(DPO_FLAGS) + len(SFT_FLAGS) + len(SAMPLE_FLAGS))
+    assert sizes["files"] + sizes["lines"] + sizes["rows"] >= 60 and sizes["flags"] >= 60
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------
+
+BOTH = [
+    ("--batch", "0"), ("--batch", "1.5"), ("--accumulate", "0"), ("--epochs", "0"),
+    ("--epochs", "1e308"), ("--epochs", "nan"), ("--seed", "99999999999"), ("--seed", "-1"),
+    ("--steps", "0"), ("--lr", "0"), ("--lr", "-1e-3"), ("--lr", "inf"), ("--warmup", "-1"),
+    ("--clip", "0"), ("--weight-decay", "-1"), ("--log-every", "0"), ("--eval-every", "0"),
+    ("--row-length", "1"), ("--save-every", "-1"), ("--save-every", "nan"), ("--task", "chess"),
+    ("--tokenizer", "bert"), ("--device", "tpu"), ("--precision", "int8"), ("--compile", "maybe"),
+    ("--unknown", "1"),
+]
+DPO_FLAGS = BOTH + [
+    ("--beta", "0"), ("--beta", "-1"), ("--beta", "nan"), ("--beta", "inf"), ("--beta", "x"),
+    ("--prefixes", "5"), ("--samples", "1"), ("--max-new-tokens", "0"), ("--eval-prompts", "1"),
+    ("--loss", "ppo"), ("--bet", "0.1"),
+]
+SFT_FLAGS = BOTH + [
+    ("--block-size", "1"), ("--n-layer", "0"), ("--n-head", "0"), ("--n-embd", "-8"),
+    ("--init-std", "0"), ("--reviews", "0"),
+]
+SAMPLE_FLAGS = [
+    ("-n", "0"), ("--max-new-tokens", "0"), ("--temperature", "-1"), ("--temperature", "nan"),
+    ("--top-k", "0"), ("--top-p", "0"), ("--top-p", "1.5"), ("--seed", "x"), ("--device", "tpu"),
+]
+
+
+@pytest.mark.parametrize("script, flag, value", [
+    (script, *flag) for script, flags in [
+        (train_dpo, DPO_FLAGS), (train_sft, SFT_FLAGS), (sample, SAMPLE_FLAGS)]
+    for flag in flags])
+def test_a_flag_out_of_range_is_refused_by_name(script, flag, value, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refused(script.main, [f"{flag}={value}" if flag[1] == "-" else flag + value], capsys)
+    assert message.startswith(f"{script.__name__}.py: ")
+    assert flag in message and "--help" in message
+    assert not list(tmp_path.iterdir())                 # before any file is made
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--n-embd", "10", "--n-head", "3"], "--n-embd 10 is not a multiple of --n-head 3"),
+    (["--row-length", "300"], "--row-length 300 is above the block size, 256"),
+    (["--data-dir", "x", "--task", "hh", "--data", "y"], "--task hh and --data y: choose one"),
+])
+def test_sft_flags_that_make_no_run_are_refused(flags, words, capsys, tmp_path):
+    assert words in refused(train_sft.main, [*flags, "--out", tmp_path], capsys)
+
+
+def test_contradictions_are_refused(run, capsys, tmp_path):
+    sft, there = run / "sft.pt", ["--out", tmp_path]
+    assert "choose" in refused(train_dpo.main, ["--sft", sft, "--fresh", *there], capsys)
+    assert "--tokenizer reviews, not gpt2" in refused(
+        train_dpo.main, ["--sft", sft, "--tokenizer", "gpt2", *there], capsys)
+    assert "--compare takes two" in refused(sample.main, ["--compare", sft, *there], capsys)
+    assert "--row-length 129 is above the block size, 128" in refused(
+        train_dpo.main, ["--sft", sft, "--row-length", "129", *there], capsys)
+    assert "a prompt of 151 tokens" in refused(
+        sample.main, ["--out", run, "--prompt", " plot" * 150], capsys)
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in refused(train_dpo.main, ["--device", "cuda", *there], capsys)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refused(train_sft.main, ["--out", tmp_path / "file" / "out"], capsys)
+    assert f"--out {tmp_path / 'file' / 'out'}: cannot make this folder" in message
+
+
+def test_more_prompts_than_there_are_are_refused():
+    with pytest.raises(UserError, match="hardly 3,000 different beginnings; lower --eval-prompts"):
+        prefixes(3000, True, OneReview(), 0)
+
+
+class OneReview:
+    """A tokenizer to which all reviews are one."""
+
+    def encode_ordinary(self, text):
+        return list(range(8))
+
+    def decode(self, ids):
+        return f"review {len(ids)}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------
+
+
+def test_missing_checkpoints_are_refused_by_name(run, capsys, tmp_path):
+    there = ["--out", tmp_path, "--device", "cpu"]
+    for main, flags in [(train_dpo.main, ["--sft", "no.pt"]),
+                        (sample.main, ["--checkpoint", "no.pt"]),
+                        (sample.main, ["--compare", run / "sft.pt", "no.pt"])]:
+        assert re.search(r"no\.pt: .*No such file", refused(main, [*flags, *there], capsys))
+
+
+def test_checkpoints_that_do_not_fit_are_refused(run, capsys, tmp_path):
+    """No tokenizer named, not the tokenizer's ids, no room for reviews, SFT of another file; sizes
+    that are not the weights', the state of a run, a checkpoint of another program."""
+    there = ["--out", tmp_path, "--device", "cpu"]
+    model, vocabulary = GPT(GPTConfig(16, 20, 1, 1, 8)), TOKENIZER.n_vocab
+    save_checkpoint(tmp_path / "a.pt", model)
+    save_checkpoint(tmp_path / "b.pt", model, tokenizer="reviews")
+    save_checkpoint(tmp_path / "c.pt", GPT(GPTConfig(16, vocabulary, 1, 1, 8)), tokenizer="reviews")
+    saved = torch.load(run / "sft.pt", weights_only=True)
+    for name, change in [("sizes", {"config": saved["config"] | {"n_layer": 2}}),
+                         ("huge", {"config": saved["config"] | {"n_head": -1}}),
+                         ("facts", {"facts": [1]}), ("state", {"config": None})]:
+        torch.save(saved | change, tmp_path / f"{name}.pt")
+    torch.save(model.state_dict(), tmp_path / "other.pt")
+    damaged = "not a checkpoint of train_sft.py or train_dpo.py, or a damaged one"
+    for name, words in [("a", "does not say which tokenizer it is for"), ("b", "made for 20 ids"),
+                        ("sizes", damaged), ("huge", damaged), ("state", damaged),
+                        ("other", damaged), ("facts", "does not say which tokenizer")]:
+        path = tmp_path / f"{name}.pt"
+        assert words in refused(sample.main, ["--checkpoint", path, *there], capsys), name
+        assert words in refused(train_dpo.main, ["--sft", path, *there], capsys), name
+    assert "a block size of 16 has no room" in refused(
+        train_dpo.main, ["--sft", tmp_path / "c.pt", *there], capsys)
+    assert "was trained on pairs.jsonl, not reviews" in refused(
+        train_dpo.main, ["--out", run, "--device", "cpu"], capsys)
