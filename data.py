@@ -653,8 +653,8 @@ class Batches:
     def units_of(self, step):
         """(epoch, number of the item, unit) of each unit of a step."""
         for k in range(step * self.size, (step + 1) * self.size):
-            epoch, k = divmod(k, self.per_epoch)
-            yield epoch, *self.order(epoch)[k]
+            epoch, at = divmod(k, self.per_epoch)
+            yield epoch, *self.order(epoch)[at]
 
     def __getitem__(self, step):
         """A list of Encoded."""

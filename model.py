@@ -161,10 +161,10 @@ class GPT(nn.Module):
             return self.ln_f(x)
 
     def head(self, hidden):
-        """(..., C) to logits (..., V), in float32 or better whatever the product's precision."""
-        with self.autocast():
-            logits = F.linear(hidden, self.wte.weight)              # the token embedding once more
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        """(..., C) to logits (..., V): the token embedding once more. Never autocast: GPT-2's
+        logits lie around -100, where bfloat16 counts in halves, and an answer's log-prob would be
+        off by more than a nat."""
+        return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight)
 
     def autocast(self):
         """The precision of the products. One place for training, reference, sampling and
@@ -389,16 +389,12 @@ def from_hub_layout(weights, wanted, path):
 
 def read_weights(path):
     """{name: tensor} of model.safetensors or pytorch_model.bin. Raises UserError."""
-    try:
+    with reading(path, "a file of weights"):
         found = (read_safetensors(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True))
-        if all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-            return found
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except Exception as error:      # whatever a foreign or damaged file makes of its reader
-        raise UserError(f"{path}: not a file of weights, or a damaged one") from error
-    raise UserError(f"{path}: expected names and tensors, and nothing else")
+        if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+            raise ValueError("expected names and tensors, and nothing else")
+        return found
 
 
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
@@ -448,8 +444,9 @@ def write_safetensors(file, tensors):
 @contextmanager
 def replacing(path):
     """A binary file to write in a with block. It is complete or it is not there: written beside,
-    flushed to the disk, then renamed to `path`. Raises UserError where the disk is full, or the
-    like."""
+    flushed to the disk, then renamed to `path`, or to what a link there points to. Raises UserError
+    where the disk is full, or the like."""
+    path = Path(os.path.realpath(path))
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -467,6 +464,20 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def reading(path, what):
+    """A with block that reads a file of torch's or safetensors', and says in one sentence what is
+    wrong with one that it cannot read. None of them can run code: weights_only=True throughout."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise                       # the file may be good
+    except Exception as error:      # whatever a foreign or damaged one makes of its reader
+        raise UserError(f"{path}: not {what}, or a damaged one") from error
+
+
 def save_checkpoint(path, model, **facts):
     """Write weights, sizes and facts (plain values: tokenizer, stage, seed, ...) to one file."""
     with replacing(path) as file:
@@ -476,16 +487,11 @@ def save_checkpoint(path, model, **facts):
 
 def load_checkpoint(path, device="cpu"):
     """Returns (model, facts) of a file that save_checkpoint wrote. Raises UserError for another."""
-    try:
+    with reading(path, "a checkpoint of train_sft.py or train_dpo.py"):
         saved = torch.load(path, map_location=device, weights_only=True)
         model = GPT(GPTConfig(**saved["config"])).to(device)
         model.load_state_dict(saved["model"])
         return model, saved["facts"]
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the checkpoint: {error.strerror}") from error
-    except Exception as error:      # whatever a foreign or damaged file makes of torch.load
-        raise UserError(f"{path}: not a checkpoint of train_sft.py or train_dpo.py, "
-                        f"or a damaged one") from error
 
 
 def cache():
@@ -503,7 +509,7 @@ def download(url, path, sha256=None):
     """
     if path.exists():
         return path
-    partial = Path(f"{path}.partial")
+    partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {url} to {path}")

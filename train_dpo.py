@@ -159,7 +159,7 @@ def train(policy, preferences, held_out, args):
     steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
     optimizer, scaler = policy.optimizer(args.lr, args.weight_decay), grad_scaler(policy)
     log = Log(args.out / "metrics.csv", COLUMNS)
-    run = Run(args.out / "dpo_state.pt", args, policy, batches, optimizer, scaler, log)
+    run = Run(args.out / "dpo_state.pt", args, policy, batches, held_out, optimizer, scaler, log)
     for step in run.steps(steps, "DPO"):
         for batch in micro_batches(batches[step], args, policy):
             logps = policy.logps(batch)                             # (N,) log pi(y|x)
@@ -172,9 +172,10 @@ def train(policy, preferences, held_out, args):
         lr = args.lr * warmup(step, args.warmup)
         grad_norm = update(policy, optimizer, scaler, lr, args.clip)
         run.watch(step, grad_norm)
-        if held_out and is_time(step, steps, args.eval_every):
+        looked = held_out and is_time(step, steps, args.eval_every)
+        if looked:
             evaluate_preferences(policy, held_out, args, log)
-        if is_time(step, steps, args.log_every):
+        if looked or is_time(step, steps, args.log_every):
             run.check()
             log.write(step, grad_norm=grad_norm, lr=lr)
 
@@ -221,7 +222,7 @@ def sample_preferences(sft, tokenizer, args):
     ground-truth reward of the whole review, and write them to preferences.jsonl. One prefix in ten
     is a held-out one. Returns the file's path.
 
-    A file that the same model and flags have written is used again: preferences.key says which.
+    A file that the same model and flags have written is used again; see `keep`.
     """
     eot, path = tokenizer.eot_token, args.out / "preferences.jsonl"
     key = " ".join(map(str, (fingerprint(sft), sft.device.type, sft.precision, args.seed,
@@ -253,8 +254,8 @@ def sample_preferences(sft, tokenizer, args):
 
 
 def keep(path, key, text):
-    """Write a file, and beside it what it was made from; is_kept(path, key) is then true, until
-    one of them is another."""
+    """Write a text file, and beside it, as .key, a digest of the text and of what it was made from:
+    is_kept(path, key) is true until one of the two changes."""
     digest = hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()
     for where, content in [(path, text), (path.with_suffix(".key"), digest)]:
         with replacing(where) as file:
@@ -291,13 +292,13 @@ def report(policy, reference, prompts, tokenizer, grades, sft_path, args):
     """Measure both on held-out prompts; print the table and some samples, write results.json."""
     measures, texts = evaluate({"sft": reference, "dpo": policy}, reference, prompts, tokenizer,
                                args.max_new_tokens, args.seed + 1, **grades)
-    print(side_by_side(prompts[:4], texts, grades.get("reward")))
-    print(f"\n{len(prompts):,} held-out prompts, one sample each, mean +- standard error\n"
-          + table(measures))
-    results = {"task": source(args), "beta": args.beta, "prompts": len(prompts),
+    results = {"task": args.task or args.data.name, "beta": args.beta, "prompts": len(prompts),
                "policies": measures}
     with replacing(args.out / "results.json") as file:
         file.write((json.dumps(results, indent=2) + "\n").encode())
+    print(side_by_side(prompts[:4], texts, grades.get("reward")))
+    print(f"\n{len(prompts):,} held-out prompts, one sample each, mean +- standard error\n"
+          + table(measures))
     print(f"\nwrote {args.out / 'results.json'}; try: "
           f"python sample.py --compare {sft_path} {args.out / 'dpo.pt'}")
 
@@ -348,7 +349,7 @@ def parse_args(argv):
     if args.sft and (args.fresh or args.init):
         raise UserError("--fresh and --init are for a new SFT model, --sft names one: choose")
     if args.fresh and args.resume:
-        raise UserError("--fresh starts again, --resume goes on: choose")
+        raise UserError("--fresh starts again, --resume goes on with what there is: choose")
     return args
 
 
@@ -357,22 +358,26 @@ def main(argv=None):
     args = parse_args(argv)
     device = settle(args)
     make_folder(args.out)
-    sft_path = args.sft or args.out / "sft.pt"
-    stopped = args.resume and (args.out / "sft_state.pt").exists()      # SFT itself did not end
-    if args.fresh or not args.sft and (stopped or not sft_path.exists()):
-        print("--fresh: SFT first" if args.fresh else f"no {sft_path} yet: SFT first")
+    sft_path, stopped = args.sft or args.out / "sft.pt", (args.out / "sft_state.pt").exists()
+    if args.fresh or not args.sft and (args.resume and stopped or not sft_path.exists()):
+        print("--fresh: SFT first" if args.fresh else
+              f"{sft_path} did not end: SFT first" if stopped else f"no {sft_path} yet: SFT first")
         train_sft.main(sft_flags(args))
     else:
-        print(f"starting from {sft_path}")
+        later = ", but a later SFT run did not end: --resume would go on with that"
+        print(f"starting from {sft_path}" + (later if stopped and not args.sft else ""))
     policy, tokenizer, facts = open_checkpoint(sft_path, device, args)
     if args.tokenizer not in (None, facts["tokenizer"]):
         raise UserError(f"{sft_path} was trained with --tokenizer {facts['tokenizer']}, "
                         f"not {args.tokenizer}")
-    if not args.sft and facts.get("source") != source(args):
-        raise UserError(f"{sft_path} was trained on {facts.get('source')}, not {source(args)}: "
-                        "name it with --sft to start from it, or train another with --fresh")
+    wanted = source(args)
+    if not args.sft and {name: facts.get(name) for name in wanted} != wanted:
+        other = "other content of " if facts.get("source") == wanted["source"] else ""
+        raise UserError(f"{sft_path} was trained on {other}{facts.get('source')}, not on "
+                        f"{args.data or args.task}: name it with --sft to start from it, or train "
+                        "another with --fresh")
     init = facts.get("init", "random")
-    if args.init not in (None, init):
+    if args.init and init not in (args.init, str(Path(args.init).resolve())):
         raise UserError(f"{sft_path} was trained from {init} weights, not {args.init}: train "
                         "another with --fresh")
     if args.task == "reviews" and policy.config.block_size < 64:
@@ -393,8 +398,7 @@ def main(argv=None):
           f"{len(encoded):,} prompts, {args.loss}, beta {args.beta:g}, on {device}")
     train(policy, encoded, held_out, args)
     save_checkpoint(args.out / "dpo.pt", policy, tokenizer=facts["tokenizer"], stage="dpo",
-                    source=source(args), init=init, seed=args.seed, beta=args.beta,
-                    loss=args.loss)
+                    init=init, seed=args.seed, beta=args.beta, loss=args.loss, **wanted)
     print(f"wrote {args.out / 'dpo.pt'}")
 
     if args.task == "reviews":

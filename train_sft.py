@@ -12,10 +12,11 @@ and none is about: the update, the log, how a run stops and goes on, flags, devi
 """
 
 import argparse
-import csv
 import functools
 import hashlib
+import io
 import math
+import os
 import random
 import signal
 import sys
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from data import (TASKS, TOKENIZERS, Batches, Preference, Skipped, encode_all, get_tokenizer,
                   is_held_out, load_comparisons, load_preferences, load_summaries, pack,
                   write_review)
-from model import (RELEASED, GPT, GPTConfig, UserError, load_checkpoint, replacing,
+from model import (RELEASED, GPT, GPTConfig, UserError, load_checkpoint, reading, replacing,
                    save_checkpoint)
 
 PARTS = ["training", "held out"]
@@ -44,7 +45,7 @@ def train(model, examples, held_out, args):
     optimizer = model.optimizer(args.lr, args.weight_decay, betas=(0.9, 0.99))
     scaler = grad_scaler(model)
     log = Log(args.out / "sft_metrics.csv", COLUMNS)
-    run = Run(args.out / "sft_state.pt", args, model, batches, optimizer, scaler, log)
+    run = Run(args.out / "sft_state.pt", args, model, batches, held_out, optimizer, scaler, log)
     for step in run.steps(steps, "SFT"):
         items = batches[step]
         n_tokens = sum(len(item.answers[0]) for item in items)
@@ -56,9 +57,10 @@ def train(model, examples, held_out, args):
         lr = args.lr * min(warmup(step, args.warmup), cosine(step, steps))
         grad_norm = update(model, optimizer, scaler, lr, args.clip)
         run.watch(step, grad_norm)
-        if held_out and is_time(step, steps, args.eval_every):
+        looked = held_out and is_time(step, steps, args.eval_every)
+        if looked:
             log.add(1, held_out_loss=evaluate(model, held_out, args))
-        if is_time(step, steps, args.log_every):
+        if looked or is_time(step, steps, args.log_every):
             run.check()
             log.write(step, grad_norm=grad_norm, lr=lr)
 
@@ -144,24 +146,33 @@ class Log:
     """Means since the last line: a line on the screen and a row in a CSV file."""
 
     def __init__(self, path, columns):
-        """columns: {name: format on the screen}. The file is opened at the first line, so that a
-        run that goes on can say first how much of it to keep."""
+        """columns: {name: format on the screen}."""
         self.path, self.columns = path, columns
-        self.lines, self.size, self.sums, self.counts = 0, 0, Counter(), Counter()
+        self.lines, self.text, self.sums, self.counts = 0, "", Counter(), Counter()
 
     def state_dict(self):
-        return {"lines": self.lines, "size": self.size, "sums": dict(self.sums),
+        return {"lines": self.lines, "text": self.text, "sums": dict(self.sums),
                 "counts": dict(self.counts)}
 
     def load_state_dict(self, state):
-        self.lines, self.size = state["lines"], state["size"]
+        self.lines, self.text = state["lines"], ""
         self.sums, self.counts = Counter(state["sums"]), Counter(state["counts"])
+        self.append(state["text"])          # the file of before, whatever became of it since
+
+    def append(self, text):
+        """Write to the file, from its beginning where nothing of this log stands in it yet."""
+        try:
+            with open(self.path, "a" if self.text else "w", newline="") as file:
+                file.write(text)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+        self.text += text
 
     def add(self, count, **sums):
         """Sums over `count` things; sums and counts are kept, never means of means. Tensors stay
         on their device until the line is written, so a step need not wait for them."""
         for name, value in sums.items():
-            self.sums[name] += value
+            self.sums[name] = self.sums[name] + value       # not in place: one may be on the CPU
             self.counts[name] += count
 
     def write(self, step, **values):
@@ -177,15 +188,10 @@ class Log:
         tqdm.write(f"{step:6d}  " + "  ".join(
             f"{format(values[name], form) if name in values else '':>{max(8, len(name))}}"
             for name, form in self.columns.items()))
-        with open(self.path, "r+" if self.size else "w", newline="") as file:
-            file.seek(self.size)
-            file.truncate()         # what a run wrote after the state from which this one goes on
-            rows = csv.writer(file, lineterminator="\n")
-            if self.size == 0:
-                rows.writerow(["step", *self.columns])
-            rows.writerow([step, *(f"{values[name]:.6g}" if name in values else ""
-                                   for name in self.columns)])
-            self.size = file.tell()
+        row = [str(step), *(f"{values[name]:.6g}" if name in values else ""
+                            for name in self.columns)]
+        header = "" if self.text else ",".join(["step", *self.columns]) + "\n"
+        self.append(header + ",".join(row) + "\n")
         self.lines, self.sums, self.counts = self.lines + 1, Counter(), Counter()
 
 
@@ -198,11 +204,9 @@ class Interrupted(KeyboardInterrupt):
     """SIGINT (Ctrl-C) or SIGTERM: the arguments are its number and what to tell the person."""
 
 
-# Flags that change nothing of what is trained on what; what they bring in is compared by content.
-NOT_COMPARED = {"resume", "fresh", "save_every", "strict", "out", "task", "data", "data_dir", "sft",
-                "init", "device", "reviews", "prefixes", "samples", "max_new_tokens",
-                "eval_prompts", "block_size", "n_layer", "n_head", "n_embd", "init_std",
-                "tokenizer", "precision"}
+# The flags that a run and its resumption must share. Data and weights are compared by content.
+SHARED = ["batch", "accumulate", "epochs", "steps", "seed", "lr", "warmup", "weight_decay", "clip",
+          "beta", "loss", "row_length", "compile", "log_every", "eval_every"]
 PATIENCE = 25       # overflows of float16 in a row: 2**25 is more than the scaler begins with
 
 
@@ -214,25 +218,29 @@ class Run:
     killed and goes on ends, on the same CPU, with the same bytes as one that was not.
     """
 
-    def __init__(self, path, args, model, batches, optimizer, scaler, log):
-        """Load the state at `path` if args.resume asks for it. Raises UserError where that is of
-        another run."""
+    def __init__(self, path, args, model, batches, held_out, optimizer, scaler, log):
+        """Load the state at `path` if args.resume asks for it; else write the first one. Raises
+        UserError where the state is of another run."""
         self.path, self.batches, self.scaler = path, batches, scaler
         self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "log": log}
         self.step, self.norms, self.overflows = 0, [], 0
         self.seconds, self.saved_at = 60 * args.save_every, time.monotonic()
-        self.settings = {name: value for name, value in vars(args).items()
-                         if name not in NOT_COMPARED}
+        self.settings = {name: getattr(args, name) for name in SHARED if hasattr(args, name)}
         self.settings |= {"device": model.device.type, "precision": str(model.precision),
                           "weights to start from": fingerprint(model),
-                          "data": fingerprint(batches.encoded)}
+                          "data": fingerprint(batches.encoded),
+                          "held-out data": fingerprint(held_out)}
         if args.resume and path.exists():
             self.load()
-        elif args.resume:
+            return
+        if args.resume:
             print(f"{path}: nothing to resume; starting from the first step")
         elif path.exists():
-            print(f"{path} is of a run that stopped early, and --resume goes on with it; this run "
-                  "starts from the first step, and will write its own state over it")
+            old = path.with_suffix(".old")
+            os.replace(path, old)
+            print(f"{path} was of a run that stopped early, and --resume would have gone on with "
+                  f"it; it is {old} now, and this run starts from the first step")
+        self.save()     # as long as there is a state the run has not ended, from the first moment
 
     def load(self):
         state = load_state(self.path)
@@ -276,7 +284,7 @@ class Run:
                     self.save()
                 if asked:
                     raise Interrupted(asked[0], f"stopped after step {step}; the same command with "
-                                                "--resume goes on from there")
+                                                "--resume, without --fresh, goes on from there")
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -326,15 +334,11 @@ def fingerprint(content):
 
 def load_state(path):
     """The content of a file that Run.save wrote. Raises UserError for another."""
-    try:
+    with reading(path, "the state of a run"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if {"settings", "step", "model", "optimizer", "scaler", "log"} <= state.keys():
-            return state
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except Exception as error:      # whatever a foreign or damaged file makes of torch.load
-        raise UserError(f"{path}: a damaged file; without --resume the run starts anew") from error
-    raise UserError(f"{path}: not the state of a run; without --resume the run starts anew")
+        if not {"settings", "step", "model", "optimizer", "scaler", "log"} <= state.keys():
+            raise ValueError("a part is missing")
+        return state
 
 
 # ------------------------------------------------------------------------------------------------
@@ -371,19 +375,28 @@ def number(kind, least, above=False, most=math.inf):
 
 
 def command(main):
-    """main(argv) as a command. A UserError, or a file that can't be written, becomes one sentence
-    on stderr and exit code 2. Ctrl-C ends it with 130, SIGTERM with 143, as the shell counts."""
+    """main(argv) as a command. A UserError, a file that can't be written or too little memory
+    becomes one sentence on stderr and exit code 2. Ctrl-C ends it with 130, SIGTERM with 143, as
+    the shell counts. A letter that the terminal can't show is written as its number."""
     @functools.wraps(main)
     def run(argv=None):
         def terminate(number, frame):
             raise Interrupted(number, "stopped; what was finished is kept")
         before = signal.signal(signal.SIGTERM, terminate)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except UserError as error:
             message, code = str(error), 2
         except OSError as error:
             message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
+                    "DefaultCPUAllocator" not in str(error)):
+                raise
+            message, code = ("not enough memory; a larger --accumulate, a smaller --row-length or "
+                             "a smaller model needs less"), 2
         except KeyboardInterrupt as stop:
             number, message = stop.args or (signal.SIGINT, "stopped; what was finished is kept")
             code = 128 + number
@@ -476,8 +489,14 @@ def settle(args):
 
 
 def source(args):
-    """What a run trains on, for its checkpoints: the name of the task or of the file."""
-    return args.data.name if args.data else args.task
+    """What a run trains on, for its checkpoints: the task, or the file's name and content."""
+    if not args.data:
+        return {"source": args.task}
+    try:
+        digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
+        return {"source": args.data.name, "digest": digest}
+    except OSError as error:
+        raise UserError(f"{args.data}: cannot be read: {error.strerror}") from error
 
 
 def make_folder(path):
@@ -520,12 +539,14 @@ def open_checkpoint(path, device, args):
     Hugging Face hub, whose tokenizer is then GPT-2's. Raises UserError."""
     if path.is_dir():
         model = GPT.from_pretrained(path).to(device)
-        facts = {"tokenizer": "gpt2", "init": str(path)}
+        facts = {"tokenizer": "gpt2", "init": str(path.resolve())}
     else:
         model, facts = load_checkpoint(path, device)
     name = facts.get("tokenizer") if isinstance(facts, dict) else None
     if name not in TOKENIZERS:
         raise UserError(f"{path}: a checkpoint that does not say which tokenizer it is for")
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"{path}: there are weights in it that are no numbers")
     tokenizer = get_tokenizer(name)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise UserError(f"{path}: made for {model.config.vocab_size} ids, but the {name} tokenizer "
@@ -572,11 +593,13 @@ def parse_args(argv):
              "the small default model: the larger a model, the lower, 6e-4 for 124M parameters)")
     add("--reviews", type=number(int, 1), default=40_000,
         help="reviews: how many to write and train on (default 40,000)")
-    add("--block-size", type=number(int, 2),
+    add("--block-size", type=number(int, 2, most=2**17),
         help="--init random: longest prompt and answer together, in tokens (default 256)")
-    add("--n-layer", type=number(int, 1), help="--init random: blocks (default 2; GPT-2 124M 12)")
-    add("--n-head", type=number(int, 1), help="--init random: attention heads (default 4; 12)")
-    add("--n-embd", type=number(int, 1),
+    add("--n-layer", type=number(int, 1, most=1000),
+        help="--init random: blocks (default 2; GPT-2 124M 12)")
+    add("--n-head", type=number(int, 1, most=1000),
+        help="--init random: attention heads (default 4; 12)")
+    add("--n-embd", type=number(int, 1, most=2**16),
         help="--init random: channels, a multiple of the heads (default 128; 768)")
     add("--init-std", type=number(float, 0, above=True),
         help="--init random: standard deviation of initial weights (default 0.06, for 128 "
@@ -586,6 +609,8 @@ def parse_args(argv):
     settle_task(args)
     args.tokenizer = args.tokenizer or ("reviews" if args.task == "reviews" else "gpt2")
     args.init = args.init or ("random" if args.tokenizer == "reviews" else "gpt2")
+    if args.init != "random" and args.init not in RELEASED:
+        args.init = str(Path(args.init).resolve())      # the same folder, however it was written
     if args.init != "random" and args.tokenizer != "gpt2":
         raise UserError(f"--init {args.init} has read text in GPT-2's tokens: it needs --tokenizer "
                         "gpt2")
@@ -635,7 +660,7 @@ def main(argv=None):
           f"{device}")
     train(model, examples, held_out, args)
     save_checkpoint(args.out / "sft.pt", model, tokenizer=args.tokenizer, stage="sft",
-                    source=source(args), init=args.init, seed=args.seed)
+                    init=args.init, seed=args.seed, **source(args))
     (args.out / "sft_state.pt").unlink(missing_ok=True)     # all is done: it is needed no more
     print(f"wrote {args.out / 'sft.pt'}")
 

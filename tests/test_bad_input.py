@@ -9,8 +9,12 @@ What people will think of next is hypothesis's part.
 
 import gzip
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +27,7 @@ import train_sft
 from data import Skipped, encode_all, get_tokenizer, load_preferences, pack, prefixes
 from model import GPT, GPTConfig, UserError, save_checkpoint
 
+ROOT = Path(__file__).parent.parent
 for_all = settings(deadline=None, max_examples=150, derandomize=True)
 TOKENIZER = get_tokenizer("reviews")
 TINY = ("--init random --n-layer 1 --n-head 2 --n-embd 16 --block-size 128 --steps 2 "
@@ -275,7 +280,8 @@ DPO_FLAGS = BOTH + [
     ("--loss", "ppo"), ("--bet", "0.1"),
 ]
 SFT_FLAGS = BOTH + [
-    ("--block-size", "1"), ("--n-layer", "0"), ("--n-head", "0"), ("--n-embd", "-8"),
+    ("--block-size", "1"), ("--block-size", "1000000"), ("--n-layer", "0"), ("--n-embd", "99999"),
+    ("--n-layer", "1001"), ("--n-head", "0"), ("--n-embd", "-8"),
     ("--init-std", "0"), ("--reviews", "0"),
 ]
 SAMPLE_FLAGS = [
@@ -317,6 +323,38 @@ def test_contradictions_are_refused(run, capsys, tmp_path):
         sample.main, ["--out", run, "--prompt", " plot" * 150], capsys)
     if not torch.cuda.is_available():
         assert "no CUDA device" in refused(train_dpo.main, ["--device", "cuda", *there], capsys)
+
+
+def test_another_file_of_the_same_name_is_not_the_one_that_sft_has_read(run, capsys, tmp_path):
+    """HH alone has four files called train.jsonl.gz."""
+    other = tmp_path / "pairs.jsonl"
+    other.write_bytes(lines(*pairs(41)))
+    message = refused(train_dpo.main, ["--data", other, "--out", run, *QUICK], capsys)
+    assert f"was trained on other content of pairs.jsonl, not on {other}" in message
+
+
+def test_too_little_memory_is_one_sentence_and_no_damaged_file(run, capsys, tmp_path, monkeypatch):
+    """PyTorch says it in three ways; a good checkpoint must not be called damaged for it."""
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
+        def load(*arguments, error=error, **more):
+            raise error
+        monkeypatch.setattr(train_sft, "load_checkpoint", load)
+        message = refused(sample.main, ["--checkpoint", run / "sft.pt"], capsys)
+        assert "not enough memory" in message
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "load", lambda *a, **b: exec("raise torch.OutOfMemoryError('')"))
+    message = refused(sample.main, ["--checkpoint", run / "sft.pt"], capsys)
+    assert "not enough memory" in message and "damaged" not in message
+
+
+def test_letters_that_the_terminal_cannot_show_do_not_stop_a_run(run, capsys, tmp_path):
+    """Python writes to a pipe in the locale's encoding, which may be ASCII."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--checkpoint", run / "sft.pt",
+                           "--prompt", "Grüße", "--max-new-tokens", "30"], env=environment,
+                          capture_output=True)
+    assert done.returncode == 0 and b"\\xfc" in done.stdout and b"Traceback" not in done.stderr
 
 
 def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
@@ -367,14 +405,17 @@ def test_checkpoints_that_do_not_fit_are_refused(run, capsys, tmp_path):
                          ("facts", {"facts": [1]}), ("state", {"config": None})]:
         torch.save(saved | change, tmp_path / f"{name}.pt")
     torch.save(model.state_dict(), tmp_path / "other.pt")
+    saved["model"]["wte.weight"][3, 1] = float("nan")
+    torch.save(saved, tmp_path / "nan.pt")
     damaged = "not a checkpoint of train_sft.py or train_dpo.py, or a damaged one"
     for name, words in [("a", "does not say which tokenizer it is for"), ("b", "made for 20 ids"),
                         ("sizes", damaged), ("huge", damaged), ("state", damaged),
-                        ("other", damaged), ("facts", "does not say which tokenizer")]:
+                        ("other", damaged), ("facts", "does not say which tokenizer"),
+                        ("nan", "there are weights in it that are no numbers")]:
         path = tmp_path / f"{name}.pt"
         assert words in refused(sample.main, ["--checkpoint", path, *there], capsys), name
         assert words in refused(train_dpo.main, ["--sft", path, *there], capsys), name
     assert "a block size of 16 has no room" in refused(
         train_dpo.main, ["--sft", tmp_path / "c.pt", *there], capsys)
-    assert "was trained on pairs.jsonl, not reviews" in refused(
+    assert "was trained on pairs.jsonl, not on reviews" in refused(
         train_dpo.main, ["--out", run, "--device", "cpu"], capsys)

@@ -421,6 +421,23 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_sentence(tmp_path, mon
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_logits_far_from_zero_cost_no_precision(precision):
+    """All logits of the released GPT-2 lie around -100, where bfloat16 knows only every half. A
+    head in bfloat16 would be off by about a quarter a token; in float32 the offset, which no
+    probability depends on, changes nothing."""
+    model, item = small_gpt().float(), Encoded([1, 2, 3], [[4, 5, 6, 7, 8, 9, 10, EOT]], [])
+    with torch.no_grad():
+        model.ln_f.weight.zero_()       # what the head reads is then ln_f.bias alone, of length 1
+        model.ln_f.bias.copy_(torch.eye(8)[0])
+        model.precision = precision
+        near = model.logps(pack([item], 32))
+        model.wte.weight[:, 0] -= 100
+        far = model.logps(pack([item], 32))
+    # Eight tokens, each off by float32's rounding at 100, 4e-6, in the logit and in the sum.
+    torch.testing.assert_close(far, near, rtol=0, atol=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision, tolerance", [
     (None, 1e-3), (torch.bfloat16, 0.3), (torch.float16, 0.05)])

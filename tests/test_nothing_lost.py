@@ -46,7 +46,7 @@ def items(n=6):
             for draw in torch.randint(0, 20, (n, 12), generator=numbers).tolist()]
 
 
-def train(script, out, resume=False, seed=0, data=None, **changes):
+def train(script, out, resume=False, seed=0, data=None, held_out=None, **changes):
     """A training loop of STEPS steps; returns its model and its Run."""
     made = []
 
@@ -71,7 +71,7 @@ def train(script, out, resume=False, seed=0, data=None, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "Run", Watched)
         patch.setattr(script, "check_start", lambda *arguments: None, raising=False)
-        script.train(model, data, data[:3], args)
+        script.train(model, data, held_out or data[:3], args)
     return model, made[0]
 
 
@@ -79,9 +79,7 @@ def everything(out):
     """The final state and the metrics: what must be the same."""
     [state] = out.glob("*_state.pt")
     [metrics] = out.glob("*metrics.csv")
-    state = load_state(state)
-    del state["settings"]["batch"]
-    return state, metrics.read_bytes()
+    return load_state(state), metrics.read_bytes()
 
 
 def same(left, right):
@@ -233,6 +231,47 @@ def test_finished_phases_are_not_repeated_unless_something_they_depend_on_change
     assert phases("--samples", "4") == ["sample", "score"]
 
 
+def test_reference_log_probs_of_other_weights_are_never_used(tmp_path, monkeypatch):
+    """The same file and the same answers, but another SFT model: a cache that left the weights out
+    of its key would give it the rewards of somebody else."""
+    rows = [{"prompt": f"P {i}", "chosen": f" good {i}", "rejected": " bad"} for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--out", str(tmp_path), "--data", str(tmp_path / "a.jsonl"), "--device", "cpu",
+             "--tokenizer", "reviews", "--steps", "1"]
+    losses = []
+    for seed in ("0", "1"):
+        train_sft.main([*flags, *"--n-layer 1 --n-head 1 --n-embd 8 --block-size 64 --seed".split(),
+                        seed])
+        train_dpo.main([*flags, "--eval-prompts", "2", "--max-new-tokens", "4", "--seed", "0"])
+        losses.append((tmp_path / "metrics.csv").read_text().splitlines()[1].split(",")[1])
+        reference = json.loads((tmp_path / "reference.json").read_text())
+        assert len(reference) == 30 and reference not in losses
+        losses.append(reference)
+    assert losses[0] == losses[2] == "0.693147" and losses[1] != losses[3]
+
+
+def test_a_kill_while_the_state_is_written_leaves_the_one_before(untouched, tmp_path, monkeypatch):
+    """The state after step 2 breaks off in the middle; the one before is still there, and whole."""
+    real, saves = torch.save, []
+
+    def dying(content, file):
+        saves.append(1)
+        if len(saves) == 4:         # the first is written before the first step
+            file.write(b"half of a state")
+            file.flush()
+            raise Killed
+        real(content, file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", dying)
+        with pytest.raises(Killed):
+            train(train_dpo, tmp_path)
+    assert load_state(tmp_path / "dpo_state.pt")["step"] == 2
+    train(train_dpo, tmp_path, resume=True)
+    state, metrics = everything(tmp_path)
+    expected, expected_metrics = untouched[train_dpo, 1]
+    assert same(state["model"], expected["model"]) and metrics == expected_metrics
+
+
 # ------------------------------------------------------------------------------------------------
 # What cannot be resumed is refused, and says why
 # ------------------------------------------------------------------------------------------------
@@ -273,6 +312,25 @@ def test_another_reference_is_refused(tmp_path):
         train(train_dpo, tmp_path, resume=True, data=other)
 
 
+def test_other_held_out_data_are_refused(tmp_path):
+    """They change no weight, but every number of metrics.csv that is about them."""
+    interrupted(train_dpo, tmp_path)
+    with pytest.raises(UserError, match="the held-out data changed since"):
+        train(train_dpo, tmp_path, resume=True, held_out=items()[3:])
+
+
+@pytest.mark.parametrize("what", ["another run's", "cut short", "gone"])
+def test_metrics_are_those_of_the_run_whatever_became_of_the_file(untouched, tmp_path, what):
+    """They are part of the state: the file is written again from it."""
+    path = interrupted(train_dpo, tmp_path) / "metrics.csv"
+    if what == "gone":
+        path.unlink()
+    else:
+        path.write_text("step,loss\n0,9.9\n" * 50 if what == "another run's" else "step,lo")
+    train(train_dpo, tmp_path, resume=True)
+    assert path.read_bytes() == untouched[train_dpo, 1][1]
+
+
 def test_other_weights_to_start_from_are_refused(tmp_path, monkeypatch):
     interrupted(train_dpo, tmp_path)
     monkeypatch.setattr(torch, "manual_seed", lambda seed, real=torch.manual_seed: real(seed + 1))
@@ -306,10 +364,12 @@ def test_a_damaged_or_foreign_state_is_refused_and_kept(tmp_path, monkeypatch):
 def test_a_run_says_when_there_is_something_to_resume_and_when_there_is_not(tmp_path, capsys):
     train(train_dpo, tmp_path, resume=True)
     assert "nothing to resume" in capsys.readouterr().out
-    interrupted(train_sft, tmp_path)
+    path = interrupted(train_sft, tmp_path) / "sft_state.pt"
+    before = path.read_bytes()
     capsys.readouterr()
     train(train_sft, tmp_path)
-    assert "--resume goes on with it" in capsys.readouterr().out
+    assert "--resume would have gone on with it" in capsys.readouterr().out
+    assert path.with_suffix(".old").read_bytes() == before      # a flag forgotten costs nothing
 
 
 # ------------------------------------------------------------------------------------------------
@@ -345,7 +405,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     err = capsys.readouterr().err
     assert caught.value.code == code and "Traceback" not in err
     assert err.splitlines()[-1] == (f"{script.__name__}.py: stopped after step 3; the same command "
-                                    "with --resume goes on from there")
+                                    "with --resume, without --fresh, goes on from there")
     [path] = tmp_path.glob("*_state.pt")
     assert load_state(path)["step"] == 4
     assert signal.getsignal(number) == before
@@ -366,7 +426,7 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_state(tmp_path, monkey
     monkeypatch.setattr(train_dpo, "update", twice)
     with pytest.raises(KeyboardInterrupt):
         train(train_dpo, tmp_path)
-    assert not (tmp_path / "dpo_state.pt").exists()
+    assert load_state(tmp_path / "dpo_state.pt")["step"] == 0
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -391,12 +451,13 @@ def test_a_signal_outside_of_training_ends_with_one_sentence(
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_no_number_names_step_and_rows_and_spoils_nothing(
         untouched, tmp_path, script, value):
-    """It breaks in step 4: the state of step 3 stays, and a repaired run goes on from there."""
+    """It breaks in step 3, of which no line is logged: the state after step 2 stays, and a repaired
+    run goes on from there."""
     calls, update = [], script.update
 
     def breaking(model, *arguments):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == 4:
             model.wte.weight.grad[0, 0] = value
         return update(model, *arguments)
     with pytest.MonkeyPatch.context() as patch:
@@ -404,12 +465,11 @@ def test_a_gradient_that_is_no_number_names_step_and_rows_and_spoils_nothing(
         with pytest.raises(UserError) as caught:
             train(script, tmp_path)
     batches = Batches(items(), 5 if script is train_dpo else 4, 0, whole=script is train_sft)
-    rows = sorted({item for _, item, _ in batches.units_of(4)})
-    assert f"step 4: the gradient is {'nan' if value != value else 'inf'}" in str(caught.value) or (
-        "step 4: the gradient is nan" in str(caught.value))
+    rows = sorted({item for _, item, _ in batches.units_of(3)})
+    assert "step 3: the gradient is " in str(caught.value)
     assert f"the prompts {', '.join(map(str, rows))}" in str(caught.value)
     [path] = tmp_path.glob("*_state.pt")
-    assert load_state(path)["step"] == 4
+    assert load_state(path)["step"] == 3
     train(script, tmp_path, resume=True)
     state, metrics = everything(tmp_path)
     expected, expected_metrics = untouched[script, 1]
@@ -428,7 +488,7 @@ def test_a_broken_number_is_found_although_nobody_waits_for_it(tmp_path, monkeyp
     monkeypatch.setattr(train_dpo, "update", breaking)
     with pytest.raises(UserError, match="step 1: the gradient is nan"):
         train(train_dpo, tmp_path, save_every=60.0, log_every=100, eval_every=100)
-    assert not (tmp_path / "dpo_state.pt").exists()
+    assert load_state(tmp_path / "dpo_state.pt")["step"] == 0       # as it was at the beginning
 
 
 def test_overflows_of_float16_are_the_scalers_business_until_they_go_on_for_too_long(tmp_path):
@@ -473,6 +533,33 @@ def test_a_full_disk_leaves_the_last_good_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_a_link_keeps_pointing_to_the_larger_disk(tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "a.pt").symlink_to(tmp_path / "large" / "a.pt")
+    save_checkpoint(tmp_path / "a.pt", GPT(GPTConfig(8, 20, 1, 1, 4)))
+    assert (tmp_path / "a.pt").is_symlink() and (tmp_path / "large" / "a.pt").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "metrics.csv").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="metrics.csv: cannot be written: No space left"):
+        train(train_dpo, tmp_path)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_run_goes_on_between_two_lines_of_the_log(tmp_path):
+    """The sums of half a line come back on the CPU, and go on with tensors of the GPU."""
+    flags = ["--out", str(tmp_path), "--device", "cuda", "--save-every", "0", "--steps", "6",
+             "--log-every", "4", "--reviews", "100", "--n-layer", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sft, "update", killed_at(train_sft, 5))
+        with pytest.raises(Killed):
+            train_sft.main(flags)
+    train_sft.main([*flags, "--resume"])
+    assert len((tmp_path / "sft_metrics.csv").read_text().splitlines()) == 1 + 3
+
+
 def test_no_state_is_left_when_all_is_done_and_checkpoints_have_plain_keys(tmp_path):
     """No `_orig_mod.` of torch.compile, no `module.` of a parallel wrapper."""
     flags = ["--out", str(tmp_path), "--device", "cpu", "--save-every", "0"]
@@ -490,10 +577,11 @@ def test_no_state_is_left_when_all_is_done_and_checkpoints_have_plain_keys(tmp_p
 
 @pytest.mark.parametrize("flag", ["--fresh", None])
 def test_an_sft_run_that_did_not_end_is_not_mistaken_for_an_older_one_that_did(
-        tmp_path, monkeypatch, flag):
-    """--fresh was killed while SFT ran again: the old sft.pt must not be taken for the new."""
+        tmp_path, monkeypatch, flag, capsys):
+    """--fresh was killed while SFT ran again, before it had written a state of its own but the
+    first: the old sft.pt must not be taken for the new."""
     small = ("--n-layer 1 --n-head 1 --n-embd 8 --block-size 64 --reviews 50 --steps 3 "
-             "--save-every 0 --device cpu").split()
+             "--device cpu").split()
     train_sft.main([*small, "--out", str(tmp_path)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_sft, "update", killed_at(train_sft, 3))
@@ -505,6 +593,10 @@ def test_an_sft_run_that_did_not_end_is_not_mistaken_for_an_older_one_that_did(
         train_dpo.main(["--out", str(tmp_path), "--seed", "1", "--device", "cpu",
                         *([flag] if flag else ["--resume"])])
     assert ("--resume" in asked[0]) == (flag is None)
+    monkeypatch.setattr(train_dpo, "open_checkpoint", lambda *arguments: exit(0))
+    with pytest.raises(SystemExit):
+        train_dpo.main(["--out", str(tmp_path), "--seed", "1", "--device", "cpu"])
+    assert "a later SFT run did not end: --resume would go on" in capsys.readouterr().out
 
 
 def test_flags_that_begin_again_and_go_on_contradict_each_other(capsys):

@@ -292,6 +292,23 @@ def test_log_means_are_sums_over_counts_since_the_last_line(tmp_path, capsys):
     assert "3.0000" in capsys.readouterr().out
 
 
+def test_an_evaluation_stands_in_the_line_of_its_own_step(run, tmp_path):
+    """Every third step, with lines every second one: no mean over two evaluations."""
+    flags = ["--data", str(run / "pairs.jsonl"), "--tokenizer", "reviews", "--device", "cpu",
+             "--sft", str(run / "sft.pt"), "--steps", "7", "--eval-prompts", "2", "--lr", "1e-3",
+             "--max-new-tokens", "2", "--warmup", "1"]
+    losses = []
+    for name, every in [("a", ("2", "3")), ("b", ("1", "1"))]:
+        train_dpo.main([*flags, "--log-every", every[0], "--eval-every", every[1],
+                        "--out", str(tmp_path / name)])
+        losses.append({row["step"]: row["held_out_loss"]
+                       for row in rows_of(tmp_path / name / "metrics.csv")})
+    rare, each = losses
+    assert {step for step, loss in rare.items() if loss} == {"0", "3", "6"}
+    assert set(rare) == {"0", "2", "3", "4", "6"}
+    assert all(loss == each[step] for step, loss in rare.items() if loss)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_stops_the_run(tmp_path, bad):
     log = Log(tmp_path / "log.csv", {"loss": ".4f"})
