@@ -94,9 +94,10 @@ def test_a_run_starts_at_log_2_and_logs_every_number(run):
     assert [row["step"] for row in [first, *rest]] == ["0", "1", "2", "3"]
     assert float(first["loss"]) == pytest.approx(math.log(2), abs=1e-5)
     assert float(first["held_out_loss"]) != float(rest[-1]["held_out_loss"])
+    assert float(first["accuracy"]) == float(first["held_out_accuracy"]) == 0.5
     for name in ("margin", "chosen_reward", "rejected_reward"):
         assert float(first[name]) == pytest.approx(0, abs=1e-4)
-    for name in ("accuracy", "chosen_logp", "rejected_logp", "grad_norm", "lr"):
+    for name in ("chosen_logp", "rejected_logp", "grad_norm", "lr"):
         assert math.isfinite(float(first[name]))
 
 
@@ -249,11 +250,12 @@ def test_evaluation_counts_every_held_out_pair_once(tmp_path):
 
 
 def test_a_tie_is_half_right():
-    """Three pairs, rewards (1, 0), (0, 1), (2, 2): one right, one wrong, one tied: 1.5 of 3."""
-    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0])
-    items = [Encoded([1], [[2], [3]], [(0, 1)])] * 3
-    numbers = train_dpo.describe(torch.zeros(6), rewards, pack(items, 8))
-    assert float(numbers["accuracy"]) == 1.5 and float(numbers["margin"]) == 0.0
+    """Four pairs, rewards (1, 0), (0, 1), (2, 2), (0, 5e-5): one right, one wrong, two tied, the
+    last to all that float32 can tell: 1 + 0 + 1/2 + 1/2 = 2 of 4."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0, 0.0, 5e-5])
+    items = [Encoded([1], [[2], [3]], [(0, 1)])] * 4
+    numbers = train_dpo.describe(torch.zeros(8), rewards, pack(items, 8))
+    assert float(numbers["accuracy"]) == 2 and abs(float(numbers["margin"])) < 1e-4
 
 
 def test_warm_up_is_linear_from_zero_and_then_constant():
