@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 
 import train_sft
-from data import Batches, encode_all, prefixes, rank, reward, well_formed
+from data import Batches, encode_all, prefixes, rank, reward
 from model import UserError, replacing, save_checkpoint
-from sample import evaluate, sample, score, side_by_side, table
+from sample import (add_measuring_flags, evaluate, held_out_prompts, sample, score, side_by_side,
+                    table)
 from train_sft import (PARTS, Log, Parser, Run, add_shared_flags, add_training_flags, command,
                        compile_logps, fingerprint, grad_scaler, in_batches, is_time, load,
                        load_training, make_folder, micro_batches, number, open_checkpoint,
@@ -302,8 +303,9 @@ def report(policy, reference, prompts, tokenizer, grades, sft_path, args):
     with replacing(args.out / "results.json") as file:
         file.write((json.dumps(results, indent=2) + "\n").encode())
     print(side_by_side(prompts[:4], texts, grades.get("reward")))
-    print(f"\n{len(prompts):,} held-out prompts, one sample each, mean +- standard error\n"
-          + table(measures))
+    interval = "; win rate with its 95 % interval" if "reward" in grades else ""
+    print(f"\n{len(prompts):,} held-out prompts, one sample each, mean +- standard error{interval}"
+          f"\n{table(measures)}")
     print(f"\nwrote {args.out / 'results.json'}; try: "
           f"python sample.py --compare {sft_path} {args.out / 'dpo.pt'}")
 
@@ -324,6 +326,7 @@ def parse_args(argv):
     parser = Parser(__doc__)
     add_shared_flags(parser)
     add_training_flags(parser, 64, "pairs (rankings with plackett_luce)", warmup=150)
+    add_measuring_flags(parser)
     add = parser.add_argument
     add("--loss", default="dpo", choices=["dpo", "plackett_luce", "unlikelihood"],
         help="dpo on pairs, on rankings (A.3), or the baseline of C.3 (default dpo)")
@@ -343,10 +346,6 @@ def parse_args(argv):
         help="reviews: prompts to sample answers for (default 2,800; C.1 has 25,000)")
     add("--samples", type=number(int, 2), default=4,
         help="reviews: answers sampled for each prompt (default 4)")
-    add("--max-new-tokens", type=number(int, 1), default=96,
-        help="longest sampled answer (default 96)")
-    add("--eval-prompts", type=number(int, 2), default=1024,
-        help="held-out prompts of the final table (default 1,024)")
     args = parser.parse_args(argv)
     settle_task(args)
     args.lr = args.lr or (5e-5 if args.task == "reviews" else PAPER_LR)
@@ -406,12 +405,7 @@ def main(argv=None):
                     init=init, seed=args.seed, beta=args.beta, loss=args.loss, **wanted)
     print(f"wrote {args.out / 'dpo.pt'}")
 
-    if args.task == "reviews":
-        prompts = prefixes(args.eval_prompts, True, tokenizer, args.seed + 1)
-        grades = {"reward": reward, "well_formed": well_formed}
-    else:
-        prompts = {tokenizer.decode(item.prompt[1:]): None for item in held_out}
-        prompts, grades = list(prompts)[:args.eval_prompts], {}
+    prompts, grades = held_out_prompts(held_out, tokenizer, args)
     if len(prompts) < 2:
         print(f"{name}: fewer than two held-out prompts, so no samples are measured")
     else:

@@ -414,8 +414,8 @@ def add_shared_flags(parser):
         help="reviews, written by a grammar; hh, Anthropic's helpful dialogues; tldr, summaries of "
              "Reddit posts (default reviews)")
     add("--data", type=Path,
-        help="your preferences instead, .jsonl or .jsonl.gz (see README); sample.py only needs its "
-             "name, to find the run")
+        help="your preferences instead, .jsonl or .jsonl.gz (see README); to talk, sample.py only "
+             "needs the name, to find the run")
     add("--data-dir", type=Path,
         help="hh and tldr: folder that has the published files, or gets them (default: the cache "
              "of torch.hub)")

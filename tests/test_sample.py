@@ -1,0 +1,398 @@
+"""Measuring: what every number of --evaluate and --best-of says, and how wrong flags are refused.
+
+    pytest tests/test_sample.py
+"""
+
+import gzip
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sample
+from data import Encoded, Preference, encode, get_tokenizer, is_held_out, pack
+from model import GPT, GPTConfig, save_checkpoint
+
+TOKENIZER = get_tokenizer("reviews")
+for_all = settings(deadline=None, max_examples=50, derandomize=True)
+FLAGS = "--eval-prompts 12 --max-new-tokens 6 --device cpu".split()
+
+
+def small_gpt(seed, block_size=64):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(block_size, TOKENIZER.n_vocab, 1, 2, 16), 0.3)
+
+
+def some_items(n):
+    rows = [Preference(f"The plot {i}", [f" was good {i}.", " was dull.", " is"][:2 + i % 2],
+                       [(0, 1), (0, 2), (1, 2)][:1 + 2 * (i % 2)]) for i in range(n)]
+    return [encode(row, TOKENIZER, 64) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with sft.pt, dpo.pt, other.pt and a file of forty preferences."""
+    out = tmp_path_factory.mktemp("run")
+    for seed, name in enumerate(["sft", "dpo", "other"]):
+        facts = {"beta": 0.5} if name == "dpo" else {}
+        save_checkpoint(out / f"{name}.pt", small_gpt(seed), tokenizer="reviews", **facts)
+    rows = [{"prompt": f"The plot {i}", "chosen": " was good.", "rejected": " was dull."}
+            for i in range(60)]
+    for name in ("preferences.jsonl", "pairs.jsonl"):
+        (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out
+
+
+def evaluation(run):
+    return json.loads((run / "evaluation.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------
+# Wilson's interval
+# ------------------------------------------------------------------------------------------------
+
+
+@for_all
+@given(n=st.integers(1, 5000), halves=st.data())
+def test_wilsons_bounds_are_the_rates_at_which_the_share_is_just_not_surprising(n, halves):
+    """Its definition: |share - p| = z sqrt(p (1 - p) / n) at both ends, the share between them."""
+    wins = halves.draw(st.integers(0, 2 * n)) / 2
+    share, z = wins / n, 1.959964
+    low, high = sample.wilson(wins, n)
+    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
+    for p in (low, high):
+        if 1e-9 < p < 1 - 1e-9:
+            assert abs(share - p) == pytest.approx(z * math.sqrt(p * (1 - p) / n), abs=1e-7)
+
+
+def test_wilsons_interval_of_8_in_10_is_that_of_the_textbook():
+    """Centre (0.8 + z2 / 20) / (1 + z2 / 10), z2 = 3.8415: 0.7167 +- 0.2266; a plain interval,
+    0.8 +- 1.96 sqrt(0.016), would end at 1.05."""
+    assert sample.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=2e-4)
+
+
+def test_all_won_does_not_mean_certain():
+    low, high = sample.wilson(10, 10)
+    assert high == pytest.approx(1) and low == pytest.approx(10 / (10 + 3.8415), abs=1e-4)
+
+
+@pytest.mark.parametrize("rate, n", [(0.5, 20), (0.9, 30), (0.98, 100)])
+def test_wilsons_interval_covers_the_truth_in_about_19_of_20_cases(rate, n):
+    rng = random.Random(0)
+    hits = [low <= rate <= high for low, high in (
+        sample.wilson(sum(rng.random() < rate for _ in range(n)), n) for _ in range(4000))]
+    assert 0.93 < sum(hits) / len(hits) < 0.98
+
+
+# ------------------------------------------------------------------------------------------------
+# Best of N
+# ------------------------------------------------------------------------------------------------
+
+
+@for_all
+@given(m=st.integers(1, 7), data=st.data())
+def test_best_of_n_is_the_mean_over_every_subset_of_n_answers(m, data):
+    """The oracle tries all C(M, N) subsets, judges one column and reads another."""
+    n = data.draw(st.integers(1, m))
+    scores = data.draw(st.lists(st.integers(-9, 9), min_size=m, max_size=m, unique=True))
+    worth = data.draw(st.lists(st.floats(-1, 1), min_size=m, max_size=m))
+    picks = [max(subset, key=lambda i: scores[i]) for subset in itertools.combinations(range(m), n)]
+    columns = {"score": torch.tensor([scores, scores]).double(),
+               "worth": torch.tensor([worth, worth], dtype=torch.float64)}
+    found = sample.best_of(columns, [n], "score")[f"N = {n}"]
+    assert found["worth"] == pytest.approx(sum(worth[i] for i in picks) / len(picks), abs=1e-9)
+    assert found["score"] == pytest.approx(sum(scores[i] for i in picks) / len(picks), abs=1e-9)
+
+
+def test_best_of_n_has_the_expectation_of_the_maximum_of_n_fresh_draws():
+    """The maximum of N uniform numbers has mean N / (N + 1); 2,000 prompts with 8 draws each."""
+    draws = torch.rand(2000, 8, generator=torch.Generator().manual_seed(0)).double()
+    for n, measures in zip((1, 2, 5, 8), sample.best_of({"r": draws}, [1, 2, 5, 8], "r").values()):
+        assert measures["r"] == pytest.approx(n / (n + 1), abs=4 * measures["r_se"])
+        assert measures["r_se"] < 0.01
+
+
+def test_the_kl_bound_is_log_n_minus_n_minus_1_over_n():
+    """Best of 1 is the model itself. For a continuous score the bound is exact: the density of the
+    best at quantile u is N u^(N - 1), and KL = integral of N u^(N - 1) log(N u^(N - 1))."""
+    found = sample.best_of({"r": torch.zeros(2, 128).double()}, [1, 4, 128], "r")
+    u = (torch.arange(10**6).double() + 0.5) / 10**6
+    for n in (1, 4, 128):
+        density = n * u ** (n - 1)
+        exact = (density * density.clamp(min=1e-300).log()).mean().item()
+        assert found[f"N = {n}"]["kl_bound"] == pytest.approx(exact, abs=1e-4)
+
+
+@for_all
+@given(m=st.integers(1, 200), data=st.data())
+def test_shares_of_best_sum_to_one_and_favour_the_better(m, data):
+    shares = sample.shares_of_best(m, data.draw(st.integers(1, m)))
+    assert shares.sum().item() == pytest.approx(1) and (shares.diff() >= 0).all()
+
+
+def test_answers_are_judged_by_the_log_ratio_and_stay_with_their_prompt():
+    """draw_answers' implicit rewards are beta (log judge - log model), answer by answer."""
+    model, judge, prompts = small_gpt(0), small_gpt(1), ["The plot", "I liked"]
+    columns = sample.draw_answers(model, prompts, TOKENIZER, 3, 5, 0, reward=len,
+                                  judge=judge, beta=0.5)
+    ids = [[TOKENIZER.eot_token] + TOKENIZER.encode_ordinary(p) for p in prompts]
+    drawn = sample.sample(model, [i for i in ids for _ in range(3)], 5, 0, TOKENIZER.eot_token)
+    for i, prompt in enumerate(ids):
+        batch = pack([Encoded(prompt, drawn[3 * i:3 * i + 3], [])], 64)
+        with torch.no_grad():
+            expected = 0.5 * (judge.logps(batch) - model.logps(batch))
+        torch.testing.assert_close(columns["implicit_reward"][i].float(), expected,
+                                   atol=1e-4, rtol=0)
+        for k, answer in enumerate(drawn[3 * i:3 * i + 3]):
+            text = TOKENIZER.decode([t for t in answer if t != TOKENIZER.eot_token])
+            assert columns["reward"][i, k] == len(prompts[i] + text)
+            assert columns["length"][i, k] == len(answer)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_sampled_but_never_scored(monkeypatch):
+    """Its KL to itself is 0 without any work; each other policy is scored once, and the reference
+    once on what that one wrote."""
+    calls = []
+    monkeypatch.setattr(sample, "score", lambda model, items, *_: calls.append(model) or
+                        [[0.0] for _ in items])
+    a, b = small_gpt(0), small_gpt(1)
+    measures, _ = sample.evaluate({"sft": a, "dpo": b}, a, ["The plot", "I"], TOKENIZER, 3, 0)
+    assert calls == [b, a] and measures["sft"]["kl"] == measures["sft"]["kl_se"] == 0
+
+
+def test_the_win_rate_is_against_the_baseline_that_is_named():
+    policies = {"a": small_gpt(0), "b": small_gpt(1)}
+    args = policies["a"], ["The plot"] * 50, TOKENIZER, 4, 0
+    first, texts = sample.evaluate(policies, *args, reward=len)
+    other, _ = sample.evaluate(policies, *args, reward=len, baseline="b")
+    wins = sum((len(b) > len(a)) + (len(b) == len(a)) / 2
+               for a, b in zip(texts["a"], texts["b"]))
+    assert first["b"]["win_rate"] == wins / 50 and other["a"]["win_rate"] == 1 - wins / 50
+    assert first["a"]["win_rate"] == other["b"]["win_rate"] == 0.5
+    assert first["b"]["win_rate_95"] == sample.wilson(wins, 50)
+    assert "win_rate_95" not in first["a"] and "win_rate_95" not in other["b"]
+
+
+def test_accuracy_is_of_the_log_ratio_and_logp_accuracy_of_the_log_prob_alone():
+    """Against a loop over pairs; the two differ, and the reference ties with itself on all."""
+    items, ref, policy = some_items(30), small_gpt(0), small_gpt(1)
+    found = sample.rate_pairs({"ref": ref, "pi": policy}, ref, items, {"pi": 0.5})
+    ratio, plain = [], []
+    for item in items:
+        with torch.no_grad():
+            pi, r = (m.logps(pack([item], 64)).tolist() for m in (policy, ref))
+        ratio += [(pi[w] - r[w]) - (pi[l] - r[l]) for w, l in item.pairs]
+        plain += [pi[w] - pi[l] for w, l in item.pairs]
+    n = len(ratio)
+    assert n == 15 + 3 * 15
+    assert found["pi"]["accuracy"] == pytest.approx(sum(d > 0 for d in ratio) / n)
+    assert found["pi"]["logp_accuracy"] == pytest.approx(sum(d > 0 for d in plain) / n)
+    assert found["pi"]["accuracy"] != found["pi"]["logp_accuracy"]
+    assert found["pi"]["margin"] == pytest.approx(0.5 * sum(ratio) / n, abs=1e-4)
+    assert found["ref"]["accuracy"] == 0.5 and found["ref"]["accuracy_se"] == 0
+    assert found["ref"]["logp_accuracy"] != 0.5 and "margin" not in found["ref"]
+
+
+def test_the_standard_error_of_accuracy_counts_prompts_not_pairs():
+    """Four prompts with three pairs each that are right or wrong together: 4 draws, not 12. The
+    deviations sum to 3 x +-1/2 a prompt, so the error is sqrt(4 x 2.25) / 12 = 0.25; as if the
+    pairs were independent it would be 0.5 / sqrt(12) = 0.14."""
+    class Fixed:
+        config = GPTConfig(64)
+    policy, reference = Fixed(), Fixed()
+    items = [Encoded([1], [[2], [3], [4]], [(0, 1), (0, 2), (1, 2)])] * 4
+    logps = {policy: [[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]] * 2, reference: [[0.0, 0.0, 0.0]] * 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "score", lambda model, *_: logps[model])
+        found = sample.rate_pairs({"pi": policy}, reference, items, {})
+    assert found["pi"]["accuracy"] == 0.5 and found["pi"]["accuracy_se"] == pytest.approx(0.25)
+
+
+def test_distinct_n_counts_n_grams_within_answers():
+    """"The| plot| was|.| The| plot| was|." are 8 tokens, of which " plot", " was" and "." come
+    twice: 5 differ. Pairs do not reach from one answer into the next."""
+    assert sample.distinct(["The plot was. The plot was."], TOKENIZER, 1) == 5 / 8
+    assert sample.distinct(["The plot", "The plot"], TOKENIZER, 2) == 1 / 2
+    assert sample.distinct(["The", ""], TOKENIZER, 2) == 0
+
+
+@for_all
+@given(st.lists(st.text(alphabet="ab ", max_size=12), max_size=5), st.integers(1, 3))
+def test_distinct_n_is_a_share_and_repeating_all_answers_halves_it(texts, n):
+    once, twice = (sample.distinct(texts * k, TOKENIZER, n) for k in (1, 2))
+    assert 0 <= once <= 1 and twice == pytest.approx(once / 2)
+
+
+def test_scoring_many_answers_to_a_prompt_is_scoring_each(monkeypatch):
+    """128 answers make a batch however many prompts; the numbers are those of one at a time."""
+    model, item = small_gpt(0), some_items(2)[1]
+    many = [Encoded(item.prompt, item.answers * 30, []), item]
+    one = sample.score(model, [item], 64)[0]
+    first, second = sample.score(model, many, 64)
+    assert first == pytest.approx(one * 30, abs=1e-4) and second == pytest.approx(one, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------
+# The table
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_table_shows_every_number_once_and_keeps_within_its_width():
+    measures = {"sft": {"reward": 0.25, "reward_se": 0.5, "win_rate": 0.5, "win_rate_se": 0.0},
+                "dpo": {"reward": 0.75, "reward_se": 0.125, "win_rate": 0.625, "win_rate_se": 0.1,
+                        "win_rate_95": (0.5, 0.75), "margin": 1.5}}
+    for width in (100, 60, 10):
+        text = sample.table(measures, width)
+        words = text.split()
+        for word in ("0.250", "+-0.500", "0.750", "+-0.125", "0.625", "0.500-0.750", "1.500", "-"):
+            assert words.count(word) == 1, (word, width)
+        assert max(map(len, text.splitlines())) <= max(width, 24)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_measures_every_checkpoint_named_and_writes_the_same_numbers_again(run, capsys):
+    flags = ["--out", str(run), *FLAGS, "--evaluate",
+             *(str(run / f"{name}.pt") for name in ("sft", "dpo", "other"))]
+    sample.main(flags)
+    first = (run / "evaluation.json").read_bytes()
+    results, out = evaluation(run), capsys.readouterr().out
+    assert list(results["policies"]) == ["sft", "dpo", "other"] and results["baseline"] == "sft"
+    assert results["prompts"] == 12 and results["task"] == "reviews"
+    measures = {"reward", "kl", "win_rate", "well_formed", "length", "accuracy", "logp_accuracy"}
+    expected = measures | {f"{m}_se" for m in measures} | {"distinct_1", "distinct_2"}
+    assert set(results["policies"]["sft"]) == expected
+    assert set(results["policies"]["other"]) == expected | {"win_rate_95"}
+    assert set(results["policies"]["dpo"]) == expected | {"win_rate_95", "margin", "margin_se"}
+    assert all(f"{results['policies']['other'][m]:.3f}" in out for m in measures)
+    assert "win rate against sft, with its 95 % interval" in out
+    sample.main([*flags, "--eval-prompts", "13"])
+    assert (run / "evaluation.json").read_bytes() != first
+    sample.main(flags)
+    assert (run / "evaluation.json").read_bytes() == first
+
+
+def test_reference_and_baseline_are_those_that_are_named(run):
+    sample.main(["--out", str(run), *FLAGS, "--evaluate", str(run / "dpo.pt"),
+                 "--reference", str(run / "other.pt"), "--baseline", str(run / "sft.pt")])
+    results = evaluation(run)
+    assert results["reference"] == str(run / "other.pt") and results["baseline"] == "sft"
+    assert list(results["policies"]) == ["dpo", "sft"]
+    assert results["policies"]["sft"]["win_rate"] == 0.5 and results["policies"]["sft"]["kl"] != 0
+
+
+def test_best_of_writes_a_row_for_each_n_and_best_of_1_is_the_model_itself(run, capsys):
+    sample.main(["--out", str(run), *FLAGS, "--best-of", "4,1,2"])
+    results = evaluation(run)
+    assert list(results["best_of"]) == ["N = 1", "N = 2", "N = 4"] and results["judge"] == "reward"
+    rewards = [measures["reward"] for measures in results["best_of"].values()]
+    assert rewards == sorted(rewards)
+    assert "the best of N answers" in capsys.readouterr().out and "policies" not in results
+
+
+def test_the_trained_policys_implicit_reward_can_judge(run):
+    sample.main(["--out", str(run), *FLAGS, "--best-of", "1,4", "--judge", "implicit"])
+    first = evaluation(run)
+    picked = [m["implicit_reward"] for m in first["best_of"].values()]
+    assert first["judge"] == "implicit" and picked[0] < picked[1]
+    assert {"reward", "well_formed", "length"} <= set(first["best_of"]["N = 4"])
+    sample.main(["--out", str(run), *FLAGS, "--best-of", "1,4", "--judge", "implicit",
+                 "--checkpoint", str(run / "other.pt")])
+    assert evaluation(run)["best_of"] != first["best_of"]
+
+
+def test_a_preference_file_is_measured_without_a_reward(run, capsys):
+    flags = ["--data", str(run / "pairs.jsonl"), "--out", str(run), *FLAGS]
+    sample.main([*flags, "--evaluate", "--best-of", "1,2"])
+    results = evaluation(run)
+    assert "reward" not in results["policies"]["dpo"] and results["judge"] == "implicit"
+    assert {"kl", "accuracy", "logp_accuracy", "margin"} <= set(results["policies"]["dpo"])
+    assert "win rate" not in capsys.readouterr().out
+
+
+def test_a_published_task_is_measured_on_the_file_that_is_held_out(run, tmp_path, capsys):
+    """The training file is not needed, and not there; a download would fail."""
+    path = tmp_path / "helpful-base" / "test.jsonl.gz"
+    path.parent.mkdir()
+    with gzip.open(path, "wt") as file:
+        for i in range(5):
+            start = f"\n\nHuman: Film {i}?\n\nAssistant:"
+            file.write(json.dumps({"chosen": start + " good", "rejected": start + " dull"}) + "\n")
+    sample.main(["--task", "hh", "--data-dir", str(tmp_path), "--out", str(run), *FLAGS,
+                 "--evaluate", "--best-of", "1,2"])
+    results = evaluation(run)
+    assert (results["task"], results["prompts"], results["judge"]) == ("hh", 5, "implicit")
+    assert "hh, held out: 5 rows" in capsys.readouterr().out
+    assert {"kl", "accuracy", "logp_accuracy"} <= set(results["policies"]["dpo"])
+
+
+def test_only_held_out_prompts_and_pairs_are_measured(run, monkeypatch):
+    seen = []
+    for name in ("rate_pairs", "evaluate"):
+        monkeypatch.setattr(sample, name, lambda *args, real=getattr(sample, name), **more: (
+            seen.append(args[2]), real(*args, **more))[1])
+    sample.main(["--data", str(run / "pairs.jsonl"), "--out", str(run), *FLAGS, "--evaluate"])
+    prompts, items = seen
+    assert prompts and all(map(is_held_out, prompts))
+    assert {TOKENIZER.decode(item.prompt[1:]) for item in items} == set(prompts)
+
+
+def test_without_preferences_accuracy_is_left_out_and_said(run, tmp_path, capsys):
+    sample.main(["--out", str(tmp_path), *FLAGS, "--evaluate", str(run / "sft.pt"),
+                 "--reference", str(run / "sft.pt")])
+    assert "no pairs to measure accuracy on" in capsys.readouterr().out
+    assert "accuracy" not in evaluation(tmp_path)["policies"]["sft"]
+
+
+def test_two_files_of_one_name_are_told_apart_and_one_file_is_opened_once(run, tmp_path):
+    other = tmp_path / "sft.pt"
+    save_checkpoint(other, small_gpt(5), tokenizer="reviews")
+    names = sample.names_of([run / "sft.pt", other, run / "dpo.pt", run / "." / "sft.pt"])
+    assert names == {run / "sft.pt": str(run / "sft.pt"), other: str(other), run / "dpo.pt": "dpo"}
+
+
+def refused(argv, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        sample.main([str(word) for word in argv])
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.count("\n") == 1 and "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--evaluate", "--temperature", "0.5"], "--temperature is not for --evaluate"),
+    (["--best-of", "1", "--prompt", "a"], "--prompt is not for --evaluate"),
+    (["--evaluate", "-n", "2"], "-n is not for"),
+    (["--evaluate", "--top-k", "1"], "--top-k is not for"),
+    (["--evaluate", "--compare"], "--compare is not for"),
+    (["--reference", "a.pt"], "--reference is for --evaluate"),
+    (["--best-of", "1", "--baseline", "a.pt"], "--baseline is for"),
+    (["--evaluate", "--judge", "reward"], "--judge is for"),
+    (["--data", "a.jsonl", "--best-of", "1", "--judge", "reward"], "--judge reward"),
+    (["--data", "a.jsonl", "--evaluate", "--baseline", "a.pt"], "--baseline: a win rate needs"),
+    (["--best-of", "1,x"], "--best-of"), (["--best-of", "0"], "--best-of"),
+    (["--best-of", ""], "--best-of"), (["--eval-prompts", "1"], "--eval-prompts"),
+    (["--evaluate", "no.pt"], "no.pt: "),
+])
+def test_flags_that_contradict_or_that_nothing_would_read_are_refused(flags, words, capsys):
+    assert words in refused(flags, capsys)
+
+
+def test_checkpoints_that_cannot_be_measured_together_are_refused(run, tmp_path, capsys):
+    save_checkpoint(tmp_path / "long.pt", small_gpt(0, 128), tokenizer="reviews")
+    assert "checkpoints for 64 and 128 tokens" in refused(
+        ["--out", run, *FLAGS, "--evaluate", run / "sft.pt", tmp_path / "long.pt"], capsys)
