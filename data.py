@@ -10,6 +10,8 @@ each answer's positions restart right after the prompt, and an answer sees its p
 never its siblings. So the prompt is computed once, nothing is padded but the end of a row, and
 pairs, rankings of K answers and plain supervised text are all the same batch.
 
+    python data.py                            # prints such a row, its mask, and counts
+
 Reading order: the reviews task, tokenizers, files, the published tasks hh and tldr, the packed
 row, batches.
 Left out on purpose: worker processes and streaming. Preference data fits in memory, and packing
@@ -20,6 +22,8 @@ import gzip
 import json
 import random
 import re
+import shutil
+import sys
 import zlib
 from collections import Counter, namedtuple
 from dataclasses import dataclass, fields
@@ -663,3 +667,107 @@ class Batches:
             wanted.setdefault((epoch, item), []).append(unit)
         return [self.encoded[item] if self.whole else take(self.encoded[item], units)
                 for (_, item), units in wanted.items()]
+
+
+# ------------------------------------------------------------------------------------------------
+# python data.py: look at a packed row
+# ------------------------------------------------------------------------------------------------
+
+DIM, RESET, BRIGHT = "\033[2m", "\033[0m", [f"\033[1;{n}m" for n in (36, 33, 35, 32, 34, 31)]
+
+
+def show_row(batch, row, tokenizer, width=100, colour=False):
+    """Row number `row` of a Batch as text: tokens, positions and answers under each other, then
+    its mask as a small picture. colour: prompts dim, each answer in its own bright colour, which
+    are the tokens that are scored."""
+    filled = int((batch.group[row] >= 0).sum())
+    group, answer, positions, tokens = (x[row, :filled].tolist() for x in (
+        batch.group, batch.answer, batch.positions, batch.tokens))
+    cells = []                                  # (text of token, position, answer, start of group)
+    for i, token in enumerate(tokens):
+        text = "<eot>" if token == tokenizer.eot_token else json.dumps(
+            tokenizer.decode([token]))[1:-1].replace(" ", "_")
+        new = i > 0 and group[i] != group[i - 1]
+        cells.append((text, str(positions[i]), str(answer[i]), new))
+    lines = [[], [], []]
+    blocks, used = [lines], 10
+    for i, (*texts, new) in enumerate(cells):
+        size = max(map(len, texts)) + 1
+        if used + size + 2 * new > width:
+            lines, used = [[], [], []], 10
+            blocks.append(lines)
+        style = (BRIGHT[(answer[i] - 1) % len(BRIGHT)] if answer[i] else DIM) if colour else ""
+        for line, text in zip(lines, texts):
+            line.append("| " * new + style + text.rjust(size - 1) + RESET * bool(style) + " ")
+        used += size + 2 * new
+    names = ("tokens", "position", "answer")
+    out = ["\n".join(f"{name:<10}" + "".join(line).rstrip() for name, line in zip(names, lines))
+           for lines in blocks]
+    step = -(-filled // 64)                     # a character stands for so many tokens, twice down
+    mask = batch.mask()[row, :filled, :filled].float()[None, None]
+    seen = torch.nn.functional.max_pool2d(mask, (2 * step, step), ceil_mode=True)[0, 0].tolist()
+    picture = "\n".join("          " + "".join(".#"[int(see)] for see in line) for line in seen)
+    return "\n\n".join([*out, f"mask: who (down) sees whom (across), {step} tokens a character "
+                              f"across and {2 * step} down\n{picture}"])
+
+
+def show_counts(encoded):
+    """How many prompts, answers and pairs, and how long they are, as text."""
+    def spread(lengths):
+        lengths = sorted(lengths)
+        return f"{lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}"
+    answers = [answer for item in encoded for answer in item.answers]
+    return (f"{len(encoded):,} prompts of {spread([len(item.prompt) for item in encoded])}\n"
+            f"{len(answers):,} answers of {spread([len(answer) for answer in answers])}\n"
+            f"{sum(len(item.pairs) for item in encoded):,} pairs")
+
+
+def parse_args(argv):
+    import train_sft as shared                  # here, since train_sft.py imports this file
+    parser = shared.Parser("Look at the data: counts, and the first row of the first batch, packed."
+                           "\n\n    python data.py                       # the reviews task"
+                           "\n    python data.py --task hh             # published preferences"
+                           "\n    python data.py --data pairs.jsonl    # your own preferences")
+    shared.add_shared_flags(parser)
+    parser.add_argument("--tokenizer", choices=TOKENIZERS,
+                        help="default: reviews for the task of that name, gpt2 for others")
+    parser.add_argument("--row-length", type=shared.number(int, 2),
+                        help="tokens of a packed row (default 256 for reviews, else 1024)")
+    parser.set_defaults(strict=False)           # what cannot teach is counted, not an error
+    args = parser.parse_args(argv)
+    shared.settle_task(args)
+    return args
+
+
+def look(argv):
+    """Print counts and the first packed row of what train_dpo.py would train on; of what
+    train_sft.py would, where the task has no preferences yet."""
+    import train_sft as shared
+    args = parse_args(argv)
+    shared.settle(args)
+    tokenizer = get_tokenizer(args.tokenizer or ("reviews" if args.task == "reviews" else "gpt2"))
+    args.row_length = args.row_length or (256 if args.task == "reviews" else 1024)
+    path = args.out / "preferences.jsonl" if args.task == "reviews" else args.data
+    if args.task == "reviews" and not path.exists():
+        print(f"no {path} yet, which train_dpo.py samples: this is what train_sft.py reads")
+        args.reviews = 1000
+        rows, _ = shared.load_examples(args)
+    else:
+        rows, _ = shared.load_training(args, path)
+    encoded = shared.load("training", args, encode_all, rows, tokenizer, args.row_length)
+    if not encoded:
+        raise UserError(f"{path or args.task}: no row is left to train on")
+    batch = pack(Batches(encoded, min(16, len(encoded)), args.seed, whole=True)[0], args.row_length)
+    print(f"{show_counts(encoded)}\n\nthe first of {len(batch.tokens)} rows of a batch of 16 "
+          f"prompts; _ is a space, | begins another prompt, answer 0 is the prompt\n\n"
+          + show_row(batch, 0, tokenizer, shutil.get_terminal_size((100, 24)).columns,
+                     sys.stdout.isatty()))
+
+
+def main(argv=None):
+    from train_sft import command
+    command(look)(argv)
+
+
+if __name__ == "__main__":
+    main()
