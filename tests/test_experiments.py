@@ -1,0 +1,467 @@
+"""experiments/: the frontier, the curves, and the judges of C.2 and D.3.
+
+    pytest tests/test_experiments.py
+"""
+
+import html
+import importlib.util
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sample
+import train_dpo
+from data import get_tokenizer
+from experiments import curves, frontier, win_rate
+from model import GPT, GPTConfig, save_checkpoint
+
+TOKENIZER = get_tokenizer("reviews")
+for_all = settings(deadline=None, max_examples=50, derandomize=True)
+needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"),
+                                      reason="matplotlib is not installed")
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with two small checkpoints and a file of preferences."""
+    out = tmp_path_factory.mktemp("run")
+    for seed, name in enumerate(["sft", "dpo"]):
+        torch.manual_seed(seed)
+        model = GPT(GPTConfig(64, TOKENIZER.n_vocab, 1, 2, 16), 0.3)
+        save_checkpoint(out / f"{name}.pt", model, tokenizer="reviews", source="reviews")
+    write_lines(out / "pairs.jsonl", [{"prompt": f"The plot {i}", "ranking": [1, 0],
+                                       "answers": [" was dull.", " was good."]}
+                                      for i in range(100)])
+    return out
+
+
+def refused(main, argv, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in argv])
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.count("\n") == 1, message
+    return message
+
+
+@pytest.mark.parametrize("module", [frontier, curves, win_rate])
+def test_every_flag_is_read(module):
+    source, shared = (Path(file).read_text() for file in (module.__file__, sample.__file__))
+    for flag, rest in re.findall(r'\badd\("([\w-]+)"((?:.|\n)*?)\n    (?=add|\w)', source):
+        name = re.search(r'dest="(\w+)"', rest)
+        name = name[1] if name else flag.lstrip("-").replace("-", "_")
+        assert re.search(rf"\b(args|own)\.{name}\b", source + shared), flag
+
+
+# ------------------------------------------------------------------------------------------------
+# The frontier
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch, run):
+    """A grid of one run a loss; preferences as in the file, and not sampled."""
+    for name, value in {"BETAS": [0.5], "STEPS": [2], "EPOCHS": [1], "NUMBERS": [1, 2]}.items():
+        monkeypatch.setattr(frontier, name, value)
+
+    def copied(model, tokenizer, args):
+        path = args.out / "preferences.jsonl"
+        path.write_bytes((run / "pairs.jsonl").read_bytes())
+        return path
+    monkeypatch.setattr(train_dpo, "sample_preferences", copied)
+    return ("--seeds 1 --eval-prompts 6 --max-new-tokens 6 --warmup 1 --device cpu --sft "
+            f"{run / 'sft.pt'}").split()
+
+
+def no_picture(monkeypatch):
+    monkeypatch.setattr(frontier, "draw", lambda *_: None)
+
+
+def test_the_frontier_trains_each_loss_from_one_start_and_measures_it(small, tmp_path, monkeypatch):
+    no_picture(monkeypatch)
+    started = []
+    monkeypatch.setattr(frontier, "train", lambda start, *rest, real=frontier.train: started.append(
+        start.model.wte.weight.clone()) or real(start, *rest))
+    frontier.main([*small, "--out", str(tmp_path)])
+    numbers = json.loads((tmp_path / "frontier.json").read_text())
+    assert list(numbers["runs"]) == ["dpo, beta 0.5, 0", "plackett_luce, beta 0.5, 0",
+                                     "unlikelihood, 2 steps, 0", "sft_chosen, 1 epochs, 0"]
+    assert len(started) == 4 and all(torch.equal(started[0], other) for other in started)
+    found = [run["measures"] for run in numbers["runs"].values()]
+    assert len({m["kl"] for m in found}) == 4           # four policies, none of them the reference
+    assert all(m["kl"] != 0 and {"reward", "reward_se", "kl_se", "well_formed"} <= set(m)
+               and "win_rate" not in m for m in found)
+    assert list(numbers["reference"]["best_of"]) == ["N = 1", "N = 2"]
+
+
+def test_an_interrupted_frontier_goes_on_and_a_changed_one_starts_again(small, tmp_path,
+                                                                        monkeypatch):
+    """A run is known by its settings: finished ones are read, one that broke off is run again,
+    with other settings all are."""
+    no_picture(monkeypatch)
+    trained, real = [], frontier.train
+
+    def train(start, loss, *rest):
+        if len(trained) == broken_at:
+            raise KeyboardInterrupt
+        trained.append(loss)
+        return real(start, loss, *rest)
+    monkeypatch.setattr(frontier, "train", train)
+    flags, broken_at = [*small, "--out", str(tmp_path)], 2
+    with pytest.raises(SystemExit):                     # as the command ends with Ctrl-C
+        frontier.main(flags)
+    assert trained == ["dpo", "plackett_luce"]
+    trained, broken_at = [], None
+    frontier.main(flags)
+    assert trained == ["unlikelihood", "sft_chosen"]
+    whole = (tmp_path / "frontier.json").read_bytes()
+    trained = []
+    frontier.main(flags)
+    assert trained == [] and (tmp_path / "frontier.json").read_bytes() == whole
+    (tmp_path / "unlikelihood-2_steps-0" / "result.json").write_text("{")
+    frontier.main(flags)
+    assert trained == ["unlikelihood"]
+    assert (tmp_path / "frontier.json").read_bytes() == whole
+    trained = []
+    frontier.main([*flags, "--lr", "1e-3"])
+    assert len(trained) == 4
+
+
+def test_the_sft_on_chosen_answers_reads_the_best_answers_only(small, tmp_path, monkeypatch):
+    no_picture(monkeypatch)
+    seen = []
+    monkeypatch.setattr(frontier.train_sft, "train", lambda model, items, held, args: seen.extend(
+        items))
+    frontier.main([*small, "--out", str(tmp_path)])
+    texts = {TOKENIZER.decode(answer[:-1]) for item in seen for answer in item.answers}
+    assert texts == {" was good."} and all(len(item.answers) == 1 for item in seen)
+
+
+@for_all
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=6), st.floats(0.05, 20))
+def test_the_optimum_is_equation_15_over_the_answers_drawn(rewards, beta):
+    """Each of M answers has probability 1 / M under the reference: pi* is a softmax of r / beta,
+    and no other distribution over them scores higher in E[r] - beta KL."""
+    r = torch.tensor([rewards], dtype=torch.float64)
+    found = frontier.optimum(r, beta)
+    p = (r[0] / beta).softmax(0)
+    kl = (p * (p * len(rewards)).log()).sum().item()
+    assert found["reward"] == pytest.approx((p * r[0]).sum().item(), abs=1e-9)
+    assert found["kl"] == pytest.approx(kl, abs=1e-9)
+    other = torch.rand(len(rewards), generator=torch.Generator().manual_seed(0)).double()
+    q = other / other.sum()
+    score = (q * r[0]).sum() - beta * (q * (q * len(rewards)).log()).sum()
+    assert score.item() <= found["reward"] - beta * found["kl"] + 1e-9
+
+
+def test_best_of_n_is_never_above_the_optimum_at_its_kl_bound():
+    """KL(best of N) <= log N - (N - 1) / N, and Eq. 15 has the most reward at any KL."""
+    rewards = torch.rand(500, 64, generator=torch.Generator().manual_seed(0)).double()
+    line = [frontier.optimum(rewards, beta) for beta in torch.logspace(1, -2, 60).tolist()]
+    for measures in sample.best_of({"r": rewards}, [2, 4, 8], "r").values():
+        beyond = [p for p in line if p["kl"] >= measures["kl_bound"]]
+        assert min(p["reward"] for p in beyond) >= measures["r"] - 0.01
+
+
+@needs_matplotlib
+def test_the_frontier_is_drawn_with_axes_names_and_error_bars(small, tmp_path, capsys):
+    frontier.main([*small, "--out", str(tmp_path)])
+    picture = (tmp_path / "frontier.svg").read_text()
+    for words in ("KL to the SFT model, nats", "ground-truth reward, from -1 to 1",
+                  "share of well-formed texts", "best of N of SFT", "unlikelihood", "beta 0.5"):
+        assert f"<!-- {words}" in picture, words
+    assert_has_no_background(picture)
+    first = picture
+    frontier.main([*small, "--out", str(tmp_path)])
+    assert (tmp_path / "frontier.svg").read_text() == first
+
+
+def assert_has_no_background(picture):
+    """No filled patch as large as the picture, so that it can be read on light and on dark."""
+    patch = picture[picture.index('<g id="patch_1">'):]
+    assert "fill: none" in patch[:patch.index("</g>")]
+
+
+def test_frontier_refuses_what_has_no_ground_truth(capsys, tmp_path, run):
+    assert "--data: " in refused(frontier.main, ["--data", run / "pairs.jsonl", "--out", tmp_path],
+                                 capsys)
+    assert "--seeds" in refused(frontier.main, ["--seeds", "0"], capsys)
+    assert "--bet" in refused(frontier.main, ["--bet", "1", "--out", tmp_path], capsys)
+
+
+# ------------------------------------------------------------------------------------------------
+# The curves
+# ------------------------------------------------------------------------------------------------
+
+METRICS = """\
+step,loss,accuracy,margin,chosen_reward,rejected_reward,chosen_logp,rejected_logp,grad_norm,lr,\
+held_out_loss,held_out_accuracy
+0,0.693147,0.5,0,0,0,-20,-21,1.5,1e-06,0.69,0.5
+20,0.5,0.75,0.5,0.1,-0.4,-20,-23,1.5,1e-06,,
+40,0.4,0.8,0.75,0.15,-0.6,-20,-24,1.5,1e-06,0.45,0.7
+"""
+
+
+def test_metrics_are_read_with_the_steps_at_which_they_were_logged(tmp_path):
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    metrics = curves.read_metrics(tmp_path / "metrics.csv")
+    assert metrics["held_out_loss"] == ((0, 40), (0.69, 0.45))
+    assert metrics["rejected_logp"] == ((0, 20, 40), (-21, -23, -24))
+    assert set(metrics) == set(train_dpo.COLUMNS)
+
+
+@needs_matplotlib
+def test_curves_name_what_they_show_and_in_which_unit(tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    curves.main([str(tmp_path)])
+    picture = (tmp_path / "curves.svg").read_text()
+    for words in ("loss, nats", "pairs ranked rightly, %", "implicit reward, beta × nats",
+                  "log π(y|x), nats", "step", "chosen", "rejected", "margin", "held out", "log 2"):
+        assert f"<!-- {words}" in picture, words
+    assert_has_no_background(picture)
+    curves.main([str(tmp_path), "--out", str(tmp_path / "again.svg")])
+    assert (tmp_path / "again.svg").read_text() == picture
+    (tmp_path / "metrics.csv").write_text(re.sub(",0.69,0.5|,0.45,0.7", ",,", METRICS))
+    curves.main([str(tmp_path)])                        # a run without held-out prompts
+
+
+def test_without_matplotlib_one_sentence_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in refused(curves.main, [tmp_path], capsys)
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "train_dpo.py writes it"), ("", "no step is in it"),
+    ("step,loss\n0,1\n", "not a metrics.csv"),
+    (METRICS.replace("0.75", "much"), "not a metrics.csv"), ("a,b\n1,2\n", "not a metrics.csv"),
+    (METRICS.splitlines()[0], "no step is in it yet")])
+def test_a_folder_without_metrics_is_refused(tmp_path, capsys, content, words):
+    if content is not None:
+        (tmp_path / "metrics.csv").write_text(content)
+    message = refused(curves.main, [tmp_path], capsys)
+    assert words in message and str(tmp_path / "metrics.csv") in message
+
+
+# ------------------------------------------------------------------------------------------------
+# Judges: asking
+# ------------------------------------------------------------------------------------------------
+
+NASTY = ["</script><b>bold</b>", "{B} {A} {prompt} {0}", "\\1 \\u003c 'quotes' \"double\"",
+         "é <!-- "]
+
+
+@for_all
+@given(st.integers(1, 300), st.integers(0, 99))
+def test_each_answer_stands_where_the_key_says_and_the_order_is_drawn(n, seed):
+    texts = {"dpo": [f"d{i}" for i in range(n)], "sft": [f"s{i}" for i in range(n)]}
+    questions, order = win_rate.draw_order([f"p{i}" for i in range(n)], texts, seed)
+    assert list(questions) == list(order) and len(questions) == n
+    for i, (question, who) in enumerate(zip(questions.values(), order.values())):
+        assert question["prompt"] == f"p{i}" and sorted(who.values()) == ["dpo", "sft"]
+        assert all(question[letter] == texts[who[letter]][i] for letter in "AB")
+    first = sum(who["A"] == "dpo" for who in order.values())
+    assert abs(first - n / 2) <= 3 * n ** 0.5           # a coin: 6 standard deviations at most
+
+
+def test_other_questions_have_other_names():
+    """So that answers to an older study are noticed."""
+    names = [set(win_rate.draw_order(["p"], {"a": [x], "b": ["y"]}, seed)[0])
+             for x, seed in (("x", 0), ("z", 0), ("x", 1))]
+    assert not names[0] & names[1] and not names[0] & names[2]
+
+
+@pytest.mark.parametrize("form, first, last", [
+    ("dialogue", "For the following query to a chatbot, which response is more helpful?",
+     'More helpful: <"A" or "B">'),
+    ("summary_s", "Which of the following summaries does a better job of summarizing the most "
+     "important points in the given forum post?", 'Preferred: <"A" or "B">'),
+    ("summary_c", "Which of the following summaries does a better job of summarizing the most "
+     "important points in the given forum post, without including unimportant or irrelevant "
+     "details? A good summary is both precise and concise.", 'Preferred: <"A" or "B">')])
+def test_requests_are_chat_batch_lines_with_the_papers_words(form, first, last):
+    questions = {"q1": {"prompt": NASTY[1], "A": NASTY[0], "B": NASTY[2]}}
+    line, = win_rate.requests(questions, form, "judge")
+    request = json.loads(line)
+    assert set(request) == {"custom_id", "method", "url", "body"}
+    assert (request["custom_id"], request["method"]) == ("q1", "POST")
+    assert request["url"] == "/v1/chat/completions" and request["body"]["model"] == "judge"
+    message, = request["body"]["messages"]
+    assert message["role"] == "user" and message["content"].startswith(first + "\n")
+    assert message["content"].endswith(last)
+    for text in (*NASTY[:3], "FIRST provide a one-sentence comparison of the two"):
+        assert message["content"].count(text) == 1      # and what a policy wrote is not filled in
+
+
+class Page(HTMLParser):
+    """Tags and outside addresses of a page, and its data."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses = [], []
+        self.feed(text)
+        self.data = json.loads(re.search(r'type="application/json">(.*?)</script>', text, re.S)[1])
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attributes if k in ("src", "href", "action")]
+
+
+def test_the_page_needs_no_other_file_and_shows_text_as_text():
+    questions = {f"q{i}": {"prompt": p, "A": "a", "B": "b"} for i, p in enumerate(NASTY)}
+    text = win_rate.page(questions, "summary_c")
+    page = Page(text)
+    assert page.data == questions and page.addresses == [] and page.tags.count("script") == 2
+    assert "b" not in page.tags[page.tags.index("script"):] and "http" not in text
+    assert "innerHTML" not in text and "I can't tell" in html.unescape(text)
+    assert "A good summary is both precise and concise." in text
+
+
+def test_asking_writes_questions_and_a_key_and_only_the_key_tells(run, tmp_path, capsys):
+    for name in ("judge.jsonl", "study.html"):
+        flags = ["--out", str(run), "--ask", str(tmp_path / name), "--questions", "8",
+                 "--max-new-tokens", "5", "--device", "cpu"]
+        win_rate.main(flags)
+        written = (tmp_path / name).read_bytes()
+        key = json.loads((tmp_path / name).with_suffix(".key.json").read_text())
+        assert key["policies"] == ["dpo", "sft"] and len(key["order"]) == 8
+        assert b"dpo" not in written and b"sft" not in written
+        assert "keep it from the judges" in capsys.readouterr().out
+        win_rate.main(flags)
+        assert (tmp_path / name).read_bytes() == written
+    asked = [json.loads(line) for line in (tmp_path / "judge.jsonl").read_text().splitlines()]
+    assert [row["custom_id"] for row in asked] == list(key["order"])
+    assert list(Page((tmp_path / "study.html").read_text()).data) == list(key["order"])
+
+
+def test_a_preference_file_is_asked_about_with_its_own_prompts(run, tmp_path):
+    win_rate.main(["--data", str(run / "pairs.jsonl"), "--out", str(run), "--ask",
+                   str(tmp_path / "q.jsonl"), "--form", "summary_s", "--device", "cpu"])
+    lines = (tmp_path / "q.jsonl").read_text().splitlines()
+    assert 2 <= len(lines) <= 25 and all("Post:\\n\\nThe plot" in line or "Post:\\nThe plot" in line
+                                        for line in lines)
+
+
+# ------------------------------------------------------------------------------------------------
+# Judges: reading
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reply, letter", [
+    ("Comparison: A is better.\nMore helpful: A", "A"), ('Comparison: x\nMore helpful: "B"', "B"),
+    ("More helpful: B\n\n", "B"), ("Comparison: x\r\n  More helpful: A  \r\n", "A"),
+    ("More helpful: A or B", None), ("More helpful: C", None), ("More helpful: a", None),
+    ('More helpful: "A', None), ("A", None), ("", None), ("Preferred: A", None),
+    ("More helpful: A\nMore helpful: B", None), ("More helpful: A\nOr maybe not.", None),
+    ("I find it More helpful: A", None), ("**More helpful: A**", None),
+    ('More helpful: <"A" or "B">', None)])
+def test_only_the_verdict_line_that_was_asked_for_counts(reply, letter):
+    assert win_rate.verdict(reply, "dialogue") == letter
+
+
+def test_summaries_are_preferred_not_more_helpful():
+    assert win_rate.verdict("Comparison: x\nPreferred: B", "summary_c") == "B"
+    assert win_rate.verdict("Comparison: x\nMore helpful: B", "summary_s") is None
+
+
+def a_key(n):
+    """Questions q0, q1, ...: dpo is A in the even ones, B in the odd ones."""
+    return {"form": "dialogue", "policies": ["dpo", "sft"],
+            "order": {f"q{i}": dict(zip("AB", ["dpo", "sft"][::1 - 2 * (i % 2)]))
+                      for i in range(n)}}
+
+
+def reply(name, text):
+    return {"custom_id": name, "response": {"body": {"choices": [{"message": {"content": text}}]}}}
+
+
+def numbers(report, words):
+    """(share, low, high, count, of) of the first line that has these words."""
+    line = next(line for line in report.splitlines() if words in line)
+    return re.findall(r"[\d.]+", line.split(words)[1].replace("-", " "))
+
+
+def test_win_rate_bias_and_unparsable_share_are_told_apart(tmp_path, capsys):
+    """A judge that always says A, to ten questions of which dpo is A in five, and two replies that
+    cannot be read (q8 failed, q9 says C): it chose A in 8 of 8, dpo won the even ones, 4 of 8."""
+    (tmp_path / "k.json").write_text(json.dumps(a_key(10)))
+    rows = [reply(f"q{i}", "Comparison: x\nMore helpful: A") for i in range(8)]
+    rows += [{"custom_id": "q8", "response": None, "error": {"code": "late"}},
+             reply("q9", "More helpful: C")]
+    path = write_lines(tmp_path / "answers.jsonl", rows)
+    win_rate.main(["--read", str(tmp_path / "k.json"), str(path)])
+    report = capsys.readouterr().out
+    low, high = sample.wilson(4, 8)
+    assert numbers(report, "dpo over sft") == ["0.500", f"{low:.3f}", f"{high:.3f}", "4", "8"]
+    assert numbers(report, "A was chosen")[::3] == ["1.000", "8"]
+    assert numbers(report, "unparsable")[::3] == ["0.200", "2"]
+    assert numbers(report, "can't tell")[::3] == ["0.000", "0"]
+    assert "raters" not in report and "agreement" not in report
+
+
+def test_agreement_is_over_what_both_decided_and_ties_are_left_out(tmp_path, capsys):
+    """Raters 1 and 2 decide q0-q2 both and agree on two; 1 and 3 share q0 alone (3 cannot tell q1),
+    and agree; 2 and 3 share q0 and agree: 4 of 5. The model says A to q0 and q1; of the six answers
+    of raters to those, five are letters: A B, A A, A: four agree."""
+    (tmp_path / "k.json").write_text(json.dumps(a_key(4)))
+    raters = [{"q0": "A", "q1": "B", "q2": "A"}, {"q0": "A", "q1": "A", "q2": "A", "q3": "tie"},
+              {"q0": "A", "q1": "tie"}]
+    files = [tmp_path / f"r{i}.json" for i in range(3)]
+    for path, answers in zip(files, raters):
+        path.write_text(json.dumps({"rater": path.stem, "answers": answers}))
+    files.insert(1, write_lines(tmp_path / "m.jsonl", [reply(f"q{i}", "More helpful: A")
+                                                       for i in range(2)]))
+    win_rate.main(["--read", str(tmp_path / "k.json"), *map(str, files)])
+    report = capsys.readouterr().out
+    assert "raters: 3 files, 9 answers" in report and "model: 1 file, 2 answers" in report
+    assert numbers(report, "raters among each other")[::3] == ["0.800", "4"]
+    assert numbers(report, "raters with the model")[::3] == ["0.800", "4"]
+    assert numbers(report, "can't tell")[::3] == ["0.222", "2"]
+    # q0 A, q2 A for dpo (even, A), q1 B for dpo, q1 A for sft: dpo wins 3 + 2 + 1 - 0 of 7.
+    assert numbers(report, "dpo over sft")[3:] == ["6", "7"]
+
+
+@pytest.mark.parametrize("content, words", [
+    ("", "no answer is in it"), ("[1]\n", "line 1: neither a reply"), ("{]\n", "line 1: neither"),
+    ('{"answers": {"other": "A"}}', "other questions than those of the key"),
+    ('{"custom_id": "q0"}\n{"custom_id": "q0"}\n', "line 2: a second answer to q0"),
+    (b"\xff\xfe", "not UTF-8"), (None, "No such file")])
+def test_files_that_are_no_answers_are_refused(tmp_path, capsys, content, words):
+    (tmp_path / "k.json").write_text(json.dumps(a_key(2)))
+    path = tmp_path / "answers"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = refused(win_rate.main, ["--read", tmp_path / "k.json", path], capsys)
+    assert words in message and str(path) in message
+
+
+@pytest.mark.parametrize("content", [
+    "", "[]", "{}", '{"form": "x", "policies": [1, 2], "order": {}}',
+    '{"form": "dialogue", "policies": ["a"], "order": {}}'])
+def test_the_key_goes_first_and_has_to_be_one(tmp_path, capsys, content):
+    (tmp_path / "k.json").write_text(content)
+    assert "not a key that --ask wrote" in refused(
+        win_rate.main, ["--read", tmp_path / "k.json", tmp_path / "k.json"], capsys)
+
+
+def test_asking_and_reading_are_two_things(run, capsys, tmp_path):
+    sft = run / "sft.pt"
+    for flags, words in [([], "choose: --ask"),
+                         (["--ask", "a.jsonl", "--read", "k", "a"], "choose: --ask"),
+                         (["--ask", "a.txt"], "--ask a.txt: a name in .jsonl"),
+                         (["--read", "k"], "--read needs the key"),
+                         (["--questions", "0"], "--questions"),
+                         (["--ask", "a.jsonl", "--between", sft, sft], "two different")]:
+        assert words in refused(win_rate.main, [*flags, "--out", tmp_path], capsys)
