@@ -14,7 +14,6 @@ import gzip
 import json
 import math
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -409,7 +408,7 @@ def test_an_overflow_of_float16_leaves_the_step_out_and_goes_on():
 
 
 # ------------------------------------------------------------------------------------------------
-# Flags and README
+# Flags
 # ------------------------------------------------------------------------------------------------
 
 SCRIPTS = {"train_sft": train_sft, "train_dpo": train_dpo, "sample": sample}
@@ -435,33 +434,6 @@ def test_defaults_are_those_of_appendix_b():
         0.1, 64, 1e-6, 150, 0)
     args = train_dpo.parse_args([])
     assert (args.beta, args.batch, args.lr, args.warmup) == (0.3, 64, 5e-5, 150)
-
-
-def commands_of_readme():
-    """Every `python script.py ...` line of the README's code blocks, as (script, words)."""
-    text = (ROOT / "README.md").read_text()
-    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M):
-        for line in block.splitlines() if language == "bash" else []:
-            found = re.match(r"(?:.*&& )?python (\w+)\.py\b([^#]*)", line)
-            if found:
-                yield found[1], found[2]
-
-
-def test_readme_commands_parse():
-    commands = list(commands_of_readme())
-    assert {name for name, _ in commands} == set(SCRIPTS)
-    for name, words in commands:
-        SCRIPTS[name].parse_args(shlex.split(words))
-
-
-def test_readme_names_only_flags_and_functions_that_exist():
-    text = (ROOT / "README.md").read_text()
-    sources = "\n".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")])
-    for flag in set(re.findall(r"`(--[a-z][a-z-]*)", text)):
-        assert f'"{flag}"' in sources, flag
-    functions = re.findall(r"`(?:\w+\.)?(\w+)\(", text)
-    for name in {*functions, *re.findall(r"`(test_\w+)`", text)}:
-        assert re.search(rf"(def|class) {name}\b", sources), name
 
 
 def test_batches_do_not_depend_on_what_was_asked_before():
