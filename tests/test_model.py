@@ -342,6 +342,14 @@ def test_top_p_draws_only_the_fewest_likeliest_that_reach_p(row, p):
     assert draws(row, top_p=p) <= nucleus
 
 
+def test_top_k_and_top_p_draw_every_one_of_those_they_leave():
+    """Probabilities 0.5, 0.3 and 0.2: the first two reach 0.7, and the last is needed for 0.9. In
+    200 draws the rarest of them is missing with probability 0.8^200 = 4e-20."""
+    row = [math.log(p) for p in (0.5, 0.3, 0.2)]
+    assert draws(row, top_k=2) == draws(row, top_p=0.7) == {0, 1}
+    assert draws(row, top_k=3) == draws(row, top_p=0.9) == draws(row) == {0, 1, 2}
+
+
 def test_temperature_divides_the_logits_once():
     """Logits 0 and 1 at temperature 0.5 are 0 and 2: the second has probability sigma(2), 0.88;
     applied twice it would be sigma(4), 0.98. 20,000 draws: standard deviation 0.0023."""

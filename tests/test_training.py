@@ -24,7 +24,7 @@ import train_dpo
 import train_sft
 from data import Batches, Encoded, get_tokenizer, pack, prefixes
 from model import GPT, GPTConfig, UserError, load_checkpoint, save_checkpoint
-from train_sft import Log, grad_scaler, micro_batches, update, warmup
+from train_sft import Log, grad_scaler, micro_batches, prepare, update, warmup
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 128 --steps 3 --reviews 100 "
@@ -273,6 +273,69 @@ def test_gradients_are_clipped_to_the_norm_asked_for():
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert norm > 0.5 and (after - before).norm().item() == pytest.approx(0.5, rel=1e-4)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_are_clipped_at_their_true_size():
+    """Scaled by 1024 for float16, they are brought back first: a gradient of norm 0.1 is not too
+    large for a limit of 0.5, and one of norm 2 is cut to 0.5."""
+    for size, step in ((0.1, 0.1), (2.0, 0.5)):
+        weight = torch.nn.Linear(1, 1, bias=False)
+        before = weight.weight.item()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(size * weight.weight.sum()).backward()
+        norm = update(weight, torch.optim.SGD(weight.parameters(), lr=9), scaler, 1.0, clip=0.5)
+        assert norm.item() == pytest.approx(size)
+        assert before - weight.weight.item() == pytest.approx(step, rel=1e-3)
+
+
+def test_an_update_uses_the_learning_rate_it_is_given():
+    """Plain SGD moves a weight of gradient 1 by the rate of this step, whatever the last one's."""
+    weight = torch.nn.Linear(1, 1, bias=False).double()
+    optimizer = torch.optim.SGD(weight.parameters(), lr=9)
+    for lr in (0.25, 0.5):
+        before = weight.weight.item()
+        weight.weight.sum().backward()
+        update(weight, optimizer, torch.amp.GradScaler("cpu", enabled=False), lr, clip=9.0)
+        assert before - weight.weight.item() == pytest.approx(lr)
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
+def test_only_float16_gradients_are_scaled(precision):
+    """It alone underflows; a scaler elsewhere skips steps for nothing."""
+    model = small_gpt()
+    model.precision = precision
+    assert grad_scaler(model).is_enabled() == (precision == torch.float16)
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16", "float16"])
+def test_parameters_stay_float32_in_every_precision(precision):
+    """bfloat16 weights lose updates of DPO's size: 1 + 0.001 is 1 again."""
+    model = prepare(small_gpt().float(), argparse.Namespace(precision=precision))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    if precision != "auto":
+        assert model.precision == (None if precision == "float32" else getattr(torch, precision))
+
+
+def test_the_first_step_of_training_moves_the_policy(tmp_path):
+    """Policy equals reference and yet there is a gradient, -beta/2 for the chosen answer: after one
+    step the pairs are ranked, where a reference that takes part in it would cancel it."""
+    policy = small_gpt()
+    items = ranked_items(4, policy)
+    train_dpo.train(policy, items, [], settings(tmp_path, batch=12, steps=1, lr=1e-3))
+    batch = pack(items, 32)
+    ratios = (policy.logps(batch) - batch.ref_logps).detach()
+    assert (ratios[batch.winners] - ratios[batch.losers]).mean() > 1e-3
+
+
+def test_each_number_on_the_screen_is_the_sum_of_its_column():
+    """Two pairs, each first answer chosen: the log shows chosen as chosen."""
+    logps = torch.tensor([-1.0, -2.0, -4.0, -8.0])
+    rewards = torch.tensor([0.5, 0.25, -1.0, -3.0])
+    numbers = train_dpo.describe(logps, rewards, pack([Encoded([1], [[2], [3]], [(0, 1)])] * 2, 8))
+    # Margins 0.5 - 0.25 and -1 + 3; both pairs are ranked rightly.
+    expected = {"accuracy": 2, "margin": 2.25, "chosen_reward": -0.5, "rejected_reward": -2.75,
+                "chosen_logp": -5, "rejected_logp": -10}
+    assert {name: float(value) for name, value in numbers.items()} == expected
 
 
 def test_micro_batches_hold_every_prompt_once():
