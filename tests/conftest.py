@@ -1,5 +1,11 @@
-"""Settings of the whole suite: the repository root on the path, and the marker for tests that need
-a GPU."""
+"""Settings of the whole suite: the repository root on the path, the marker for tests that need a
+GPU, and the exercises of a class.
+
+    pytest --exercise 3             # the claims of one exercise, and in words what is still wrong
+
+In a student's copy, a test that needs an exercise which is not its own is skipped until that one is
+written, so that what fails is what there is to do.
+"""
 
 import sys
 from pathlib import Path
@@ -8,14 +14,87 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from exercises import EXERCISES, message, sentence, unwritten                       # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--exercise", type=int, metavar="N",
+                     help=f"run the tests of exercise N alone, 1 to {len(EXERCISES)}")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+    number = config.getoption("--exercise")
+    if number is not None and number not in EXERCISES:
+        raise pytest.UsageError(f"--exercise {number}: there are exercises 1 to {len(EXERCISES)}")
+    if number and config.option.tbstyle == "auto" and not config.option.verbose:
+        config.option.tbstyle = "no"                    # the words below instead of tracebacks
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if number := config.getoption("--exercise"):
+        chosen = [item for item in items if item.originalname in EXERCISES[number].tests]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure for want of another exercise becomes a skip."""
+    report = yield
+    report.originalname = item.originalname
+    number = unwritten(call.excinfo.value) if report.failed else None
+    if number in EXERCISES and item.originalname not in EXERCISES[number].tests:
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.location[1],
+                           f"Skipped: waits for {message(EXERCISES[number])}")
+    return report
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if session.config.getoption("--exercise") and exitstatus == 0 and any(
+            session.config.pluginmanager.getplugin("terminalreporter").stats.get("skipped", [])):
+        session.exitstatus = 1                          # what waits is not done
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """With --exercise: each claim as a sentence, and of what fails why it matters and what came."""
+    number = config.getoption("--exercise")
+    if not number:
+        return
+    exercise, write = EXERCISES[number], terminalreporter.write_line
+    docs = {item.originalname: " ".join((item.function.__doc__ or "").split())
+            for item in terminalreporter._session.items}
+    outcomes = {}
+    for outcome in ("passed", "skipped", "failed", "error"):    # the worst of a claim's cases last
+        for report in terminalreporter.stats.get(outcome, []):
+            outcomes[report.originalname] = outcome, report
+    terminalreporter.section(message(exercise))
+    write(f"{', '.join(exercise.functions)}: {exercise.equation}")
+    for test in exercise.tests:
+        outcome, report = outcomes.get(test, ("not run", None))
+        word = {"passed": "holds", "skipped": "waits", "not run": "not run"}.get(outcome, "wrong")
+        write(f"\n{word:8}{sentence(test)}" if word == "wrong" else f"{word:8}{sentence(test)}")
+        if outcome == "skipped":
+            write(f"        {report.longrepr[2].removeprefix('Skipped: ')}")
+        elif word == "wrong":
+            write(f"        {docs[test]}")
+            for line in what_happened(report):
+                write(f"        > {line}")
+    held = sum(outcomes.get(test, ("",))[0] == "passed" for test in exercise.tests)
+    write(f"\n{held} of {len(exercise.tests)} claims hold"
+          + ("" if held == len(exercise.tests) else "; pytest -v --exercise "
+             f"{number} shows where in the code"))
+
+
+def what_happened(report):
+    """The lines that pytest marks with E: the error, and the example at which it was found."""
+    text = report.longreprtext.splitlines()
+    lines = [line[1:].strip() for line in text if line[:1] == "E"] or text[-6:]
+    return [line[:150] for line in lines if line][:12]

@@ -16,7 +16,6 @@ that is out to break it, by way of native code, will. Left out on purpose: conta
 that you do not trust, run the whole grader in one.
 """
 
-import ast
 import functools
 import json
 import os
@@ -117,20 +116,12 @@ def how_it_ended(code):
         return f"exit code {code}"
 
 
-@functools.cache
-def tests_by_name():
-    """{name of a test: its file}, of all our tests, read from their syntax trees."""
-    return {node.name: path.name for path in sorted((ROOT / "tests").glob("test_*.py"))
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
-
-
 def copy_sources(folder, tests=()):
     """The modules at the top of the repository, and of the tests only these, to an empty folder."""
     (folder / "tests").mkdir(parents=True)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
-    for name in {"conftest.py", Path(__file__).name, *tests}:
+    for name in {"conftest.py", "exercises.py", Path(__file__).name, *tests}:
         shutil.copy(ROOT / "tests" / name, folder / "tests")
 
 
@@ -183,7 +174,8 @@ def limited_calls(seconds):
 
 def words(report):
     """What pytest says went wrong, without the code around it: the lines that it marks with E."""
-    lines = [line[1:].strip() for line in report.longreprtext.splitlines() if line[:1] == "E"]
+    text = report.longreprtext.splitlines()
+    lines = [line[1:].strip() for line in text if line[:1] == "E"] or text[-6:]
     return "\n".join(line[:160] for line in lines if line)[:1500]
 
 
@@ -202,8 +194,8 @@ def limit_process(seconds):
 
 
 FORBIDDEN = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn",
-             "os.spawn", "os.kill", "os.putenv", "os.chmod", "os.chown", "os.link", "os.symlink",
-             "ctypes.dlopen", "ctypes.dlsym", "ctypes.cdata", "gc.get_", "resource.setrlimit",
+             "os.spawn", "os.kill", "os.chmod", "os.chown", "os.link", "os.symlink",
+             "ctypes.dlopen", "ctypes.dlsym", "ctypes.cdata", "gc.get_objects", "resource.setrlimit",
              "shutil.", "webbrowser.", "urllib.", "ftplib.", "smtplib.", "pty.", "mmap.")
 ON_FILES = ("open", "os.listdir", "os.scandir", "os.chdir", "os.rename", "os.remove", "os.mkdir",
             "os.rmdir", "os.truncate", "os.utime")
@@ -211,9 +203,9 @@ ON_FILES = ("open", "os.listdir", "os.scandir", "os.chdir", "os.rename", "os.rem
 
 def guard(folder, scratch):
     """Refuse, for the rest of this process, what no test of a function needs."""
-    own = [os.path.realpath(path) for path in (folder, scratch)]
+    own = [os.path.realpath(path) for path in (folder, scratch, os.devnull)]
     readable = own + [os.path.realpath(path) for path in {
-        sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.dirname(os.__file__), os.devnull,
+        sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.dirname(os.__file__),
         "/dev/urandom", *(p for p in sys.path if p.endswith("-packages"))}]
 
     def inside(path, folders):

@@ -1,0 +1,230 @@
+"""The exercises: which functions a student writes again, and which tests say whether it was done.
+
+Read by `pytest --exercise N` (conftest.py) and by assignment.py. Nothing here is marked in the code
+itself: functions and tests are found by name in the syntax trees of the files, so that the code can
+change as it likes; what is no longer there is named.
+
+Left out on purpose: hints. The docstring of a function is the task, its tests are the claims.
+"""
+
+import ast
+import functools
+import re
+from collections import namedtuple
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# functions: "module.function" or "module.Class.method". needs: exercises to do before, by number.
+# before: what a student should have read or understood.
+Exercise = namedtuple("Exercise", "number title equation functions needs before tests")
+
+EXERCISES = {exercise.number: exercise for exercise in [
+    Exercise(
+        1, "causal attention", "softmax(q k^T / sqrt(D)) v, over the tokens that may be seen",
+        ["model.Attention.forward"], [],
+        "matrix products of more than two dimensions; KeyValueCache, just below it",
+        ["test_forward_is_gpt2_written_out_by_hand",
+         "test_no_logit_depends_on_a_later_token",
+         "test_training_mode_changes_nothing",
+         "test_an_answer_is_blind_to_its_siblings",
+         "test_packed_gradients_are_those_of_one_row_a_sequence",
+         "test_cached_generation_of_ragged_prompts_is_the_plain_one",
+         "test_each_prompt_may_use_all_positions_there_are"]),
+    Exercise(
+        2, "log-probabilities of answers",
+        "log pi(y|x) = sum_t log pi(y_t | x, y_1 ... y_t-1)",
+        ["model.GPT.logps"], [],
+        "the fields of data.Batch; why logits and labels are shifted by one",
+        ["test_packed_logps_are_those_of_one_row_a_sequence",
+         "test_packed_gradients_are_those_of_one_row_a_sequence",
+         "test_an_answer_is_blind_to_its_siblings",
+         "test_probabilities_of_all_next_tokens_sum_to_one",
+         "test_logps_follow_the_chain_rule",
+         "test_common_mistakes_give_other_numbers",
+         "test_half_precision_logps_are_float32_and_close"]),
+    Exercise(
+        3, "the DPO loss", "Eq. 16, Eq. 17 and Appendix B: -log sigma(rhat_w - rhat_l)",
+        ["train_dpo.bradley_terry", "train_dpo.implicit_reward", "train_dpo.dpo_loss"], [],
+        "A.2 of the paper; what logsigmoid does where log(sigmoid) overflows",
+        ["test_bradley_terry_of_rewards_log_three_and_zero_is_three_quarters",
+         "test_bradley_terry_is_equation_16_written_out",
+         "test_one_of_two_answers_is_preferred",
+         "test_dpo_loss_takes_the_arguments_of_appendix_b_by_name",
+         "test_dpo_loss_is_appendix_b_written_out",
+         "test_each_pair_has_its_own_loss_whatever_else_is_in_the_batch",
+         "test_dpo_loss_is_bradley_terry_of_the_implicit_rewards",
+         "test_rewards_are_beta_times_the_log_ratio_of_every_answer",
+         "test_rewards_carry_no_gradient_and_losses_do",
+         "test_loss_starts_at_exactly_log_two_and_rewards_at_zero",
+         "test_only_the_ratio_of_policy_to_reference_counts",
+         "test_log_probs_are_taken_as_they_come",
+         "test_erratum_equation_21_prints_the_loss_of_the_reversed_preference",
+         "test_losses_and_gradients_are_right_at_huge_margins",
+         "test_dpo_on_exact_preferences_finds_the_optimal_policy"]),
+    Exercise(
+        4, "the gradient of DPO in closed form",
+        "A.4, Eq. 21-22: -beta sigma(rhat_l - rhat_w) (grad log pi_w - grad log pi_l)",
+        ["train_dpo.dpo_gradient"], [3],
+        "the derivative of log sigma; A.4, whose print has winner and loser swapped",
+        ["test_closed_form_gradient_is_the_one_autograd_finds",
+         "test_closed_form_gradient_is_the_slope_of_the_loss",
+         "test_closed_form_gradient_is_the_one_autograd_finds_through_a_transformer",
+         "test_the_first_gradient_is_half_of_beta",
+         "test_gradients_of_the_pairs_of_four_ranked_answers_add_up",
+         "test_a_wrongly_ranked_pair_pulls_harder_than_a_rightly_ranked_one",
+         "test_gradient_moves_winner_and_loser_by_opposite_amounts",
+         "test_erratum_final_gradient_of_a4_has_winner_and_loser_swapped"]),
+    Exercise(
+        5, "Plackett-Luce, and DPO for rankings",
+        "Eq. 18: prod_k exp(r_tau(k)) / sum_{j >= k} exp(r_tau(j)); Eq. 20",
+        ["train_dpo.plackett_luce", "train_dpo.plackett_luce_loss"], [3],
+        "A.3 of the paper; logsumexp; masks and -inf",
+        ["test_plackett_luce_of_three_answers_worked_out_on_paper",
+         "test_plackett_luce_is_equation_18_written_out",
+         "test_plackett_luce_with_two_answers_is_bradley_terry",
+         "test_plackett_luce_sums_to_one_over_all_rankings",
+         "test_leaving_answers_out_of_a_ranking_keeps_the_odds_of_the_rest",
+         "test_a_ranking_padded_with_minus_one_is_the_shorter_ranking",
+         "test_a_ranking_of_one_answer_or_none_says_nothing",
+         "test_rankings_of_any_batch_shape_are_scored_one_by_one",
+         "test_ranking_loss_is_plackett_luce_of_the_implicit_rewards",
+         "test_ranking_loss_of_two_answers_is_the_dpo_loss",
+         "test_ranking_loss_starts_at_log_of_the_number_of_rankings",
+         "test_ranking_gradient_is_the_share_in_each_draw_minus_one",
+         "test_padded_rankings_are_right_and_finite_at_huge_margins"]),
+    Exercise(
+        6, "the optimal policy and the partition function",
+        "Eq. 15: pi* = pi_ref exp(r / beta) / Z, Z = sum_y pi_ref exp(r / beta)",
+        ["train_dpo.log_partition", "train_dpo.optimal_policy"], [],
+        "A.1 of the paper; logsumexp",
+        ["test_partition_and_optimal_policy_of_two_answers_worked_out_on_paper",
+         "test_partition_is_the_sum_over_all_answers",
+         "test_optimal_policy_is_equation_15_written_out",
+         "test_optimal_policy_is_a_distribution",
+         "test_every_prompt_has_its_own_partition",
+         "test_no_policy_scores_higher_than_the_optimal_one",
+         "test_what_a_policy_loses_is_beta_times_its_divergence_from_the_optimum",
+         "test_larger_beta_keeps_the_optimal_policy_closer_to_the_reference",
+         "test_beta_runs_from_the_best_answer_alone_to_the_reference",
+         "test_lemma_2_rewards_that_differ_by_a_function_of_the_prompt_have_one_optimum",
+         "test_theorem_1_projection_is_idempotent",
+         "test_optimal_policy_is_right_when_rewards_are_huge_beside_beta"]),
+    Exercise(
+        7, "the mask of a packed row", "causal & same group & (prompt | same answer)",
+        ["data.Batch.mask"], [],
+        "the picture at the top of data.py; the fields of data.Batch; broadcasting",
+        ["test_an_answer_sees_its_prompt_and_itself_never_its_siblings_nor_other_groups",
+         "test_each_token_of_each_answer_is_predicted_once_from_its_prompt_and_what_came_before",
+         "test_a_longer_row_changes_nothing_but_padding",
+         "test_an_answer_is_blind_to_its_siblings",
+         "test_packed_logps_are_those_of_one_row_a_sequence"]),
+    Exercise(
+        8, "from sampled answers to ranked pairs", "C.1: K answers make K (K - 1) / 2 pairs",
+        ["data.rank", "data.ranking_to_pairs"], [],
+        "C.1 of the paper; the forms of a preference that load_preferences reads",
+        ["test_a_ranking_of_three_is_three_pairs",
+         "test_four_answers_with_four_rewards_make_six_pairs_best_first",
+         "test_of_answers_that_tie_the_first_stands_for_all",
+         "test_answers_that_all_tie_make_no_row",
+         "test_rank_is_all_pairs_of_answers_whose_rewards_differ"]),
+    Exercise(
+        9, "one training step", "clip the gradient at its true size, step at this step's rate",
+        ["train_sft.warmup", "train_sft.update"], [],
+        "optimizers of PyTorch and their param_groups; torch.amp.GradScaler",
+        ["test_warm_up_is_linear_from_zero_and_then_constant",
+         "test_an_update_uses_the_learning_rate_it_is_given",
+         "test_gradients_are_clipped_to_the_norm_asked_for",
+         "test_gradients_are_clipped_at_their_true_size",
+         "test_an_overflow_of_float16_leaves_the_step_out_and_goes_on"]),
+    Exercise(
+        10, "the loop of DPO", "Appendix B, step after step",
+        ["train_dpo.train"], [3, 9],
+        "train_sft.train, which is the same loop with another loss; the functions below train",
+        ["test_the_first_step_of_training_moves_the_policy",
+         "test_training_lowers_the_loss_and_ranks_the_answers",
+         "test_accumulation_changes_nothing_but_memory",
+         "test_the_reference_is_used_and_belongs_to_its_answer",
+         "test_the_reference_does_not_move_with_the_policy"]),
+]}
+
+
+def message(exercise):
+    """What an unwritten function raises, and how that is recognised again."""
+    return f"Exercise {exercise.number}: {exercise.title}"
+
+
+def unwritten(error):
+    """The number of the exercise whose unwritten function is behind an exception, or None."""
+    if error is None:
+        return None
+    found = re.match(r"Exercise (\d+): ", str(error))
+    if isinstance(error, NotImplementedError) and found:
+        return int(found[1])
+    for other in [*getattr(error, "exceptions", ()), error.__cause__, error.__context__]:
+        if number := unwritten(other):
+            return number
+    return None
+
+
+def sentence(test):
+    """test_one_of_two_answers_is_preferred to "one of two answers is preferred"."""
+    return test.removeprefix("test_").replace("_", " ")
+
+
+@functools.cache
+def claims():
+    """{name of a test: (its file, its docstring)}, of all there are."""
+    return {node.name: (path.name, " ".join((ast.get_docstring(node) or "").split()))
+            for path in sorted((ROOT / "tests").glob("test_*.py"))
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+# -- functions in the text of a module -------------------------------------------------------------
+
+
+def functions(source):
+    """{"function" or "Class.method": syntax tree} of a module's text; of two, the later."""
+    found = {}
+    for node in ast.parse(source).body:
+        inside = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        found |= {prefix + part.name: part for part in inside if isinstance(part, ast.FunctionDef)}
+    return found
+
+
+def body_lines(source, node):
+    """(first, end) of the lines of a function's body below its docstring, comments included."""
+    lines = source.splitlines()
+    end = node.end_lineno
+    while end < len(lines) and re.match(rf"\s{{{node.col_offset + 1},}}#", lines[end]):
+        end += 1
+    if ast.get_docstring(node) is not None:
+        return node.body[0].end_lineno, end
+    first = node.body[0].lineno - 1
+    while lines[first - 1].strip().startswith("#"):
+        first -= 1
+    return first, end
+
+
+def without_bodies(source, messages):
+    """The text of a module with the bodies of some functions ({name: message}) replaced by raise
+    NotImplementedError(message); signatures, docstrings and everything else stay to the letter."""
+    lines, found = source.splitlines(keepends=True), functions(source)
+    for name in sorted(messages, key=lambda name: found[name].lineno, reverse=True):
+        first, end = body_lines(source, found[name])
+        indent = " " * found[name].body[0].col_offset
+        lines[first:end] = [f'{indent}raise NotImplementedError("{messages[name]}")\n']
+    return "".join(lines)
+
+
+def with_functions(source, texts):
+    """The text of a module with some functions ({name: text}) replaced as a whole."""
+    lines, found = source.splitlines(keepends=True), functions(source)
+    for name in sorted(texts, key=lambda name: found[name].lineno, reverse=True):
+        node = found[name]
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+        indent = " " * node.col_offset
+        lines[first:node.end_lineno] = [f"{indent}{line}\n" for line in texts[name].splitlines()]
+    return "".join(lines)
