@@ -36,8 +36,8 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm                                                               # noqa: E402
 
 import sandbox                                                                      # noqa: E402
-from exercises import (EXERCISES, claims, functions, message, sentence, unwritten,  # noqa: E402
-                       with_functions, without_bodies)
+from exercises import (EXERCISES, claims, functions, is_unwritten, message,         # noqa: E402
+                       sentence, with_functions, without_bodies)
 from model import UserError                                                         # noqa: E402
 from train_sft import Parser, command, number                                       # noqa: E402
 
@@ -75,15 +75,6 @@ def by_module(exercises):
                 raise UserError(f"{module}.{name} is not written here: this is a student's copy, "
                                 "and only a whole repository can make or grade one")
     return chosen
-
-
-def is_unwritten(node):
-    """Whether a function is still what --out made of it."""
-    last = node.body[-1]
-    if not (isinstance(last, ast.Raise) and isinstance(last.exc, ast.Call) and last.exc.args
-            and len(node.body) <= 2 and isinstance(last.exc.args[0], ast.Constant)):
-        return False
-    return unwritten(NotImplementedError(last.exc.args[0].value)) is not None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -143,10 +134,15 @@ def sheet(exercises):
                   f"    {exercise.equation}", "",
                   "Write " + ", ".join(f"`{target.split('.', 1)[1]}` in `{target.split('.')[0]}.py`"
                                        for target in exercise.functions) + ".  ",
-                  f"Before: {exercise.before}"
-                  + "".join(f"; exercise {n}" for n in exercise.needs) + ".", ""]
+                  f"Before: {exercise.before}" + needed(exercise, exercises) + ".", ""]
         lines += [f"- {sentence(test)} (`{known[test][0]}`)" for test in exercise.tests]
     return "\n".join(lines) + "\n"
+
+
+def needed(exercise, exercises):
+    """Of the exercises that come first, those that this copy has."""
+    first = [str(e.number) for e in exercises if e.number in exercise.needs]
+    return f"; exercise{'s' * (len(first) > 1)} {', '.join(first)}" if first else ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -190,8 +186,8 @@ def submitted(folder, module, name):
 
 # What a mathematical function has no use for, and a forged grade does. The tests run in the same
 # process as the submission, so that one that reached the interpreter could rewrite them.
-MODULES = {"math", "torch", "torch.nn", "torch.nn.functional", "torch.nn.utils", "numpy", "itertools",
-           "functools", "collections"}
+MODULES = {"math", "torch", "torch.nn", "torch.nn.functional", "torch.nn.utils", "numpy",
+           "itertools", "functools", "collections"}
 NAMES = set("exec eval compile open input breakpoint exit quit getattr setattr delattr globals "
             "locals vars dir memoryview help copyright credits license sys os".split())
 ATTRIBUTES = set(

@@ -7,6 +7,7 @@ In a student's copy, a test that needs an exercise which is not its own is skipp
 written, so that what fails is what there is to do.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from exercises import EXERCISES, message, sentence, unwritten                       # noqa: E402
+from exercises import (EXERCISES, is_a_students_copy, message, sentence,            # noqa: E402
+                       unwritten)
 
 
 def pytest_addoption(parser):
@@ -30,7 +32,7 @@ def pytest_configure(config):
     if number is not None and number not in EXERCISES:
         raise pytest.UsageError(f"--exercise {number}: there are exercises 1 to {len(EXERCISES)}")
     if number and config.option.tbstyle == "auto" and not config.option.verbose:
-        config.option.tbstyle = "no"                    # the words below instead of tracebacks
+        config.option.tbstyle, config.option.reportchars = "no", ""     # the words below instead
 
 
 def pytest_collection_modifyitems(config, items):
@@ -39,21 +41,46 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     if number := config.getoption("--exercise"):
-        chosen = [item for item in items if item.originalname in EXERCISES[number].tests]
+        chosen = [item for item in items if name(item) in EXERCISES[number].tests]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
+    if is_a_students_copy():
+        for item in items:
+            handle = getattr(getattr(item, "obj", None), "hypothesis", None)
+            if handle is not None:
+                handle.inner_test = without_search(handle.inner_test)
+
+
+def name(item):
+    return getattr(item, "originalname", None)
+
+
+def without_search(test):
+    """hypothesis looks for the smallest example of a failure, for seconds. An unwritten function
+    fails for all of them; a skip ends the search, and the report below makes of it what it is."""
+    @functools.wraps(test)
+    def once(*arguments, **named):
+        try:
+            return test(*arguments, **named)
+        except NotImplementedError as error:
+            if unwritten(error):
+                pytest.skip(str(error))
+            raise
+    return once
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A failure for want of another exercise becomes a skip."""
+    """An unwritten function is a failure of its own exercise's tests; all others wait for it."""
     report = yield
-    report.originalname = item.originalname
-    number = unwritten(call.excinfo.value) if report.failed else None
-    if number in EXERCISES and item.originalname not in EXERCISES[number].tests:
-        report.outcome = "skipped"
-        report.longrepr = (str(item.path), item.location[1],
-                           f"Skipped: waits for {message(EXERCISES[number])}")
+    report.originalname = name(item)
+    number = unwritten(call.excinfo.value) if call.excinfo else None
+    if number in EXERCISES:
+        own = report.originalname in EXERCISES[number].tests
+        words = message(EXERCISES[number])
+        report.outcome = "failed" if own else "skipped"
+        report.longrepr = f"E   {words} is not written yet" if own else (
+            str(item.path), item.location[1] or 0, f"Skipped: waits for {words}")
     return report
 
 
@@ -97,4 +124,5 @@ def what_happened(report):
     """The lines that pytest marks with E: the error, and the example at which it was found."""
     text = report.longreprtext.splitlines()
     lines = [line[1:].strip() for line in text if line[:1] == "E"] or text[-6:]
-    return [line[:150] for line in lines if line][:12]
+    lines = [line.split("  # or any other")[0] for line in lines if line and line[0] != "#"]
+    return [line[:150] for line in lines][:12]
