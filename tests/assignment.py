@@ -15,7 +15,8 @@ edited tests change nothing; the tests run in a process of their own (sandbox.py
 network, little memory, a time limit, and nowhere our own version of the exercise. A claim is a
 test; an exercise's points are shared among its claims. results.json is what Gradescope reads.
 
-Left out on purpose: style, plagiarism, and protection against real malice: see tests/ASSIGNMENTS.md.
+Left out on purpose: style, plagiarism, and protection against real malice; tests/ASSIGNMENTS.md
+says how far it goes.
 """
 
 import ast

@@ -109,7 +109,7 @@ EXERCISES = {exercise.number: exercise for exercise in [
          "test_optimal_policy_is_right_when_rewards_are_huge_beside_beta"]),
     Exercise(
         7, "the mask of a packed row", "causal & same group & (prompt | same answer)",
-        ["data.Batch.mask"], [],
+        ["data.Batch.mask"], [8],
         "the picture at the top of data.py; the fields of data.Batch; broadcasting",
         ["test_an_answer_sees_its_prompt_and_itself_never_its_siblings_nor_other_groups",
          "test_each_token_of_each_answer_is_predicted_once_from_its_prompt_and_what_came_before",

@@ -1,9 +1,9 @@
 """The wrong answers: broken variants of our own functions, and the test that catches each.
 
-    python tests/mutants.py                        # the suite against each; every one must be caught
-    python tests/mutants.py mean_for_sum           # only these
-    python tests/mutants.py --all                  # go on after the first catch: every test that fails
-    python tests/mutants.py --tests my_tests.py    # how many of them do the tests of a student catch?
+    python tests/mutants.py                      # the suite against each; all must be caught
+    python tests/mutants.py mean_for_sum         # only these
+    python tests/mutants.py --all                # go on after the first catch: every failing test
+    python tests/mutants.py --tests my_tests.py  # how many do the tests of a student catch?
 
 Nearly all are mistakes that public DPO code really made; the line under a name says where. Each
 replaces one function while the suite runs, and is a few lines around the right one (`right`) where
@@ -604,7 +604,8 @@ def beta_squared(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
         pi_logps, ref_logps, yw_idxs, yl_idxs, beta)[1]
 
 
-@replaces("train_dpo.dpo_loss", "test_erratum_equation_21_prints_the_loss_of_the_reversed_preference")
+@replaces("train_dpo.dpo_loss",
+          "test_erratum_equation_21_prints_the_loss_of_the_reversed_preference")
 def winner_and_loser_swapped(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
     """Equation 21 of the paper as printed: -log sigma(rhat_l - rhat_w)."""
     return right(pi_logps, ref_logps, yl_idxs, yw_idxs, beta)
@@ -875,7 +876,8 @@ def against_our_tests(name, every=False):
     test = MUTANTS[name].test
     if test not in claims():
         return False, f"{test} is no longer there"
-    outcome = sandbox.run(sandbox.ROOT, [f"tests/{claims()[test][0]}::{test}"], SECONDS, mutant=name)
+    node = f"tests/{claims()[test][0]}::{test}"
+    outcome = sandbox.run(sandbox.ROOT, [node], SECONDS, mutant=name)
     failed = failures(outcome)
     if every or not failed:
         outcome = sandbox.run(sandbox.ROOT, [f"tests/{file}" for file in FILES], SECONDS,
