@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm                                                               # noqa: E402
 
 import sandbox                                                                      # noqa: E402
-from exercises import (EXERCISES, claims, functions, is_unwritten, message,         # noqa: E402
+from exercises import (EXERCISES, SLOW, claims, functions, is_unwritten, message,   # noqa: E402
                        sentence, with_functions, without_bodies)
 from model import UserError                                                         # noqa: E402
 from train_sft import Parser, command, number                                       # noqa: E402
@@ -322,9 +322,27 @@ def table(exercises, graded):
 # ------------------------------------------------------------------------------------------------
 
 
+def suite_of_copy(folder, files):
+    """What these test files say of a copy, made here, with no exercise written."""
+    make_copy(folder, list(EXERCISES.values()))
+    return sandbox.run(folder, [f"tests/{file}" for file in sorted(files)], 900, skip=SLOW)
+
+
+def wrong_in_copy(outcome):
+    """What fails in a student's copy and is none of an exercise's claims."""
+    own = {test for exercise in EXERCISES.values() for test in exercise.tests}
+    wrong = [f"fails in a copy, of no exercise: {node}\n{words}"
+             for node, (result, words) in outcome.claims.items()
+             if result in ("failed", "error") and re.split(r"::|\[", node)[1] not in own]
+    return wrong + [outcome.end] * bool(outcome.end)
+
+
 def check(exercises, seconds, jobs):
-    """What is wrong with the exercises: claims that our own solution does not meet, and claims that
-    are met when nothing is written."""
+    """What is wrong with the exercises: claims that our own solution does not meet, claims that are
+    met when nothing is written, and tests of nothing to do with them that fail in a copy."""
+    files = {file for file, _ in claims().values()} - {*FOR_TEACHERS}
+    with tempfile.TemporaryDirectory() as scratch:
+        elsewhere = wrong_in_copy(suite_of_copy(Path(scratch) / "copy", files))
     solved = grade(ROOT, exercises, seconds, jobs)
     wrong = [f"our own solution does not meet: {test['name']}\n{test['output']}"
              for test in solved["tests"] if test["status"] != "passed"]
@@ -335,7 +353,7 @@ def check(exercises, seconds, jobs):
         for test in exercise.tests:
             if entry(exercise, test, outcome, [])["status"] == "passed":
                 wrong.append(f"met by nothing at all: {exercise.number}. {sentence(test)}")
-    return wrong
+    return wrong + elsewhere
 
 
 # ------------------------------------------------------------------------------------------------
@@ -393,7 +411,7 @@ def main(argv=None):
         wrong = check(args.exercises, args.seconds, args.jobs)
         print("\n".join(wrong) or f"{len(args.exercises)} exercises, "
               f"{sum(len(e.tests) for e in args.exercises)} claims: our solution meets them all, "
-              "and an empty one none")
+              "an empty one none, and in a copy no other test fails")
         return int(bool(wrong))
     return 0
 

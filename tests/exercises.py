@@ -43,7 +43,7 @@ EXERCISES = {exercise.number: exercise for exercise in [
          "test_half_precision_logps_are_float32_and_close"]),
     Exercise(
         3, "the DPO loss", "Eq. 16, Eq. 17 and Appendix B: -log sigma(rhat_w - rhat_l)",
-        ["train_dpo.bradley_terry", "train_dpo.implicit_reward", "train_dpo.dpo_loss"], [],
+        ["train_dpo.bradley_terry", "train_dpo.implicit_reward", "train_dpo.dpo_loss"], [6],
         "A.2 of the paper; what logsigmoid does where log(sigmoid) overflows",
         ["test_bradley_terry_of_rewards_log_three_and_zero_is_three_quarters",
          "test_bradley_terry_is_equation_16_written_out",
@@ -142,6 +142,11 @@ EXERCISES = {exercise.number: exercise for exercise in [
          "test_the_reference_is_used_and_belongs_to_its_answer",
          "test_the_reference_does_not_move_with_the_policy"]),
 ]}
+
+
+# Tests that take seconds and catch nothing that a quicker one would not.
+SLOW = ("test_compiled_logps_are_the_eager_ones", "test_more_prompts_than_there_are_are_refused",
+        "test_the_reviews_task_goes_from_sampling_to_results")
 
 
 def message(exercise):

@@ -34,15 +34,13 @@ import torch.nn.functional as F                                                 
 from tqdm import tqdm                                                               # noqa: E402
 
 import sandbox                                                                      # noqa: E402
-from exercises import claims                                                        # noqa: E402
+from exercises import SLOW, claims                                                      # noqa: E402
 from model import UserError                                                         # noqa: E402
 from train_sft import Parser, command, number                                       # noqa: E402
 
 Mutant = namedtuple("Mutant", "name target test who wrong")
 MUTANTS = {}
 FILES = sorted({file for file, _ in claims().values()} - {"test_classroom.py"})
-SLOW = ("test_compiled_logps_are_the_eager_ones", "test_more_prompts_than_there_are_are_refused",
-        "test_the_reviews_task_goes_from_sampling_to_results")
 SECONDS = 300               # for one mutant; a caught one takes a few
 
 
