@@ -124,9 +124,9 @@ def sheet(exercises):
         "until you do. Helpers go inside the function: only the function itself is graded. What it "
         "needs is imported at the top of its file already.", "",
         "```bash", "pip install -r requirements.txt",
-        f"pytest --exercise {exercises[0].number}    # what is still wrong, in words",
-        f"pytest -v --exercise {exercises[0].number} # and where in the code",
-        "pytest                  # everything; what waits for an exercise is skipped", "```", "",
+        f"pytest --exercise {exercises[0].number}       # what is still wrong, in words",
+        f"pytest -v --exercise {exercises[0].number}    # and where in the code",
+        "pytest                    # everything; what waits for an exercise is skipped", "```", "",
         "An exercise is done when all its claims hold, and gives a share of its points for each "
         "that does. The claims are tests, which may be read and say how a number comes about; "
         "to edit them changes nothing in the grade."]

@@ -11,6 +11,7 @@ import functools
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -31,6 +32,10 @@ def pytest_configure(config):
     number = config.getoption("--exercise")
     if number is not None and number not in EXERCISES:
         raise pytest.UsageError(f"--exercise {number}: there are exercises 1 to {len(EXERCISES)}")
+    if number:      # the smallest example is worth a wait, but not what hypothesis explains of it
+        phases = set(hypothesis.Phase) - {hypothesis.Phase.explain}
+        hypothesis.settings.register_profile("exercise", phases=phases, report_multiple_bugs=False)
+        hypothesis.settings.load_profile("exercise")
     if number and config.option.tbstyle == "auto" and not config.option.verbose:
         config.option.tbstyle, config.option.reportchars = "no", ""     # the words below instead
 
@@ -74,12 +79,15 @@ def pytest_runtest_makereport(item, call):
     """An unwritten function is a failure of its own exercise's tests; all others wait for it."""
     report = yield
     report.originalname = name(item)
-    number = unwritten(call.excinfo.value) if call.excinfo else None
+    error = call.excinfo.value if call.excinfo else None
+    report.words = [type(error).__name__, *f"{error}".splitlines(), *getattr(error, "__notes__", [])]
+    number = unwritten(error)
     if number in EXERCISES:
         own = report.originalname in EXERCISES[number].tests
         words = message(EXERCISES[number])
         report.outcome = "failed" if own else "skipped"
-        report.longrepr = f"E   {words} is not written yet" if own else (
+        report.words = [f"{words} is not written yet"]
+        report.longrepr = f"E   {report.words[0]}" if own else (
             str(item.path), item.location[1] or 0, f"Skipped: waits for {words}")
     return report
 
@@ -121,8 +129,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def what_happened(report):
-    """The lines that pytest marks with E: the error, and the example at which it was found."""
-    text = report.longreprtext.splitlines()
-    lines = [line[1:].strip() for line in text if line[:1] == "E"] or text[-6:]
-    lines = [line.split("  # or any other")[0] for line in lines if line and line[0] != "#"]
-    return [line[:150] for line in lines][:12]
+    """The error in a few lines, with the example at which it was found."""
+    lines = [line.strip() for words in report.words for line in words.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("#", "You can reproduce"))]
+    return [line[:150] for line in lines[1:] or lines][:16]
