@@ -8,8 +8,12 @@ say so, in minutes. In a student's copy this file is not there.
 """
 
 import ast
+import importlib
+import inspect
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +25,8 @@ import assignment
 import exercises
 import mutants
 import sandbox
+import train_dpo
+import train_sft
 from exercises import EXERCISES, claims, functions, message, with_functions, without_bodies
 from model import UserError
 
@@ -397,6 +403,61 @@ def test_a_students_tests_are_graded_by_the_mutants_they_catch(done):
     caught, wrongly = done["mutants"]
     assert caught == {"chosen_and_rejected_swapped": (True, "test_best_first")}
     assert [node.split("::")[1] for node in wrongly] == ["test_wrong_itself"]
+
+
+# ------------------------------------------------------------------------------------------------
+# The guide
+# ------------------------------------------------------------------------------------------------
+
+GUIDE = (ROOT / "tests/ASSIGNMENTS.md").read_text()
+TOOLS = {"tests/assignment": assignment, "tests/mutants": mutants, "train_sft": train_sft,
+         "train_dpo": train_dpo}
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+def test_the_commands_of_guide_and_readme_parse(tmp_path, monkeypatch):
+    """Each line that runs one of our tools; LAB stands for the flags it is given."""
+    for folder in ("handed_in", "class", "here"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("my_tests.py").write_text("")
+    readme = (ROOT / "README.md").read_text()
+    text = "\n".join(blocks(GUIDE, "bash") + blocks(readme, "bash"))
+    text = text.replace("/autograder/submission", "../class")
+    text = text.replace("$LAB", re.search(r'^LAB="(.*)"$', text, re.M)[1])
+    found = re.findall(r"^python (tests/\w+|train_\w+)\.py\b([^#\n]*)", text, re.M)
+    assert {name for name, _ in found} == set(TOOLS) and len(found) > 12
+    for name, words in found:
+        TOOLS[name].parse_args(shlex.split(words))
+
+
+def test_the_experiments_of_the_guide_replace_what_is_there():
+    """Each is Python, imports what there is, and gives train_dpo a function of the same name and
+    arguments as the one that it takes the place of."""
+    code = blocks(GUIDE, "python")
+    assert len(code) >= 6
+    for block in map(ast.parse, code):
+        ours = {node.name: node for node in block.body if isinstance(node, ast.FunctionDef)}
+        for node in ast.walk(block):
+            if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module}.py").exists():
+                for name in node.names:
+                    assert hasattr(importlib.import_module(node.module), name.name), name.name
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+                right = inspect.signature(getattr(train_dpo, node.targets[0].attr))
+                wrong = ours[node.value.id].args
+                assert wrong.vararg or [a.arg for a in wrong.args] == list(right.parameters)
+
+
+def test_the_guide_lists_the_exercises_as_they_are():
+    """Numbers, functions, and what comes first."""
+    for exercise in EXERCISES.values():
+        row = re.search(rf"^\| {exercise.number} \|.*$", GUIDE, re.M)[0].split("|")
+        assert all(f"`{target.split('.', 1)[1]}`" in row[3] for target in exercise.functions)
+        assert [int(n) for n in re.findall(r"\d+", row[4])] == exercise.needs
+    assert f"{len(mutants.MUTANTS)} wrong answers" in (ROOT / "README.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------
