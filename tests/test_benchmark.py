@@ -1,0 +1,233 @@
+"""The benchmark: that what it compares is comparable, and what it counts is so by hand.
+
+    pytest tests/test_benchmark.py
+"""
+
+import importlib.util
+import json
+import math
+import statistics
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+from benchmark import (WORKLOADS, Rung, add_reference, best_row_length, executed_flops, gradients,
+                       load_steps, pad, parse_args, rungs, sequences, synthetic, useful_flops)
+from data import Encoded, pack
+from model import GPT, GPTConfig
+from train_dpo import dpo_loss
+
+SMALL = GPTConfig(block_size=64, vocab_size=50, n_layer=2, n_head=2, n_embd=8)
+TINY = ["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--device", "cpu",
+        "--peak-tflops", "0.1"]
+ITEMS = [Encoded([49, 1, 2], [[3, 4, 49], [5, 49]], [(0, 1)]),
+         Encoded([49, 6], [[7, 49], [8, 9, 10, 49], [11, 49]], [(0, 1), (2, 0)])]
+
+
+def small_gpt(seed):
+    """Weights large enough that no two answers have a log-prob in common."""
+    torch.manual_seed(seed)
+    return GPT(SMALL, init_std=0.3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Workloads
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, prompt, answer", [("hh", 150, 60), ("tldr", 350, 35),
+                                                  ("c1", None, 48)])
+def test_a_workload_has_the_medians_it_claims(name, prompt, answer):
+    """The median of n draws is off by about 1.25 sigma / sqrt(n) of itself: with sigma 0.55 and
+    2,000 draws by 1.5 per cent; four times that is allowed."""
+    items = synthetic(WORKLOADS[name], 2000, GPTConfig(), seed=0)
+    answers = [len(ids) for item in items for ids in item.answers]
+    assert statistics.median(answers) == pytest.approx(answer, rel=0.06)
+    if prompt:
+        lengths = [len(item.prompt) for item in items]
+        assert statistics.median(lengths) == pytest.approx(prompt, rel=0.06)
+        assert {len(item.answers) for item in items} == {2}
+
+
+def test_c1_has_four_answers_six_pairs_and_prompts_of_two_to_eight_tokens():
+    for item in synthetic(WORKLOADS["c1"], 200, GPTConfig(), seed=0):
+        assert 2 <= len(item.prompt[1:]) <= 8 and len(item.answers) == 4
+        assert item.pairs == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+
+
+@pytest.mark.parametrize("workload, asked, pairs", [("hh", 8, 8), ("c1", 8, 12)])
+def test_every_step_has_the_pairs_it_says_and_every_process_gets_the_same(workload, asked, pairs):
+    def steps():
+        args = parse_args(["--workload", workload, "--pairs", str(asked), "--device", "cpu"])
+        return load_steps(args, GPTConfig()), args
+    found, args = steps()
+    assert args.pairs == pairs and len(found) == args.warmup + args.steps
+    assert all(sum(len(item.pairs) for item in items) == pairs for items in found)
+    assert found == steps()[0]
+
+
+def test_ids_begin_and_end_as_encoded_text_does_and_fit_in_a_block():
+    for workload in WORKLOADS.values():
+        for item in synthetic(workload, 500, GPTConfig(), seed=1):
+            for answer in item.answers:
+                assert item.prompt[0] == answer[-1] == 50256
+                assert 50256 not in item.prompt[1:] + answer[:-1]
+                assert len(item.prompt) + len(answer) <= 1024
+
+
+# ------------------------------------------------------------------------------------------------
+# The rungs
+# ------------------------------------------------------------------------------------------------
+
+
+def step_by_hand(policy, reference, items):
+    """The loss of train_dpo.py, from packed rows, with the reference of another model."""
+    batch = pack(items, 32)
+    with torch.no_grad():
+        ref_logps = reference.logps(batch)
+    return dpo_loss(policy.logps(batch), ref_logps, batch.winners, batch.losers, 0.1)[0].mean()
+
+
+@pytest.mark.parametrize("name", [name for name in rungs("cpu") if name != "compile"])
+def test_every_rung_computes_the_loss_and_gradient_of_our_step(name):
+    """No rung may win by computing something else. The reference is another model, so the loss is
+    not log 2 whatever is done. (That compiling changes nothing is test_model.py's.)"""
+    policy, twin, reference = small_gpt(0), small_gpt(0), small_gpt(1)
+    expected = step_by_hand(twin, reference, ITEMS)
+    expected.backward()
+    assert abs(expected.item() - math.log(2)) > 1e-3
+    rung = rungs("cpu")[name]
+    add_reference(reference, [ITEMS], 32)
+    policy.precision = torch.bfloat16 if rung.bf16 else None
+    tolerance = dict(rtol=0.05, atol=0.05) if rung.bf16 else dict(rtol=1e-4, atol=1e-5)
+    loss = gradients(policy, reference, ITEMS, rung, 32)
+    torch.testing.assert_close(loss, expected.detach(), **tolerance)
+    for p, q in zip(policy.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, **tolerance)
+
+
+def test_micro_batches_change_nothing():
+    whole, parts, reference = small_gpt(0), small_gpt(0), small_gpt(1)
+    for rung in rungs("cpu").values():
+        losses = [gradients(model, reference, ITEMS, rung, 32, n)
+                  for model, n in [(whole, 1), (parts, 2)]]
+        torch.testing.assert_close(*losses)
+    for p, q in zip(whole.parameters(), parts.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_an_answer_of_three_pairs_is_padded_three_times_and_packed_once():
+    """ITEMS have 3 pairs, so 6 sequences, the longest of 2 + 4 tokens; but 5 answers."""
+    batch = pad(sequences(ITEMS))
+    assert batch.tokens.tolist() == [
+        [49, 1, 2, 3, 4, 49], [49, 1, 2, 5, 49, 0], [49, 6, 7, 49, 0, 0], [49, 6, 8, 9, 10, 49],
+        [49, 6, 11, 49, 0, 0], [49, 6, 7, 49, 0, 0]]
+    assert batch.n_answers == 6 and pack(ITEMS, 32).n_answers == 5
+
+
+def test_the_row_length_leaves_the_fewest_places_empty():
+    """Two groups of 90 tokens: in rows of 64 (each answer in a row of its own) 4 x 64 places, in
+    rows of 128 2 x 128, in one of 192 192."""
+    items = [Encoded([1] * 30, [[1] * 30, [1] * 30], [(0, 1)])] * 2
+    assert best_row_length([items], Rung("shared"), 1024) == 192
+
+
+# ------------------------------------------------------------------------------------------------
+# FLOPs
+# ------------------------------------------------------------------------------------------------
+
+
+def test_useful_flops_are_those_counted_by_hand():
+    """One prompt of 3 tokens, answers of 3 and 2; 2 layers, 8 channels, 50 ids. Forward:
+
+    blocks: 8 tokens x 2 layers x 12 C^2 weights (3 for query, key, value, 1 for the projection, 8
+    for the MLP) x 2 operations = 8 x 2 x 768 x 2 = 24,576
+    keys: 1 + 2 + 3 in the prompt, 4 + 5 + 6 and 4 + 5 in the answers = 30; each is met by a query
+    and by a weight in C channels: 30 x 2 layers x 2 x 2 C = 1,920
+    head: 5 answer tokens x 8 x 50 x 2 = 4,000
+    """
+    assert useful_flops(SMALL, ITEMS[:1]) == 3 * (24_576 + 1_920 + 4_000)
+
+
+def test_executed_flops_are_those_counted_by_hand():
+    """The same pair, padded: 2 rows of 6 places. Blocks 12 x 2 x 768 x 2 = 36,864; keys 2 x (1 + 2
+    + ... + 6) = 42, 42 x 2 x 32 = 2,688; all logits 12 x 8 x 50 x 2 = 9,600, at answers 4,000.
+    Packed in a row of 16 under a dense mask: blocks 49,152, keys 16 x 16 x 64 = 16,384."""
+    def executed(name):
+        return executed_flops(SMALL, ITEMS[:1], rungs("cpu")[name], 16)
+    assert executed("naive") == 4 * (36_864 + 2_688 + 9_600)
+    assert executed("reference-once") == 3 * (36_864 + 2_688 + 9_600)
+    assert executed("answer-logits") == 3 * (36_864 + 2_688 + 4_000)
+    assert executed("packed") == executed("shared") == 3 * (49_152 + 16_384 + 4_000)
+
+
+@pytest.mark.parametrize("name", ["reference-once", "answer-logits", "packed", "shared"])
+def test_executed_flops_are_what_torch_counts(name):
+    """Torch's counter sees every matrix product of forward and backward. Its attention is here the
+    plain one, which multiplies all T keys; the padded rungs' own kernel leaves out the future."""
+    rung, model = rungs("cpu")[name], GPT(SMALL)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        gradients(model, None, ITEMS[:1], rung, 16)
+    future = 2 * 6 * 5 // 2 if rung.layout == "padded" else 0       # rows x T (T - 1) / 2
+    assert counter.get_total_flops() == (executed_flops(SMALL, ITEMS[:1], rung, 16)
+                                         + 3 * future * 4 * SMALL.n_layer * SMALL.n_embd)
+
+
+# ------------------------------------------------------------------------------------------------
+# The script
+# ------------------------------------------------------------------------------------------------
+
+
+def test_each_rung_is_measured_in_its_own_process_and_written_down(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    benchmark.main([*TINY, "--workload", "c1", "--pairs", "6", "--warmup", "1", "--steps", "2",
+                    "--rungs", "answer-logits", "shared", "--json", str(out)])
+    lines = json.loads(out.read_text())["lines"]
+    assert [line["rung"] for line in lines] == ["answer-logits", "shared"]
+    for line in lines:
+        assert line["steps"] == 2 and line["pairs"] == 6
+        assert line["fastest"] <= line["step"] <= line["slowest"]
+        assert line["pairs_per_second"] == pytest.approx(6 / line["step"])
+        assert line["runs"][0]["losses"][0] == pytest.approx(math.log(2), abs=1e-6)
+    padded, ours = (line["runs"][0]["losses"] for line in lines)
+    assert padded == pytest.approx(ours, abs=1e-5)
+    shown = capsys.readouterr().out
+    assert "pairs/s" in shown and "answer-logits" in shown and "torch" in shown
+
+
+def test_a_rung_that_fails_is_a_line_without_a_number():
+    line = benchmark.summary("hh", "naive", [{"failed": "out of memory"}], 1)
+    assert "out of memory" in benchmark.table([line], "naive") and "step" not in line
+
+
+def test_without_trl_it_says_so_in_one_sentence_and_ends_with_2(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        benchmark.main([*TINY, "--against", "trl"])
+    message = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and message.startswith("benchmark.py: --against trl: TRL is not")
+    assert "\n" not in message
+
+
+def test_other_weights_or_ids_in_trl_would_be_noticed():
+    """A loss that is not log 2, or a log-prob that is off by a tenth, is no comparison."""
+    ours = [math.log(2), -650.0, -640.0]
+    benchmark.check_same("trl", [0.6931, -650.001, -640.001], ours, "cpu")
+    for found in ([0.72, *ours[1:]], [ours[0], -650.1, ours[2]]):
+        with pytest.raises(benchmark.UserError, match="not the same computation"):
+            benchmark.check_same("trl", found, ours, "cpu")
+
+
+def test_trl_starts_from_our_loss_and_log_probs(tmp_path):
+    """Only where TRL is installed: measure_trl itself compares them, and fails where they differ.
+    """
+    pytest.importorskip("trl")
+    out = tmp_path / "result.json"
+    benchmark.main([*TINY, "--pairs", "2", "--rungs", "shared", "trl", "trl-best", "--warmup", "1",
+                    "--steps", "1", "--json", str(out)])
+    ours, *theirs = json.loads(out.read_text())["lines"]
+    for line in theirs:
+        assert line["runs"][0]["losses"] == pytest.approx(ours["runs"][0]["losses"], abs=1e-3)
