@@ -1,9 +1,10 @@
 """How fast a DPO step is, and what makes it so: a ladder of measured rungs, and TRL beside it.
 
-    python tests/benchmark.py                             # HH-like pairs, GPT-2 124M, all rungs
+    python tests/benchmark.py                           # HH-like pairs, GPT-2 124M, all rungs
     python tests/benchmark.py --workload hh tldr c1 --json result.json
-    python tests/benchmark.py --data pairs.jsonl          # your own pairs, in GPT-2's tokens
-    python tests/benchmark.py --rungs shared --against trl --warmup 1 --steps 2 --rounds 2
+    python tests/benchmark.py --data pairs.jsonl        # your own pairs, in GPT-2's tokens
+    python tests/benchmark.py --rungs shared trl shared trl-best shared --warmup 1 --steps 2
+    python tests/benchmark.py --against trl             # all rungs, and TRL where installed
     python tests/benchmark.py --n-layer 2 --n-head 2 --n-embd 64 --pairs 4      # a look
 
 Each rung adds one idea to the one above it and computes the same loss on the same pairs:
@@ -17,8 +18,8 @@ Each rung adds one idea to the one above it and computes the same loss on the sa
     bf16             its products in bfloat16
     compile          its forward and backward through torch.compile; float32 on CPU, bf16 on CUDA
 
-Every rung runs in a process of its own, --rounds times in turn with the others, so that peak
-memory is its own and a slow minute of the machine hits all. A step is timed from the list of id
+Every rung runs in a process of its own, so that peak memory is its own; --rounds goes through all
+of them again, so that a slow minute of the machine hits all. A step is timed from the list of id
 lists to the updated weights: packing or padding, forward, backward, clipping, AdamW, and what is
 logged. Of TRL's DPOTrainer the time between its own on_step_begin and on_step_end is taken:
 forward, backward, clipping, AdamW and its metrics, but neither its collator nor its data loader.
@@ -287,32 +288,35 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def best_row_length(steps, rung, block_size):
-    """The multiple of 64 at which the rows of all steps have the fewest places, and so the fewest
-    empty ones. A run would choose its --row-length so too."""
+def best_row_length(steps, rung, config):
+    """The multiple of 64 at which all steps together execute the fewest FLOPs: short rows have
+    fewer keys to hide, long ones leave fewer places empty. One length for all steps, as a run has
+    with --row-length."""
     longest = max(len(item.prompt) + max(map(len, item.answers))
                   for items in steps for item in items)
-    lengths = range(math.ceil(longest / 64) * 64, block_size + 1, 64)
-    return min(lengths or [block_size], key=lambda length: sum(
-        collate(items, rung, length).tokens.numel() for items in steps))
+    lengths = range(math.ceil(longest / 64) * 64, config.block_size + 1, 64)
+    return min(lengths or [config.block_size], key=lambda length: sum(
+        executed_flops(config, items, rung, length) for items in steps))
 
 
 def add_reference(model, steps, row_length):
-    """Note the reference log-probs in every Encoded of every step. Returns seconds a step."""
-    start = time.perf_counter()
+    """Note the reference log-probs in every Encoded. Returns the seconds of each step."""
+    seconds = []
     for items in steps:
+        start = time.perf_counter()
         with torch.no_grad():
             logps = iter(model.logps(pack(items, row_length).to(model.device)).tolist())
         for item in items:
             item.ref_logps = [next(logps) for _ in item.answers]
-    return (time.perf_counter() - start) / len(steps)
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def measure_rung(name, args, config):
     """Time the steps of one of our rungs. Returns what is written of it."""
     rung, steps = rungs(args.device)[name], load_steps(args, config)
     length = args.row_length or best_row_length(
-        steps, Rung("packed") if rung.layout == "packed" else Rung("shared"), config.block_size)
+        steps, Rung("packed" if rung.layout == "packed" else "shared"), config)
     torch.manual_seed(args.seed)
     model = GPT(config).to(args.device)
     model.precision = torch.bfloat16 if rung.bf16 else None
@@ -355,7 +359,7 @@ def measure_trl(name, args, config):
     steps = load_steps(args, config)
     torch.manual_seed(args.seed)
     model = GPT(config).to(args.device)
-    expected = first_logps(model, steps[0])
+    expected = [math.log(2), *first_logps(model, steps[0])]
     peak = args.peak_tflops or peak_flops(
         args.device, torch.bfloat16 if args.device == "cuda" else torch.float32) / 1e12
     with tempfile.TemporaryDirectory() as folder:
@@ -367,11 +371,12 @@ def measure_trl(name, args, config):
         trainer.train()
     seen = trainer.state.log_history[0]
     found = [seen["loss"], seen["logps/chosen"], seen["logps/rejected"]]
-    check_same(name, found, [math.log(2), *expected], args.device)
-    return {"seconds": clock.seconds, "load": load, "peak_tflops": peak, "check": found,
+    check_same(name, found, expected, args.device)
+    return {"seconds": clock.seconds, "load": load, "peak_tflops": peak,
+            "check": {"found": found, "expected": expected},
             "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-            "memory": peak_memory(args.device), "useful":
-            [useful_flops(config, items) for items in steps]}
+            "memory": peak_memory(args.device),
+            "useful": [useful_flops(config, items) for items in steps]}
 
 
 def make(folder, name):
@@ -383,7 +388,7 @@ def make(folder, name):
 def first_logps(model, items):
     """Our mean log-probs of the chosen and of the rejected answers of a step's pairs."""
     rung = Rung("shared")
-    batch = collate(items, rung, best_row_length([items], rung, model.config.block_size))
+    batch = collate(items, rung, best_row_length([items], rung, model.config))
     with torch.no_grad():
         logps = model.logps(batch.to(model.device)).cpu()
     return logps[batch.winners].mean().item(), logps[batch.losers].mean().item()
@@ -489,8 +494,8 @@ def summary(workload, rung, runs, warmup):
                 lambda run, k: run[kind][k] / run["seconds"][k] / run["peak_tflops"] / 1e12))
             flops = statistics.mean(values(lambda run, k: run[kind][k]))
             line[f"gflops_{kind}"] = flops / pairs / 1e9
-    reference = [run["reference_seconds"] for run in good if run.get("reference_seconds")]
-    line["reference"] = statistics.median(reference) if reference else None
+    if good[0].get("reference_seconds"):
+        line["reference"] = statistics.median(values(lambda run, k: run["reference_seconds"][k]))
     return line | {"runs": runs}
 
 
@@ -512,7 +517,7 @@ def table(lines, baseline):
             f"{line['step']:.3f}", f"{line['fastest']:.3f}-{line['slowest']:.3f}",
             f"{line['memory'] / 1e9:.2f}", f"{line['gflops_executed']:.0f}" if executed else "",
             f"{line['mfu_useful']:.1%}", f"{line['mfu_executed']:.1%}" if executed else "",
-            f"{line['reference']:.3f}" if line["reference"] else "",
+            f"{line['reference']:.3f}" if "reference" in line else "",
             f"{speed / line['step']:.2f}" if speed else ""])
     widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
     return "\n".join("  ".join(
@@ -529,7 +534,8 @@ def parse_args(argv):
              "and four answers of 48, all six pairs (default hh)")
     add("--data", type=Path, help="preferences, .jsonl or .jsonl.gz, instead of a workload")
     add("--rungs", nargs="+", choices=names, metavar="RUNG",
-        help=f"which to measure, of {', '.join(names)} (default all of ours)")
+        help=f"which to measure, of {', '.join(names)}; one named twice is measured twice, in "
+             "the order given (default all of ours)")
     add("--against", choices=["trl"],
         help="measure TRL's DPOTrainer too, where it is installed: trl at its defaults, trl-best "
              "with the reference computed before and no gradient checkpointing")
@@ -542,7 +548,7 @@ def parse_args(argv):
     add("--rounds", type=number(int, 1), default=1,
         help="how often all rungs are gone through (default 1)")
     add("--row-length", type=number(int, 2),
-        help="tokens of a packed row (default: the one that leaves the fewest places empty)")
+        help="tokens of a packed row (default: the multiple of 64 with the fewest FLOPs)")
     add("--n-layer", type=number(int, 1), default=12, help="default 12, GPT-2 124M's")
     add("--n-head", type=number(int, 1), default=12, help="default 12")
     add("--n-embd", type=number(int, 1), default=768, help="default 768")
@@ -573,13 +579,21 @@ def parse_args(argv):
     return args
 
 
+def device_name(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines()
+             if line.startswith("model name")] if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine(args):
     """What a number means nothing without."""
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     for name in ("trl", "transformers") if set(args.rungs) & set(TRL) else ():
         versions[name] = importlib.metadata.version(name)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    return {"device": args.device, "name": device or platform.machine(), "versions": versions,
+    return {"device": args.device, "name": device_name(args.device), "versions": versions,
             "threads": args.threads or torch.get_num_threads(), "load": os.getloadavg()[0]}
 
 
@@ -609,6 +623,14 @@ def main(argv=None):
           f"threads; {', '.join(f'{k} {v}' for k, v in facts['versions'].items())}; median of "
           f"{args.rounds} x {args.steps} steps after {args.warmup}; x faster than {baseline}; "
           f"load {facts['load']:.1f} before, {os.getloadavg()[0]:.1f} after")
+    for line in lines:
+        for run in line["runs"][:1]:
+            if "check" in run:
+                loss, chosen, rejected = run["check"]["found"]
+                _, ours, ours_rejected = run["check"]["expected"]
+                print(f"{line['workload']} {line['rung']} at step 0: loss {loss:.6f}, mean "
+                      f"log-probs {chosen:.4f} and {rejected:.4f}; ours {ours:.4f} and "
+                      f"{ours_rejected:.4f}")
     if args.json:
         settings = {key: str(value) if isinstance(value, Path) else value
                     for key, value in vars(args).items()}

@@ -111,8 +111,8 @@ def test_every_rung_computes_the_loss_and_gradient_of_our_step(name):
 
 def test_micro_batches_change_nothing():
     whole, parts, reference = small_gpt(0), small_gpt(0), small_gpt(1)
-    for rung in rungs("cpu").values():
-        losses = [gradients(model, reference, ITEMS, rung, 32, n)
+    for name in ("naive", "packed", "shared"):
+        losses = [gradients(model, reference, ITEMS, rungs("cpu")[name], 32, n)
                   for model, n in [(whole, 1), (parts, 2)]]
         torch.testing.assert_close(*losses)
     for p, q in zip(whole.parameters(), parts.parameters()):
@@ -128,11 +128,13 @@ def test_an_answer_of_three_pairs_is_padded_three_times_and_packed_once():
     assert batch.n_answers == 6 and pack(ITEMS, 32).n_answers == 5
 
 
-def test_the_row_length_leaves_the_fewest_places_empty():
-    """Two groups of 90 tokens: in rows of 64 (each answer in a row of its own) 4 x 64 places, in
-    rows of 128 2 x 128, in one of 192 192."""
+def test_the_row_length_is_the_one_with_the_fewest_flops():
+    """Two groups of 90 tokens: in rows of 64, each answer in one of its own, 4 x 64 places; in
+    rows of 128 2 x 128; in one of 192 192. With C = 768 places cost more than hidden keys do; with
+    C = 8 it is the keys, 4 x 64^2 against 192^2."""
     items = [Encoded([1] * 30, [[1] * 30, [1] * 30], [(0, 1)])] * 2
-    assert best_row_length([items], Rung("shared"), 1024) == 192
+    assert best_row_length([items], Rung("shared"), GPTConfig()) == 192
+    assert best_row_length([items], Rung("shared"), GPTConfig(n_head=1, n_embd=8)) == 64
 
 
 # ------------------------------------------------------------------------------------------------
