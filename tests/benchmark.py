@@ -64,7 +64,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Batch, Batches, Encoded, encode_all, get_tokenizer, load_preferences, pack
+from data import (Batch, Batches, Encoded, Skipped, encode_all, get_tokenizer, load_preferences,
+                  pack)
 from model import GPT, GPTConfig, UserError
 from train_dpo import describe, dpo_loss
 from train_sft import Parser, command, compile_logps, grad_scaler, number, update
@@ -117,7 +118,8 @@ def load_steps(args, config):
     answers of a c1 prompt stay together, so there the pairs are rounded up to sixes."""
     n_steps = args.warmup + args.steps
     if args.data:
-        items = encode_all(load_preferences(args.data), get_tokenizer("gpt2"), config.block_size)
+        items = encode_all(load_preferences(args.data), get_tokenizer("gpt2"), config.block_size,
+                           Skipped())
     else:
         workload = WORKLOADS[args.workload[0]]
         pairs = math.comb(workload.answers, 2)

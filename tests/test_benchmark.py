@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark
 from benchmark import (WORKLOADS, Rung, add_reference, best_row_length, executed_flops, gradients,
                        load_steps, pad, parse_args, rungs, sequences, synthetic, useful_flops)
-from data import Encoded, pack
+from data import Encoded, get_tokenizer, pack
 from model import GPT, GPTConfig
 from train_dpo import dpo_loss
 
@@ -76,6 +76,18 @@ def test_ids_begin_and_end_as_encoded_text_does_and_fit_in_a_block():
                 assert item.prompt[0] == answer[-1] == 50256
                 assert 50256 not in item.prompt[1:] + answer[:-1]
                 assert len(item.prompt) + len(answer) <= 1024
+
+
+def test_your_own_pairs_are_a_workload_too(tmp_path, monkeypatch):
+    """Any file of preferences; here in the bytes and words of the reviews, which need no network.
+    """
+    monkeypatch.setattr(benchmark, "get_tokenizer", lambda name: get_tokenizer("reviews"))
+    rows = [{"prompt": f"The {i}", "chosen": " was good", "rejected": " was dull"}
+            for i in range(5)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = parse_args(["--data", str(tmp_path / "pairs.jsonl"), "--pairs", "2"])
+    steps = load_steps(args, GPTConfig())
+    assert args.workload == ["data"] and {len(items) for items in steps} == {2}
 
 
 # ------------------------------------------------------------------------------------------------
