@@ -101,6 +101,8 @@ def make_copy(folder, exercises):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(without_answers(readme, chosen), encoding="utf-8")
     (folder / SHEET).write_text(sheet(exercises), encoding="utf-8")
+    (folder / "tests" / FOR_TEACHERS[0]).write_text(
+        "The guide for teachers is not part of a student's copy.\n", encoding="utf-8")
 
 
 def without_answers(markdown, chosen):
@@ -388,8 +390,6 @@ def parse_args(argv):
         help="exercises graded at a time (default: one a processor)")
     args = parser.parse_args(argv)
     args.exercises = chosen_exercises(args.exercises)
-    if args.grade and not args.grade.is_dir():
-        raise UserError(f"--grade {args.grade}: no such folder")
     return args
 
 
@@ -404,6 +404,8 @@ def main(argv=None):
         print(f"wrote {args.out}: exercises {', '.join(str(e.number) for e in args.exercises)}; "
               f"give out the folder, {SHEET} first")
     elif args.grade:
+        if not args.grade.is_dir():
+            raise UserError(f"--grade {args.grade}: no such folder")
         results = grade(args.grade, args.exercises, args.seconds, args.jobs)
         args.results.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print(f"{results['output']}\nwrote {args.results}")

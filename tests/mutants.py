@@ -949,8 +949,6 @@ def parse_args(argv):
     for name in args.names:
         if name not in MUTANTS:
             raise UserError(f"no mutant {name}; --list prints those there are")
-    if args.tests and not args.tests.is_file():
-        raise UserError(f"--tests {args.tests}: no such file")
     return args
 
 
@@ -964,6 +962,8 @@ def main(argv=None):
             print(f"{mutant.name}, for {mutant.target}\n    {mutant.who}")
         return 0
     if args.tests:
+        if not args.tests.is_file():
+            raise UserError(f"--tests {args.tests}: no such file")
         results, wrongly = against_their_tests(args.tests, names, args.jobs)
     else:
         results = run_all(names, lambda name: against_our_tests(name, args.all), args.jobs)
