@@ -29,6 +29,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+    torch.set_num_threads(1)        # on models of a few thousand weights threads only wait
     number = config.getoption("--exercise")
     if number is not None and number not in EXERCISES:
         raise pytest.UsageError(f"--exercise {number}: there are exercises 1 to {len(EXERCISES)}")
