@@ -6,7 +6,7 @@
     python tests/assignment.py --check                          # is every claim true, and needed?
 
 A copy has the bodies of the chosen functions replaced by `raise NotImplementedError`, in the five
-files and in the README's code, and a sheet, EXERCISES.md; this guide for teachers and the tests of
+files and in the README's code, and a sheet, EXERCISES.md; the guide for teachers and the tests of
 these tools stay here. In the copy, `pytest --exercise 3` says in words what is still wrong.
 
 Of a submission only the chosen functions are read, from the syntax trees of its files. They go into
@@ -37,14 +37,17 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm                                                               # noqa: E402
 
 import sandbox                                                                      # noqa: E402
-from exercises import (EXERCISES, SLOW, claims, functions, is_unwritten, message,   # noqa: E402
-                       sentence, with_functions, without_bodies)
+from exercises import (EXERCISES, SLOW, body_lines, claims, functions,              # noqa: E402
+                       is_unwritten, message, sentence, with_functions, without_bodies)
 from model import UserError                                                         # noqa: E402
 from train_sft import Parser, command, number                                       # noqa: E402
 
 POINTS = 10.0                       # of each exercise
 SHEET = "EXERCISES.md"
-FOR_TEACHERS = ("ASSIGNMENTS.md", "test_classroom.py")
+FOR_TEACHERS = "ASSIGNMENTS.md"
+# Not in a copy: the guide, the tests of these tools, and those of the benchmark, which run the loop
+# in other processes, where an unwritten function can't be told from a broken one.
+LEFT_OUT = (FOR_TEACHERS, "test_classroom.py", "test_benchmark.py")
 LARGEST_SOURCE = 1 << 20
 
 
@@ -89,7 +92,7 @@ def make_copy(folder, exercises):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder}: is there already; name a new or an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    ignored = shutil.ignore_patterns("__pycache__", ".*", "out", *FOR_TEACHERS)
+    ignored = shutil.ignore_patterns("__pycache__", ".*", "out", *LEFT_OUT)
     for path in sorted(ROOT.iterdir()):
         if path.is_dir() and path.name in ("tests", "assets", "experiments"):
             shutil.copytree(path, folder / path.name, ignore=ignored)
@@ -101,20 +104,29 @@ def make_copy(folder, exercises):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(without_answers(readme, chosen), encoding="utf-8")
     (folder / SHEET).write_text(sheet(exercises), encoding="utf-8")
-    (folder / "tests" / FOR_TEACHERS[0]).write_text(
+    (folder / "tests" / FOR_TEACHERS).write_text(
         "The guide for teachers is not part of a student's copy.\n", encoding="utf-8")
 
 
 def without_answers(markdown, chosen):
-    """The README shows some functions in full; in a copy it shows what there is to write."""
-    messages = {name: message(e) for names in chosen.values() for name, e in names.items()}
+    """The README shows some functions, whole or a few lines of them; in a copy it shows the message
+    that stands in their place."""
+    removed = {}                            # {line of a body: what stands there instead}
+    for module, names in chosen.items():
+        source = our_source(module)
+        for name, exercise in names.items():
+            first, end = body_lines(source, functions(source)[name])
+            stands = f'raise NotImplementedError("{message(exercise)}")'
+            removed |= {line.strip(): stands for line in source.splitlines()[first:end] if line}
 
     def emptied(block):
-        try:
-            shown = functions(block[2]).keys() & messages.keys()
-            return block[1] + without_bodies(block[2], {n: messages[n] for n in shown}) + block[3]
-        except SyntaxError:                         # an excerpt
-            return block[0]
+        lines = []
+        for line in block[2].splitlines():
+            indent = line[:len(line) - len(line.lstrip())]
+            lines.append(indent + removed.get(line.strip(), line.strip()))
+        kept = [line for n, line in enumerate(lines)
+                if line.strip() not in removed.values() or line not in lines[:n]]
+        return block[1] + "\n".join(kept) + "\n" + block[3]
     return re.sub(r"(^```python\n)(.*?)(^```)", emptied, markdown, flags=re.S | re.M)
 
 
@@ -342,7 +354,7 @@ def wrong_in_copy(outcome):
 def check(exercises, seconds, jobs):
     """What is wrong with the exercises: claims that our own solution does not meet, claims that are
     met when nothing is written, and tests of nothing to do with them that fail in a copy."""
-    files = {file for file, _ in claims().values()} - {*FOR_TEACHERS}
+    files = {file for file, _ in claims().values()} - {*LEFT_OUT}
     with tempfile.TemporaryDirectory() as scratch:
         elsewhere = wrong_in_copy(suite_of_copy(Path(scratch) / "copy", files))
     solved = grade(ROOT, exercises, seconds, jobs)

@@ -81,7 +81,7 @@ def pytest_runtest_makereport(item, call):
     report = yield
     report.originalname = name(item)
     error = call.excinfo.value if call.excinfo else None
-    report.words = [type(error).__name__, *f"{error}".splitlines(), *getattr(error, "__notes__", [])]
+    report.words = [type(error).__name__, str(error), *getattr(error, "__notes__", [])]
     number = unwritten(error)
     if number in EXERCISES:
         own = report.originalname in EXERCISES[number].tests

@@ -182,8 +182,9 @@ def test_comments_at_both_ends_of_a_body_go_with_it():
 
 def test_the_readme_of_a_copy_does_not_show_what_is_to_be_written(done):
     text = (done["folder"] / "README.md").read_text()
-    assert message(EXERCISES[3]) in text and "pi_logratios" not in text
-    assert "pi_logratios" in (ROOT / "README.md").read_text()
+    for number, line in ((3, "pi_logratios"), (10, "logps = policy.logps(batch)")):
+        assert message(EXERCISES[number]) in text and line not in text
+        assert line in (ROOT / "README.md").read_text()
 
 
 def test_in_a_copy_exactly_the_claims_of_the_exercises_fail(done):
@@ -214,7 +215,7 @@ def test_the_sheet_names_each_function_equation_and_claim(done):
 def test_a_copy_has_neither_the_guide_for_teachers_nor_old_runs(done):
     names = {path.name for path in done["folder"].rglob("*")}
     assert {"model.py", "README.md", "requirements.txt", "test_data.py", "mutants.py"} <= names
-    assert not {"test_classroom.py", "out", ".git"} & names
+    assert not {"test_classroom.py", "test_benchmark.py", "out", ".git"} & names
     assert (done["folder"] / "tests/ASSIGNMENTS.md").read_text().count("\n") == 1
 
 

@@ -110,7 +110,7 @@ def test_code_that_is_quoted_stands_so_in_the_source():
     lines = {line.strip() for line in SOURCES.splitlines()}
     quoted = [line for block in blocks("python") if "load_checkpoint" not in block
               and "transformers" not in block for line in block.splitlines() if line.strip()]
-    assert len(quoted) >= 5
+    assert quoted
     for line in quoted:
         assert line.strip() in lines, line
 
