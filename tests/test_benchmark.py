@@ -196,9 +196,11 @@ def test_executed_flops_are_what_torch_counts(name):
 
 
 def test_each_rung_is_measured_in_its_own_process_and_written_down(tmp_path, capsys):
-    out = tmp_path / "result.json"
-    benchmark.main([*TINY, "--workload", "c1", "--pairs", "6", "--warmup", "1", "--steps", "2",
-                    "--rungs", "answer-logits", "shared", "--json", str(out)])
+    """In this process first, where an error is seen as it is."""
+    flags = [*TINY, "--workload", "c1", "--pairs", "6", "--warmup", "1", "--steps", "2", "--rungs"]
+    benchmark.main([*flags, "shared", "--one-process"])
+    alone, out = json.loads(capsys.readouterr().out.splitlines()[-1]), tmp_path / "result.json"
+    benchmark.main([*flags, "answer-logits", "shared", "--json", str(out)])
     lines = json.loads(out.read_text())["lines"]
     assert [line["rung"] for line in lines] == ["answer-logits", "shared"]
     for line in lines:
@@ -208,6 +210,7 @@ def test_each_rung_is_measured_in_its_own_process_and_written_down(tmp_path, cap
         assert line["runs"][0]["losses"][0] == pytest.approx(math.log(2), abs=1e-6)
     padded, ours = (line["runs"][0]["losses"] for line in lines)
     assert padded == pytest.approx(ours, abs=1e-5)
+    assert alone["losses"] == pytest.approx(ours, abs=1e-5)
     shown = capsys.readouterr().out
     assert "pairs/s" in shown and "answer-logits" in shown and "torch" in shown
 
