@@ -58,10 +58,11 @@ Z_95 = 1.959964     # 95 % of a normal distribution lie within so many standard 
 def sample(model, prompts, max_new_tokens, seed, eot, temperature=1.0, top_k=None, top_p=None,
            progress="sampling"):
     """One answer (a list of ids) to each of a list of prompts (lists of ids): as many at a time as
-    make 2**16 tokens, prompts of like length together."""
+    make 2**16 tokens at most, prompts of like length together."""
     generator = torch.Generator(model.device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batch = max(1, 2**16 // (len(prompts[order[-1]]) + max_new_tokens))
+    longest = min(len(prompts[order[-1]]) + max_new_tokens, model.config.block_size)
+    batch = max(1, 2**16 // longest)
     answers = [None] * len(prompts)
     with tqdm(total=len(prompts), desc=progress, delay=1) as bar:
         for start in range(0, len(prompts), batch):
@@ -261,7 +262,8 @@ def side_by_side(prompts, texts, reward=None):
     """Answers of each policy ({name: texts}) under their prompts, as text to print."""
     lines = []
     for i, prompt in enumerate(prompts):
-        lines.append(f"\nprompt  {prompt!r}")
+        shown = prompt if len(prompt) <= 300 else "... " + prompt[-300:]    # of a dialogue, its end
+        lines.append(f"\nprompt  {shown!r}")
         for name, answers in texts.items():
             grade = f"{reward(prompt + answers[i]):+.2f}  " if reward else ""
             text = f"{grade}...{answers[i]}".replace("\n", "\\n")
@@ -300,7 +302,7 @@ def talk(paths, device, args):
         try:
             prompt = input("prompt> ")
             print(side_by_side([prompt] * args.n, answer(policies, tokenizer, prompt, args)))
-        except UserError as error:      # too long a prompt; the next one may do
+        except (UserError, UnicodeDecodeError) as error:    # too long, or no text; the next may do
             print(error)
         except EOFError:
             print()

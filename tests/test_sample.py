@@ -247,6 +247,22 @@ def test_scoring_many_answers_to_a_prompt_is_scoring_each(monkeypatch):
 # ------------------------------------------------------------------------------------------------
 
 
+def test_asking_for_more_tokens_than_fit_makes_no_smaller_batches(monkeypatch):
+    """A row ends at the model's 64 tokens whatever is asked for, so 60 rows are one batch."""
+    model, calls = small_gpt(0), []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda *a: calls.append(1) or generate(*a))
+    answers = sample.sample(model, [[1, 2]] * 60, 10**6, 0, TOKENIZER.eot_token)
+    assert len(calls) == 1 and max(map(len, answers)) <= 62
+
+
+def test_of_a_long_dialogue_the_end_is_shown():
+    """The first is shown whole, of the other the last 300 letters."""
+    shown = sample.side_by_side(["a" * 300, "b" * 10 + "c" * 300], {"dpo": ["d", "e"]})
+    assert "'" + "a" * 300 + "'" in shown and "'... " + "c" * 300 + "'" in shown
+    assert "b" not in shown
+
+
 def test_the_table_shows_every_number_once_and_keeps_within_its_width():
     measures = {"sft": {"reward": 0.25, "reward_se": 0.5, "win_rate": 0.5, "win_rate_se": 0.0},
                 "dpo": {"reward": 0.75, "reward_se": 0.125, "win_rate": 0.625, "win_rate_se": 0.1,
