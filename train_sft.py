@@ -254,7 +254,7 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.step, self.overflows = state["step"], state["overflows"]
-        print(f"{self.path}: going on after step {self.step - 1}")
+        print(f"{self.path}: going on with step {self.step}")
 
     def save(self):
         self.check()
