@@ -390,7 +390,8 @@ def command(main):
         except UserError as error:
             message, code = str(error), 2
         except OSError as error:
-            message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
+            place = "the output" if isinstance(error, BrokenPipeError) else "a file"
+            message, code = f"{error.filename or place}: {error.strerror or error}", 2
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
                     "DefaultCPUAllocator" not in str(error)):

@@ -357,6 +357,17 @@ def test_letters_that_the_terminal_cannot_show_do_not_stop_a_run(run, capsys, tm
     assert done.returncode == 0 and b"\\xfc" in done.stdout and b"Traceback" not in done.stderr
 
 
+def test_a_reader_of_the_output_that_goes_away_costs_one_sentence(run):
+    """`python data.py | head -1`."""
+    process = subprocess.Popen([sys.executable, ROOT / "data.py", "--data", run / "pairs.jsonl",
+                                "--tokenizer", "reviews"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait() == 2 and err.startswith("data.py: the output: Broken pipe")
+    assert "Traceback" not in err
+
+
 def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     message = refused(train_sft.main, ["--out", tmp_path / "file" / "out"], capsys)
