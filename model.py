@@ -294,8 +294,7 @@ class GPT(nn.Module):
         with replacing(folder / "model.safetensors") as file:
             write_safetensors(file, {f"transformer.{name}": transposed(name, weight.cpu())
                                      for name, weight in self.state_dict().items()})
-        with replacing(folder / "config.json") as file:
-            file.write((json.dumps(facts, indent=2) + "\n").encode())
+        write_json(folder / "config.json", facts)
 
 
 def choose(logits, temperature, top_k, top_p, generator):
@@ -462,6 +461,12 @@ def replacing(path):
                         "before is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write what json can hold to one file, for people to read too."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 @contextmanager

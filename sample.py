@@ -37,7 +37,6 @@ Left out on purpose: beam search. DPO trains a distribution, so we look at sampl
 """
 
 import argparse
-import json
 import math
 import textwrap
 from collections import Counter
@@ -48,7 +47,7 @@ from tqdm import tqdm
 
 from data import (Encoded, as_prompt, encode_all, load_comparisons, prefixes, reward,
                   well_formed)
-from model import UserError, replacing
+from model import UserError, write_json
 from train_sft import (Parser, add_shared_flags, command, in_batches, load, load_training,
                        make_folder, number, open_checkpoint, settle, settle_task)
 
@@ -349,8 +348,7 @@ def measure(device, args):
               f"{table(found)}")
         results |= {"judge": args.judge, "best_of": found}
     make_folder(args.out)
-    with replacing(args.out / "evaluation.json") as file:
-        file.write((json.dumps(results, indent=2) + "\n").encode())
+    write_json(args.out / "evaluation.json", results)
     print(f"\nwrote {args.out / 'evaluation.json'}")
 
 

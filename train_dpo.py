@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import train_sft
 from data import Batches, encode_all, prefixes, rank, reward
-from model import UserError, replacing, save_checkpoint
+from model import UserError, replacing, save_checkpoint, write_json
 from sample import (add_measuring_flags, evaluate, held_out_prompts, sample, score, side_by_side,
                     table)
 from train_sft import (PARTS, Log, Parser, Run, add_shared_flags, add_training_flags, command,
@@ -233,7 +233,7 @@ def sample_preferences(sft, tokenizer, args):
     eot, path = tokenizer.eot_token, args.out / "preferences.jsonl"
     key = " ".join(map(str, (fingerprint(sft), sft.device.type, sft.precision, args.seed,
                              args.prefixes, args.samples, args.max_new_tokens)))
-    if is_kept(path, key):
+    if kept(path, key) is not None:
         print(f"{path}: sampled before, by the same model with the same flags")
         return path
     n_held_out = max(1, args.prefixes // 10)
@@ -261,21 +261,23 @@ def sample_preferences(sft, tokenizer, args):
 
 def keep(path, key, text):
     """Write a text file, and beside it, as .key, a digest of the text and of what it was made from:
-    is_kept(path, key) is true until one of the two changes."""
-    digest = hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()
-    for where, content in [(path, text), (path.with_suffix(".key"), digest)]:
+    kept(path, key) returns the text until one of the two changes."""
+    for where, content in [(path, text), (path.with_suffix(".key"), digest_of(key, text))]:
         with replacing(where) as file:
             file.write(content.encode())
 
 
-def is_kept(path, key):
-    """Whether the file at `path` is one that `keep` wrote for this key."""
+def kept(path, key):
+    """The text of the file at `path` if it is what `keep` wrote for this key, else None."""
     try:
         text = path.read_text(encoding="utf-8")
-        digest = hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()
-        return path.with_suffix(".key").read_text() == digest
+        return text if path.with_suffix(".key").read_text() == digest_of(key, text) else None
     except (OSError, ValueError):
-        return False
+        return None
+
+
+def digest_of(key, text):
+    return hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()
 
 
 def add_reference(policy, items, args):
@@ -284,9 +286,10 @@ def add_reference(policy, items, args):
     path = args.out / "reference.json"
     key = " ".join(map(str, (fingerprint(policy), fingerprint(items), args.row_length,
                              policy.device.type, policy.precision)))
-    if is_kept(path, key):
+    text = kept(path, key)
+    if text is not None:
         print(f"{path}: computed before, by the same model on the same answers")
-        logps = json.loads(path.read_text())
+        logps = json.loads(text)
     else:
         logps = score(policy, items, args.row_length, "reference log-probs")
         keep(path, key, json.dumps(logps))
@@ -300,8 +303,7 @@ def report(policy, reference, prompts, tokenizer, grades, sft_path, args):
                                args.max_new_tokens, args.seed + 1, **grades)
     results = {"task": args.task or args.data.name, "beta": args.beta, "prompts": len(prompts),
                "policies": measures}
-    with replacing(args.out / "results.json") as file:
-        file.write((json.dumps(results, indent=2) + "\n").encode())
+    write_json(args.out / "results.json", results)
     print(side_by_side(prompts[:4], texts, grades.get("reward")))
     interval = "; win rate with its 95 % interval" if "reward" in grades else ""
     print(f"\n{len(prompts):,} held-out prompts, one sample each, mean +- standard error{interval}"

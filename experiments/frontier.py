@@ -36,7 +36,7 @@ import train_dpo
 import train_sft
 from data import Encoded, encode_all, prefixes, reward, well_formed
 from experiments.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, pyplot, save
-from model import UserError, replacing
+from model import UserError, write_json
 from sample import best_of, draw_answers, evaluate, side_by_side, table
 from train_sft import (PARTS, Parser, command, fingerprint, load, load_training, make_folder,
                        number, open_checkpoint, settle)
@@ -113,8 +113,8 @@ def once(folder, config, compute):
         pass
     make_folder(folder)
     result = compute()
-    with replacing(path) as file:           # complete or not there: an interrupted run runs again
-        file.write((json.dumps({"config": config, "result": result}, indent=2) + "\n").encode())
+    # Complete or not there: an interrupted run runs again.
+    write_json(path, {"config": config, "result": result})
     return result
 
 
@@ -245,8 +245,7 @@ def main(argv=None):
     prompts = next(iter(runs.values()))["prompts"]
     print(side_by_side(prompts, {f"{name}:": run["answers"] for name, run in runs.items()
                                  if name.endswith(", 0")}, reward))
-    with replacing(args.out / "frontier.json") as file:
-        file.write((json.dumps({"runs": runs, "reference": reference}, indent=2) + "\n").encode())
+    write_json(args.out / "frontier.json", {"runs": runs, "reference": reference})
     print(f"\nwrote {args.out / 'frontier.json'}")
     draw(runs, reference, args.out / "frontier.svg")
 
