@@ -29,6 +29,7 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -437,14 +438,73 @@ def write_safetensors(file, tensors):
         file.write(tensor.contiguous().numpy().data)
 
 
+# -- several processes -----------------------------------------------------------------------------
+# Under torchrun every process runs the same lines on its own share of a batch; alone, all of this
+# does nothing. What the processes tell each other passes through here, by way of the CPU, and only
+# the gradients go from device to device.
+
+
+def rank():
+    """The number of this process among those of a run, counted from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes the run has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def reduced(numbers, operation=dist.ReduceOp.SUM):
+    """A list of numbers, each summed over all processes, or the largest of them (ReduceOp.MAX)."""
+    if world_size() == 1:
+        return numbers
+    tensor = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(tensor, operation)
+    return tensor.tolist()
+
+
+def wait():
+    """Until every process has come this far."""
+    reduced([0])
+
+
+def gathered(mine):
+    """What was dealt out, as things[rank()::world_size()], in one list again, the same for all."""
+    if world_size() == 1:
+        return mine
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, mine)
+    whole = [None] * sum(map(len, parts))
+    for number, part in enumerate(parts):
+        whole[number::len(parts)] = part
+    return whole
+
+
+@contextmanager
+def first_process_first():
+    """A with block that the first process ends before the others begin it: what it downloads is
+    there for them."""
+    if rank() > 0:
+        wait()
+    yield
+    if rank() == 0:
+        wait()
+
+
 # -- checkpoints, files ----------------------------------------------------------------------------
 
 
 @contextmanager
 def replacing(path):
     """A binary file to write in a with block. It is complete or it is not there: written beside,
-    flushed to the disk, then renamed to `path`, or to what a link there points to. Raises UserError
-    where the disk is full, or the like."""
+    flushed to the disk, then renamed to `path`, or to what a link there points to. Of several
+    processes the first one writes; all go on when it has. Raises UserError where the disk is full,
+    or the like."""
+    if rank() > 0:
+        with open(os.devnull, "wb") as file:
+            yield file
+        wait()
+        return
     path = Path(os.path.realpath(path))
     temporary = Path(f"{path}.tmp")
     try:
@@ -461,6 +521,7 @@ def replacing(path):
                         "before is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
+    wait()
 
 
 def write_json(path, content):
@@ -512,8 +573,12 @@ def download(url, path, sha256=None):
     length and the first bytes are looked at before the file takes its place. Returns the path.
     Raises UserError, which says what to fetch by hand and where to put it.
     """
-    if path.exists():
-        return path
+    with first_process_first():
+        return path if path.exists() else fetched(url, path, sha256)
+
+
+def fetched(url, path, sha256):
+    """The part of `download` that downloads."""
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

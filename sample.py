@@ -37,17 +37,19 @@ Left out on purpose: beam search. DPO trains a distribution, so we look at sampl
 """
 
 import argparse
+import itertools
 import math
 import textwrap
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from data import (Encoded, as_prompt, encode_all, load_comparisons, prefixes, reward,
                   well_formed)
-from model import UserError, write_json
+from model import UserError, gathered, rank, world_size, write_json
 from train_sft import (Parser, add_shared_flags, command, in_batches, load, load_training,
                        make_folder, number, open_checkpoint, settle, settle_task)
 
@@ -57,20 +59,24 @@ Z_95 = 1.959964     # 95 % of a normal distribution lie within so many standard 
 def sample(model, prompts, max_new_tokens, seed, eot, temperature=1.0, top_k=None, top_p=None,
            progress="sampling"):
     """One answer (a list of ids) to each of a list of prompts (lists of ids): as many at a time as
-    make 2**16 tokens at most, prompts of like length together."""
-    generator = torch.Generator(model.device).manual_seed(seed)
+    make 2**16 tokens at most, prompts of like length together. Each such batch has a generator of
+    its own, so the answers are the same whichever process of how many draws them."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     longest = min(len(prompts[order[-1]]) + max_new_tokens, model.config.block_size)
-    batch = max(1, 2**16 // longest)
+    size = max(1, 2**16 // longest)
+    batches = [order[start:start + size] for start in range(0, len(order), size)]
+    drawn, mine = [], range(rank(), len(batches), world_size())
+    with tqdm(total=sum(len(batches[k]) for k in mine), desc=progress, delay=1) as bar:
+        for k in mine:
+            seed_of_k = np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)
+            generator = torch.Generator(model.device).manual_seed(int(seed_of_k[0]))
+            drawn.append(model.generate([prompts[i] for i in batches[k]], max_new_tokens,
+                                        temperature, top_k, top_p, eot, generator))
+            bar.update(len(batches[k]))
     answers = [None] * len(prompts)
-    with tqdm(total=len(prompts), desc=progress, delay=1) as bar:
-        for start in range(0, len(prompts), batch):
-            part = order[start:start + batch]
-            drawn = model.generate([prompts[i] for i in part], max_new_tokens, temperature,
-                                   top_k, top_p, eot, generator)
-            for i, ids in zip(part, drawn):
-                answers[i] = ids
-            bar.update(len(part))
+    for part, ids in zip(batches, gathered(drawn)):
+        for i, answer in zip(part, ids):
+            answers[i] = answer
     return answers
 
 
@@ -80,10 +86,10 @@ def score(model, items, row_length, progress="scoring"):
     logps = []
     size = min(32, max(1, 128 // max((len(item.answers) for item in items), default=1)))
     with tqdm(total=sum(len(item.answers) for item in items), desc=progress, delay=1) as bar:
-        for batch in in_batches(items, row_length, model.device, size):
-            logps += model.logps(batch).tolist()
-            bar.update(batch.n_answers)
-    flat = iter(logps)
+        for batch in in_batches(items, row_length, model, size):
+            logps.append(model.logps(batch).tolist())
+            bar.update(batch.n_answers * world_size())
+    flat = itertools.chain.from_iterable(gathered(logps))
     return [[next(flat) for _ in item.answers] for item in items]
 
 

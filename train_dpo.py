@@ -3,6 +3,7 @@
     python train_dpo.py                           # the reviews task: SFT if there is none, then DPO
     python train_dpo.py --task hh                 # GPT-2 on Anthropic's dialogues, or --task tldr
     python train_dpo.py --data pairs.jsonl        # your own preferences
+    torchrun --nproc_per_node 8 train_dpo.py --task hh            # on eight GPUs
 
     loss = -log sigma( beta log pi(y_w|x)/pi_ref(y_w|x) - beta log pi(y_l|x)/pi_ref(y_l|x) )
 
@@ -211,7 +212,7 @@ def check_start(logps, batch, args, precision):
 @torch.no_grad()
 def evaluate_preferences(policy, held_out, args, log):
     """Loss and accuracy over all held-out preferences, to the log."""
-    for batch in in_batches(held_out, args.row_length, policy.device):
+    for batch in in_batches(held_out, args.row_length, policy):
         logps = policy.logps(batch)
         losses, rewards = objective(logps, batch, args)
         log.add(len(losses), held_out_loss=losses.sum())

@@ -4,6 +4,7 @@ same one with another loss, and starts where this one ends.
     python train_sft.py                                # reviews, written by the task's own grammar
     python train_sft.py --task hh                      # GPT-2, on Anthropic's chosen answers
     python train_sft.py --data pairs.jsonl             # the best answers of your own preferences
+    torchrun --nproc_per_node 8 train_sft.py --task hh # on eight GPUs
 
     loss = - sum over answers of log pi(y|x)  /  number of their tokens
 
@@ -25,13 +26,15 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (TASKS, TOKENIZERS, Batches, Preference, Skipped, encode_all, get_tokenizer,
                   is_held_out, load_comparisons, load_preferences, load_summaries, pack,
                   write_review)
-from model import (RELEASED, GPT, GPTConfig, UserError, load_checkpoint, reading, replacing,
-                   save_checkpoint)
+from model import (RELEASED, GPT, GPTConfig, UserError, load_checkpoint, rank, reading, reduced,
+                   replacing, save_checkpoint, wait, world_size)
 
 PARTS = ["training", "held out"]
 COLUMNS = {"loss": ".4f", "grad_norm": ".2f", "lr": ".1e", "held_out_loss": ".4f"}
@@ -59,19 +62,17 @@ def train(model, examples, held_out, args):
         run.watch(step, grad_norm)
         looked = held_out and is_time(step, steps, args.eval_every)
         if looked:
-            log.add(1, held_out_loss=evaluate(model, held_out, args))
+            evaluate(model, held_out, args, log)
         if looked or is_time(step, steps, args.log_every):
             run.check()
             log.write(step, grad_norm=grad_norm, lr=lr)
 
 
 @torch.no_grad()
-def evaluate(model, held_out, args):
-    """Mean loss a token over all held-out answers."""
-    total = tokens = 0
-    for batch in in_batches(held_out, args.row_length, model.device):
-        total, tokens = total - model.logps(batch).sum().item(), tokens + len(batch.target)
-    return total / tokens
+def evaluate(model, held_out, args, log):
+    """Loss of a token over all held-out answers, to the log."""
+    for batch in in_batches(held_out, args.row_length, model):
+        log.add(len(batch.target), held_out_loss=-model.logps(batch).sum())
 
 
 def load_examples(args):
@@ -123,18 +124,37 @@ def grad_scaler(model):
 
 
 def micro_batches(items, args, model):
-    """A batch in --accumulate packed parts of about as many prompts, on the model's device. Losses
-    are divided by the size of the whole batch, so it changes memory and nothing else."""
-    n = min(args.accumulate, len(items))
-    for i in range(n):
-        part = items[i * len(items) // n:(i + 1) * len(items) // n]
-        yield pack(part, args.row_length).to(model.device)
+    """This process's share of a batch, in --accumulate packed parts on the model's device. Losses
+    are divided by the size of the whole batch, so neither changes anything but memory and time.
+
+    Prompts are dealt out by length, so that all parts take about as long; within a part they keep
+    their order. Raises UserError where there are more processes than prompts.
+    """
+    if len(items) < world_size():
+        raise UserError(f"a batch of {len(items)} prompts for {world_size()} processes: a larger "
+                        "--batch, or fewer of them, gives each a share")
+    n = min(args.accumulate * world_size(), len(items))
+    by_length = sorted(range(len(items)), key=lambda i: -tokens_of(items[i]))
+    for number in range(rank(), n, world_size()):
+        if world_size() > 1:        # processes add up their gradients in the backward of the last
+            model.logps.func.require_backward_grad_sync = number + world_size() >= n
+        yield packed([items[i] for i in sorted(by_length[number::n])], args.row_length, model)
 
 
-def in_batches(items, row_length, device, size=32):
-    """All items, packed, `size` prompts at a time, on a device."""
-    for start in range(0, len(items), size):
-        yield pack(items[start:start + size], row_length).to(device)
+def in_batches(items, row_length, model, size=32):
+    """All items, packed, `size` prompts at a time, on the model's device; of several processes
+    each gets its share of these batches, for `gathered` to put together."""
+    for start in range(rank() * size, len(items), world_size() * size):
+        yield packed(items[start:start + size], row_length, model)
+
+
+def packed(items, row_length, model):
+    """A packed Batch on the model's device."""
+    return pack(items, row_length).to(model.device)
+
+
+def tokens_of(item):
+    return len(item.prompt) + sum(map(len, item.answers))
 
 
 def is_time(step, steps, every):
@@ -151,19 +171,30 @@ class Log:
         self.lines, self.text, self.sums, self.counts = 0, "", Counter(), Counter()
 
     def state_dict(self):
-        return {"lines": self.lines, "text": self.text, "sums": dict(self.sums),
-                "counts": dict(self.counts)}
+        sums, counts = self.totals()
+        return {"lines": self.lines, "text": self.text, "sums": sums, "counts": counts}
 
     def load_state_dict(self, state):
         self.lines, self.text = state["lines"], ""
-        self.sums, self.counts = Counter(state["sums"]), Counter(state["counts"])
+        if rank() == 0:                     # the sums are those of all processes
+            self.sums, self.counts = Counter(state["sums"]), Counter(state["counts"])
         self.append(state["text"])          # the file of before, whatever became of it since
 
+    def totals(self):
+        """(sums, counts) by name, over all processes."""
+        names = list(self.columns)
+        numbers = reduced([float(self.sums[name]) for name in names]
+                          + [self.counts[name] for name in names])
+        sums, counts = dict(zip(names, numbers)), dict(zip(names, numbers[len(names):]))
+        return tuple({name: of[name] for name in names if counts[name]} for of in (sums, counts))
+
     def append(self, text):
-        """Write to the file, from its beginning where nothing of this log stands in it yet."""
+        """Write to the file, from its beginning where nothing of this log stands in it yet. Of
+        several processes the first one does."""
         try:
-            with open(self.path, "a" if self.text else "w", newline="") as file:
-                file.write(text)
+            if rank() == 0:
+                with open(self.path, "a" if self.text else "w", newline="") as file:
+                    file.write(text)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
         self.text += text
@@ -177,10 +208,11 @@ class Log:
 
     def write(self, step, **values):
         """values: what is shown as it is. Raises UserError where a mean is not finite."""
-        values |= {name: self.sums[name] / self.counts[name] for name in self.sums}
+        sums, counts = self.totals()
         values = {name: float(value) for name, value in values.items()}
+        values |= {name: sums[name] / counts[name] for name in sums}
         for name, value in values.items():
-            if name in self.sums and not math.isfinite(value):
+            if name in sums and not math.isfinite(value):
                 raise UserError(f"step {step}: the {name} is {value}; stopped, nothing was saved; "
                                 "a lower --lr may help")
         if self.lines % 25 == 0:
@@ -230,14 +262,17 @@ class Run:
                           "weights to start from": fingerprint(model),
                           "data": fingerprint(batches.encoded),
                           "held-out data": fingerprint(held_out)}
-        if args.resume and path.exists():
+        there = path.exists()
+        wait()                  # until all processes have looked
+        if args.resume and there:
             self.load()
             return
         if args.resume:
             print(f"{path}: nothing to resume; starting from the first step")
-        elif path.exists():
+        elif there:
             old = path.with_suffix(".old")
-            os.replace(path, old)
+            if rank() == 0:
+                os.replace(path, old)
             print(f"{path} was of a run that stopped early, and --resume would have gone on with "
                   f"it; it is {old} now, and this run starts from the first step")
         self.save()     # as long as there is a state the run has not ended, from the first moment
@@ -267,7 +302,8 @@ class Run:
     def steps(self, total, name):
         """The steps that are still to do, under a progress bar. The state is written every
         --save-every minutes, after the last step, and when Ctrl-C or SIGTERM ask to stop: then the
-        step at hand is finished first. A second Ctrl-C stops at once."""
+        step at hand is finished first. A second Ctrl-C stops at once. Several processes do each of
+        these after the same step."""
         asked = []
 
         def ask(number, frame):
@@ -280,10 +316,11 @@ class Run:
                 yield step
                 self.step = step + 1
                 due = time.monotonic() - self.saved_at >= self.seconds
-                if asked or due or self.step == total:
+                signalled, due = reduced([max(asked, default=0), due], dist.ReduceOp.MAX)
+                if signalled or due or self.step == total:
                     self.save()
-                if asked:
-                    raise Interrupted(asked[0], f"stopped after step {step}; the same command with "
+                if signalled:
+                    raise Interrupted(int(signalled), f"stopped after step {step}; the same command with "
                                                 "--resume, without --fresh, goes on from there")
         finally:
             for number, handler in before.items():
@@ -377,33 +414,50 @@ def number(kind, least, above=False, most=math.inf):
 def command(main):
     """main(argv) as a command. A UserError, a file that can't be written or too little memory
     becomes one sentence on stderr and exit code 2. Ctrl-C ends it with 130, SIGTERM with 143, as
-    the shell counts. A letter that the terminal can't show is written as its number."""
+    the shell counts. A letter that the terminal can't show is written as its number. Of several
+    processes the first one speaks for all; the others only say why they end, if they must."""
     @functools.wraps(main)
     def run(argv=None):
         def terminate(number, frame):
             raise Interrupted(number, "stopped; what was finished is kept")
-        before = signal.signal(signal.SIGTERM, terminate)
+        before, streams = signal.signal(signal.SIGTERM, terminate), (sys.stdout, sys.stderr)
+        nested, number = dist.is_initialized(), int(os.environ.get("RANK", 0))
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
+        if number > 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
         try:
-            return main(argv)
+            result = main(argv)
+            if dist.is_initialized() and not nested:
+                dist.destroy_process_group()
+            return result
         except UserError as error:
             message, code = str(error), 2
         except OSError as error:
             place = "the output" if isinstance(error, BrokenPipeError) else "a file"
             message, code = f"{error.filename or place}: {error.strerror or error}", 2
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
-                    "DefaultCPUAllocator" not in str(error)):
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+                    "DefaultCPUAllocator" in str(error)):
+                message = ("not enough memory; a larger --accumulate, a smaller --row-length or a "
+                           "smaller model needs less")
+            elif isinstance(error, dist.DistError) or "gloo" in str(error):
+                message = "another process of this run ended, and this one with it"
+            else:
                 raise
-            message, code = ("not enough memory; a larger --accumulate, a smaller --row-length or "
-                             "a smaller model needs less"), 2
+            code = 2
         except KeyboardInterrupt as stop:
-            number, message = stop.args or (signal.SIGINT, "stopped; what was finished is kept")
-            code = 128 + number
+            signalled, message = stop.args or (signal.SIGINT, "stopped; what was finished is kept")
+            code = 128 + signalled
         finally:
             signal.signal(signal.SIGTERM, before)
-        print(f"{Path(sys.modules[main.__module__].__file__).name}: {message}", file=sys.stderr)
+            sys.stdout, sys.stderr = streams
+        script = Path(sys.modules[main.__module__].__file__).name
+        if number > 0 and code == 2:    # the first one often says the same; then torchrun ends this
+            time.sleep(2)
+            script = f"{script}, process {number}"
+        if number == 0 or code == 2:
+            print(f"{script}: {message}", file=sys.stderr)
         sys.exit(code)
     return run
 
@@ -476,7 +530,8 @@ def settle_task(args):
 
 
 def settle(args):
-    """Fill in the run's folder, which depends on other flags. Returns the device."""
+    """Fill in the run's folder, which depends on other flags; meet the other processes, if torchrun
+    started several. Returns the device."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that torch can use")
     if args.out is None:
@@ -484,9 +539,16 @@ def settle(args):
         if args.data and name in ("", *TASKS):
             raise UserError(f"--data {args.data}: name a folder for this run with --out")
         args.out = Path("out") / name
-    if args.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(args.device)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group()       # gloo for what lies on the CPU, NCCL for what on a GPU
+    if args.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    number, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= devices:
+        raise UserError(f"more processes than the {devices} CUDA devices of this machine: a smaller "
+                        "--nproc_per_node, or --device cpu")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def source(args):
@@ -528,11 +590,35 @@ def prepare(model, args):
     return model
 
 
+class Logps(torch.nn.Module):
+    """log pi(y|x) as the forward of a module, which is what DistributedDataParallel can wrap."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return GPT.logps(self.model, batch)
+
+
+def add_up(group, bucket):
+    """What DistributedDataParallel does with gradients that are ready. Not the mean over processes,
+    which it would take: each has divided its losses by the size of the whole batch already."""
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
 def compile_logps(model, args):
-    """Compile what a training step spends its time in, if the flags ask for it."""
+    """Make ready what a training step spends its time in: compiled, if the flags ask for it, and
+    with several processes such that the backward adds up their gradients while it goes on."""
+    logps = model.logps
+    if world_size() > 1:
+        logps = DistributedDataParallel(Logps(model), gradient_as_bucket_view=True)
+        logps.register_comm_hook(None, add_up)
     large = sum(p.numel() for p in model.parameters()) >= 10_000_000
     if args.compile == "on" or args.compile == "auto" and model.device.type == "cuda" and large:
-        model.logps = torch.compile(model.logps, dynamic=True)
+        logps = torch.compile(logps, dynamic=True)
+    model.logps = functools.partial(logps)      # a module would become a part of the model
 
 
 def open_checkpoint(path, device, args):

@@ -550,9 +550,9 @@ def last_micro_batch_dropped(right, items, args, model):
 
 
 @replaces("train_sft.in_batches", "test_evaluation_counts_every_held_out_pair_once")
-def last_evaluation_batch_dropped(right, items, row_length, device, size=32):
+def last_evaluation_batch_dropped(right, items, row_length, model, size=32):
     """OpenRLHF #1332: drop_last, in an evaluation."""
-    return right(items[:max(size, len(items) // size * size)], row_length, device, size)
+    return right(items[:max(size, len(items) // size * size)], row_length, model, size)
 
 
 @replaces("train_sft.Log.add", "test_log_means_are_sums_over_counts_since_the_last_line")

@@ -177,7 +177,8 @@ def test_the_win_rate_is_against_the_baseline_that_is_named():
     other, _ = sample.evaluate(policies, *args, reward=len, baseline="b")
     wins = sum((len(b) > len(a)) + (len(b) == len(a)) / 2
                for a, b in zip(texts["a"], texts["b"]))
-    assert first["b"]["win_rate"] == wins / 50 and other["a"]["win_rate"] == 1 - wins / 50
+    assert first["b"]["win_rate"] == pytest.approx(wins / 50)
+    assert other["a"]["win_rate"] == pytest.approx(1 - wins / 50)
     assert first["a"]["win_rate"] == other["b"]["win_rate"] == 0.5
     assert first["b"]["win_rate_95"] == sample.wilson(wins, 50)
     assert "win_rate_95" not in first["a"] and "win_rate_95" not in other["b"]

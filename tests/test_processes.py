@@ -1,0 +1,311 @@
+"""More than one process: the same run, shared out. Two of them, talking through gloo, on a CPU.
+
+    pytest tests/test_processes.py
+    torchrun --nproc_per_node 2 tests/test_processes.py FOLDER      # the part of two processes
+
+The second command is what the first one starts; it makes each run of RUNS and leaves its weights
+and metrics in a folder of its own, beside which pytest makes the same runs alone.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import sample                                                                       # noqa: E402
+import train_dpo                                                                    # noqa: E402
+import train_sft                                                                    # noqa: E402
+from data import Encoded                                                            # noqa: E402
+from model import GPT, GPTConfig, UserError, load_checkpoint, rank                  # noqa: E402
+from train_sft import compile_logps, load_state, settle                             # noqa: E402
+
+# Name: script and flags. Seven prompts with three answers each; no batch here is a multiple of two.
+RUNS = {
+    "SFT": (train_sft, dict(batch=3)),
+    "SFT in parts": (train_sft, dict(batch=7, accumulate=2)),
+    "DPO": (train_dpo, dict(batch=13)),
+    "DPO in parts": (train_dpo, dict(batch=20, accumulate=2)),
+    "rankings": (train_dpo, dict(batch=3, loss="plackett_luce")),
+    "unlikelihood": (train_dpo, dict(batch=11, loss="unlikelihood")),
+}
+STEPS = 4
+SFT = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 64 --reviews 600 --batch 31 --lr 1e-2 "
+       "--steps 40 --device cpu").split()
+DPO = ("--prefixes 60 --samples 3 --max-new-tokens 40 --steps 6 --batch 13 --log-every 2 "
+       "--eval-every 3 --eval-prompts 40 --warmup 2 --device cpu").split()
+
+
+def train(name, out, **changes):
+    """One of RUNS, in float64. Returns the model."""
+    script, flags = RUNS[name]
+    args = script.parse_args(["--device", "cpu"])
+    flags = flags | changes | dict(out=out, row_length=32, steps=STEPS, lr=1e-2, warmup=2,
+                                   log_every=2, eval_every=3)
+    for flag, value in flags.items():
+        assert hasattr(args, flag), flag
+        setattr(args, flag, value)
+    settle(args)
+    out.mkdir(exist_ok=True)
+    torch.manual_seed(5)
+    config = GPTConfig(block_size=32, vocab_size=20, n_layer=2, n_head=2, n_embd=8)
+    model = GPT(config, 0.3).double()
+    numbers = torch.Generator().manual_seed(1)
+    items = [Encoded(draw[:2], [draw[2:4], draw[4:7], draw[7:7 + n % 5 + 1]],
+                     [(0, 1), (0, 2), (1, 2)])
+             for n, draw in enumerate(torch.randint(0, 20, (7, 12), generator=numbers).tolist())]
+    if script is train_sft:
+        items = [Encoded(item.prompt, item.answers[:1], []) for item in items]
+    compile_logps(model, args)
+    for item, logps in zip(items, sample.score(model, items, 32)):
+        item.ref_logps = logps
+    script.train(model, items, items[:3], args)
+    return model
+
+
+def stop_in_step(number):
+    """SIGTERM to the second process, and to no other, in that step."""
+    update, steps = train_sft.update, itertools.count()
+
+    def signalled(*arguments):
+        if next(steps) == number and rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return update(*arguments)
+    return signalled
+
+
+def work(folder):
+    """What each of the two processes does: all RUNS, one that is stopped and resumed, and both
+    commands."""
+    for name in RUNS:
+        calls, right = [], train_sft.add_up
+        train_sft.add_up = lambda group, bucket: calls.append(1) or right(group, bucket)
+        model = train(name, folder / name)
+        train_sft.add_up = right
+        torch.save((model.state_dict(), len(calls)), folder / name / f"process_{rank()}.pt")
+    out, right = folder / "stopped", train_sft.update
+    train_sft.update = stop_in_step(2)
+    try:
+        train("SFT", out)
+    except train_sft.Interrupted:
+        torch.save(load_state(out / "sft_state.pt")["step"], out / f"stopped_{rank()}.pt")
+    train_sft.update = right
+    model = train("SFT", out, resume=True)
+    torch.save((model.state_dict(), 0), out / f"process_{rank()}.pt")
+    train_sft.main([*SFT, "--out", str(folder / "commands")])
+    train_dpo.main([*DPO, "--out", str(folder / "commands")])
+
+
+def torchrun(*arguments, **changes):
+    """Two processes of a script to their end; returns what came of it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | changes
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_alike(left, right, within=2e-6):
+    """The numbers of two CSV files are equal to about the six digits that are printed."""
+    left, right = rows_of(left), rows_of(right)
+    assert [row["step"] for row in left] == [row["step"] for row in right]
+    for ours, theirs in zip(left, right):
+        for name in ours:
+            assert bool(ours[name]) == bool(theirs[name])
+            if ours[name]:
+                assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=2e-5, abs=within)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The folder in which two processes have done their `work`."""
+    folder = tmp_path_factory.mktemp("pair")
+    done = torchrun(__file__, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "printed").write_text(done.stdout)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------
+# The loops
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_end_with_the_weights_of_one(pair, tmp_path, name):
+    """Each loss is divided by the size of the whole batch and the gradients are added up, so it
+    does not matter who has the larger share: 1e-9 in float64, where 1e-6 is promised."""
+    alone = train(name, tmp_path).state_dict()
+    for process in (0, 1):
+        weights, _ = torch.load(pair / name / f"process_{process}.pt", weights_only=True)
+        for key, weight in weights.items():
+            torch.testing.assert_close(weight, alone[key], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_metrics_are_those_of_all_processes(pair, tmp_path, name):
+    """TRL #2474 shows one rank's. Sums over counts, each added up: every number of every line,
+    those of held-out data too."""
+    train(name, tmp_path)
+    [ours] = (pair / name).glob("*metrics.csv")
+    assert_alike(ours, tmp_path / ours.name)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_gradients_travel_once_a_step(pair, name):
+    """Not once for each micro-batch. A model as small as this is one bucket."""
+    for process in (0, 1):
+        _, calls = torch.load(pair / name / f"process_{process}.pt", weights_only=True)
+        assert calls == STEPS
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(pair, tmp_path):
+    """The second process alone gets it, in the third step, 2: both end that step and save. Resumed,
+    they end where a run does that nobody disturbed."""
+    for process in (0, 1):
+        assert torch.load(pair / "stopped" / f"stopped_{process}.pt") == 3
+    alone = train("SFT", tmp_path).state_dict()
+    for process in (0, 1):
+        weights, _ = torch.load(pair / "stopped" / f"process_{process}.pt", weights_only=True)
+        for key, weight in weights.items():
+            torch.testing.assert_close(weight, alone[key], rtol=0, atol=1e-9)
+    assert_alike(pair / "stopped" / "sft_metrics.csv", tmp_path / "sft_metrics.csv")
+
+
+def test_a_run_may_go_on_with_another_number_of_processes(pair, tmp_path):
+    """The state of two processes, resumed by one: the split is no part of what the run is."""
+    state = load_state(pair / "DPO" / "dpo_state.pt")
+    assert state["step"] == STEPS
+    (tmp_path / "dpo_state.pt").write_bytes((pair / "DPO" / "dpo_state.pt").read_bytes())
+    weights, _ = torch.load(pair / "DPO" / "process_0.pt", weights_only=True)
+    resumed = train("DPO", tmp_path, resume=True).state_dict()      # at its end: nothing is left
+    assert all(torch.equal(resumed[key], weight) for key, weight in weights.items())
+
+
+# ------------------------------------------------------------------------------------------------
+# The commands
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folders(pair, tmp_path_factory):
+    """(folder of two processes, folder of one): both commands, DPO from the same SFT weights."""
+    two, one = pair / "commands", tmp_path_factory.mktemp("one")
+    train_sft.main([*SFT, "--out", str(one)])
+    alone = load_checkpoint(one / "sft.pt")[0].state_dict()
+    (one / "sft.pt").write_bytes((two / "sft.pt").read_bytes())
+    train_dpo.main([*DPO, "--out", str(one)])
+    return two, one, alone
+
+
+def test_the_float32_weights_of_two_processes_are_those_of_one_to_1e_6(folders):
+    """After 40 steps of 31 texts. But for the bias of the keys, a third of that of c_attn: it adds
+    the same to all scores of a query, so its gradient is rounding, and Adam moves it by that."""
+    two, _, alone = folders
+    for name, weight in load_checkpoint(two / "sft.pt")[0].state_dict().items():
+        difference = weight - alone[name]
+        if name.endswith("c_attn.bias"):
+            difference = torch.cat([difference.chunk(3)[0], difference.chunk(3)[2]])
+        assert difference.abs().max() <= 1e-6, name
+
+
+def test_both_commands_write_under_torchrun_what_they_write_alone(folders):
+    """The sampled answers and the reference log-probs to the byte: what is shared out is a whole
+    batch, with a generator of its own. Metrics to what float32 knows of the difference of two
+    log-probs around -50; the same files."""
+    two, one, _ = folders
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    for name in ("preferences.jsonl", "reference.json"):
+        assert (two / name).read_bytes() == (one / name).read_bytes()
+    for name in ("sft_metrics.csv", "metrics.csv"):
+        assert_alike(two / name, one / name, within=2e-5)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (two, one)]
+    assert results[0]["policies"]["sft"] == results[1]["policies"]["sft"]
+
+
+def test_the_first_process_alone_speaks(pair):
+    printed = (pair / "printed").read_text()
+    for line in ("starting from", "wrote", "DPO of", "SFT of", "held-out prompts, one sample"):
+        count = printed.count(line)
+        assert count == (3 if line == "wrote" else 1), line
+
+
+def test_bad_input_under_torchrun_is_said_once_by_the_script():
+    """torchrun adds a report of its own; the sentence stands before it."""
+    done = torchrun("train_dpo.py", "--beta", "-1")
+    assert done.returncode != 0
+    assert done.stderr.count("train_dpo.py: argument --beta: expected") == 1
+    assert "train_dpo.py, process 1" not in done.stderr
+
+
+def test_fewer_prompts_than_processes_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(train_sft, "world_size", lambda: 3)
+    items, args = [Encoded([1], [[2]], [])] * 2, argparse.Namespace(accumulate=1, row_length=8)
+    with pytest.raises(UserError, match="a batch of 2 prompts for 3 processes"):
+        next(train_sft.micro_batches(items, args, GPT(GPTConfig(8, 4, 1, 1, 4))))
+
+
+# ------------------------------------------------------------------------------------------------
+# Dealing out
+# ------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 4), st.integers(1, 4))
+def test_a_batch_is_dealt_out_whole_and_evenly(lengths, processes, accumulate):
+    """Every prompt is in one part of one process. Dealt by length, no two parts differ by more
+    tokens than the longest prompt has."""
+    items = [Encoded([1], [[2] * n], [], [float(i)]) for i, n in enumerate(lengths)]
+    args, dealt = argparse.Namespace(accumulate=accumulate, row_length=64), []
+    model = GPT(GPTConfig(64, 4, 1, 1, 4))
+    model.logps = argparse.Namespace(func=argparse.Namespace())
+    with pytest.MonkeyPatch.context() as patch:
+        for number in range(processes):
+            patch.setattr(train_sft, "rank", lambda: number)
+            patch.setattr(train_sft, "world_size", lambda: processes)
+            if len(items) < processes:
+                continue
+            synchronised = []
+            for part in train_sft.micro_batches(items, args, model):
+                dealt.append(part)
+                synchronised.append(getattr(model.logps.func, "require_backward_grad_sync", None))
+            assert synchronised == ([None] * len(synchronised) if processes == 1 else
+                                    [False] * (len(synchronised) - 1) + [True])
+    if len(items) >= processes:
+        found = sorted(int(i) for part in dealt for i in part.ref_logps)
+        assert found == list(range(len(items)))
+        tokens = [int((part.group >= 0).sum()) for part in dealt]
+        assert len(dealt) == min(accumulate * processes, len(items))
+        assert max(tokens) - min(tokens) <= max(lengths) + 1
+
+
+@given(st.integers(0, 30), st.integers(1, 5))
+def test_what_was_dealt_out_comes_back_in_its_order(n, processes):
+    """`gathered` of things[rank::world_size] is things, for any number of either."""
+    import model
+    things = list(range(n))
+    with pytest.MonkeyPatch.context() as patch:
+        def exchange(parts, mine):
+            parts[:] = [things[number::processes] for number in range(processes)]
+        patch.setattr(model, "world_size", lambda: processes)
+        patch.setattr(model.dist, "all_gather_object", exchange)
+        assert model.gathered(things[:]) == things
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train_sft.command(lambda argv: work(Path(argv[0])))(sys.argv[1:])
