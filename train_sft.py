@@ -19,6 +19,7 @@ import io
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -157,6 +158,40 @@ def tokens_of(item):
     return len(item.prompt) + sum(map(len, item.answers))
 
 
+def bytes_of_step(config, tokens, scored):
+    """What forward and backward of a micro-batch hold at their peak, beside weights, gradients and
+    optimizer: twenty floats a token, layer and channel; a scored token's logits, their log-softmax
+    and its gradient; the gradient of the embedding twice. An estimate, measured in float32; half
+    precision and compiled code hold less."""
+    L, C, V = config.n_layer, config.n_embd, config.vocab_size
+    return 4 * (20 * L * C * tokens + 3 * V * scored + 2 * V * C)
+
+
+def free_memory(device):
+    """Bytes that a process may still take on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    free = (1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo.read_text())[1])
+            if meminfo.exists() else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def fewest_micro_batches(model, batches, row_length):
+    """How many micro-batches, a power of two, let each step of an epoch fit in four fifths of the
+    memory that is free, by `bytes_of_step`, with a fifth of each row empty."""
+    steps = [batches[step] for step in range(math.ceil(batches.per_epoch / batches.size))]
+    tokens = max(sum(map(tokens_of, items)) for items in steps)
+    scored = max(sum(len(answer) for item in items for answer in item.answers) for items in steps)
+    later = 12 * sum(p.numel() for p in model.parameters())         # gradients, and Adam's moments
+    room, n = 0.8 * (free_memory(model.device) - later), 1
+    while n < batches.size and bytes_of_step(
+            model.config, max(row_length, 1.25 * tokens / n / world_size()),
+            scored / n / world_size()) > room:
+        n *= 2
+    return int(reduced([n], dist.ReduceOp.MAX)[0])
+
+
 def is_time(step, steps, every):
     """At the first step, every so many after it, and at the last."""
     return step % every == 0 or step == steps - 1
@@ -257,28 +292,33 @@ class Run:
         self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "log": log}
         self.step, self.norms, self.overflows = 0, [], 0
         self.seconds, self.saved_at = 60 * args.save_every, time.monotonic()
+        state = load_state(path) if args.resume and path.exists() else None
+        wait()                  # until all processes have looked
+        if args.accumulate is None:
+            args.accumulate = (state["settings"].get("accumulate", 1) if state else
+                               fewest_micro_batches(model, batches, args.row_length))
+            if args.accumulate > 1:
+                print(f"{args.accumulate} micro-batches a step, for the memory that is free")
         self.settings = {name: getattr(args, name) for name in SHARED if hasattr(args, name)}
         self.settings |= {"device": model.device.type, "precision": str(model.precision),
                           "weights to start from": fingerprint(model),
                           "data": fingerprint(batches.encoded),
                           "held-out data": fingerprint(held_out)}
-        there = path.exists()
-        wait()                  # until all processes have looked
-        if args.resume and there:
-            self.load()
+        if state:
+            self.load(state)
             return
         if args.resume:
             print(f"{path}: nothing to resume; starting from the first step")
-        elif there:
+        elif path.exists():
             old = path.with_suffix(".old")
+            wait()              # until all processes have looked
             if rank() == 0:
                 os.replace(path, old)
             print(f"{path} was of a run that stopped early, and --resume would have gone on with "
                   f"it; it is {old} now, and this run starts from the first step")
         self.save()     # as long as there is a state the run has not ended, from the first moment
 
-    def load(self):
-        state = load_state(self.path)
+    def load(self, state):
         for name, now in self.settings.items():
             then = state["settings"].get(name)
             if then != now:
@@ -498,8 +538,9 @@ def add_training_flags(parser, batch, batch_unit, warmup):
              "takes longer than the whole reviews run)")
     add("--batch", type=number(int, 1), default=batch,
         help=f"{batch_unit} a step (default {batch})")
-    add("--accumulate", type=number(int, 1), default=1,
-        help="micro-batches of a step; more save memory and change nothing else (default 1)")
+    add("--accumulate", type=number(int, 1),
+        help="micro-batches of a step; more save memory and change nothing else (default: as few as "
+             "fit in the memory that is free, by an estimate; --resume keeps their number)")
     add("--row-length", type=number(int, 2),
         help="tokens of a packed row, at most the model's block size, which is the default")
     add("--epochs", type=number(float, 0, above=True, most=10**6), default=1.0, help="default 1")

@@ -272,6 +272,21 @@ def test_a_kill_while_the_state_is_written_leaves_the_one_before(untouched, tmp_
     assert same(state["model"], expected["model"]) and metrics == expected_metrics
 
 
+def test_a_run_goes_on_with_the_micro_batches_it_began_with(tmp_path, untouched, monkeypatch):
+    """Two at first; when it is resumed there would be memory for one. The sums are then rounded as
+    before."""
+    numbers = iter([2, 1])
+    monkeypatch.setattr(train_sft, "fewest_micro_batches", lambda *arguments: next(numbers))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dpo, "update", killed_at(train_dpo, 6))
+        with pytest.raises(Killed):
+            train(train_dpo, tmp_path, accumulate=None)
+    train(train_dpo, tmp_path, resume=True, accumulate=None)
+    expected, expected_metrics = untouched[train_dpo, 2]
+    state, metrics = everything(tmp_path)
+    assert same(state, expected) and metrics == expected_metrics
+
+
 # ------------------------------------------------------------------------------------------------
 # What cannot be resumed is refused, and says why
 # ------------------------------------------------------------------------------------------------

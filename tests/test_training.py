@@ -13,11 +13,15 @@ import csv
 import gzip
 import json
 import math
+import os
 import re
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import sample
 import train_dpo
@@ -343,6 +347,48 @@ def test_micro_batches_hold_every_prompt_once():
     parts = list(micro_batches(items, args, small_gpt()))
     assert [part.n_answers for part in parts] == [9, 6, 6]          # 3, 2 and 2 prompts
     assert sum(len(part.winners) for part in parts) == 21
+
+
+@given(st.integers(1, 3), st.integers(1, 2), st.sampled_from([32, 64, 128]),
+       st.sampled_from([8, 64, 500]), st.integers(1, 6), st.booleans())
+@hypothesis.settings(deadline=None, max_examples=30, derandomize=True)
+def test_the_estimate_of_memory_is_above_what_a_step_keeps_and_not_by_much(
+        layers, heads, channels, vocabulary, n, long):
+    """What autograd keeps between forward and backward, counted tensor by tensor, is most of the
+    peak: it is below the estimate, and more than a third of it."""
+    config = GPTConfig(64, vocabulary, layers, heads, channels)
+    batch = pack([Encoded([1], [[2] * (60 if long else 9), [3]], [(0, 1)])] * n, 64)
+    model, kept = GPT(config), {}
+    weights = {weight.data_ptr() for weight in model.parameters()}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor      # which also keeps its address
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        graph = model.logps(batch).sum()
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    estimate = train_sft.bytes_of_step(config, batch.tokens.numel(), len(batch.target))
+    assert graph.requires_grad and estimate / 3 <= found <= estimate
+
+
+@pytest.mark.parametrize("room, expected", [(97_280, 1), (97_279, 2), (49_279, 4), (25_279, 8),
+                                            (0, 8)])
+def test_micro_batches_are_as_few_as_fit_in_the_memory_that_is_free(monkeypatch, room, expected):
+    """Eight prompts of 12 tokens a step, 10 of them scored, in rows a fifth empty: 120 places and
+    80 logits of 20, that is 4 (20 x 8 x 120 + 60 x 80 + 2 x 20 x 8) = 97,280 bytes at once; in two
+    parts 49,280, in four 25,280. Free is that over 0.8, and 12 bytes for each weight."""
+    model = GPT(GPTConfig(16, 20, 1, 2, 8))
+    free = room / 0.8 + 12 * sum(weight.numel() for weight in model.parameters())
+    monkeypatch.setattr(train_sft, "free_memory", lambda device: free)
+    items = [Encoded([1, 2], [[3] * 5, [4] * 5], [(0, 1)])] * 30
+    batches = Batches(items, 8, seed=0)
+    assert train_sft.fewest_micro_batches(model, batches, 16) == expected
+
+
+def test_free_memory_is_more_than_a_megabyte_and_less_than_there_is():
+    free = train_sft.free_memory(torch.device("cpu"))
+    assert 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_log_means_are_sums_over_counts_since_the_last_line(tmp_path, capsys):
