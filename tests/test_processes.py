@@ -260,6 +260,18 @@ def test_fewer_prompts_than_processes_is_one_sentence(monkeypatch):
         next(train_sft.micro_batches(items, args, GPT(GPTConfig(8, 4, 1, 1, 4))))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU at most")
+def test_two_gpus_end_with_the_weights_of_one(tmp_path):
+    """Over NCCL, in float32; the products of TF32 are not used there."""
+    flags = [*SFT, "--device", "cuda", "--precision", "float32"]
+    done = torchrun("train_sft.py", *flags, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    train_sft.main([*flags, "--out", str(tmp_path / "one")])
+    weights = [load_checkpoint(tmp_path / name / "sft.pt")[0].wte.weight for name in ("one", "two")]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------
 # Dealing out
 # ------------------------------------------------------------------------------------------------
