@@ -563,6 +563,11 @@ class Batch:
         return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
 
+# A prompt with as many of its answers as fit in a row: lists of ids; numbers: those answers in the
+# batch; length: of them all.
+Piece = namedtuple("Piece", "prompt answers numbers length")
+
+
 def pack(encoded, row_length):
     """A list of Encoded to a Batch: every prompt with all its answers, in as few rows as first-fit
     over the longest first finds.
@@ -571,51 +576,73 @@ def pack(encoded, row_length):
     changes nothing: answers are blind to each other. Raises ValueError where a single answer does
     not fit.
     """
-    # 1. Cut into pieces that fit in a row: (length, prompt, [(answer, its number), ...]).
+    pieces = cut_into_pieces(encoded, row_length)
+    pieces.sort(key=lambda piece: piece.length, reverse=True)
+    places = first_fit([piece.length for piece in pieces], row_length)
+    return Batch(*write_rows(pieces, places, row_length), *number_pairs(encoded),
+                 sum(len(item.answers) for item in encoded))
+
+
+def cut_into_pieces(encoded, row_length):
+    """A list of Piece, in the order given: answers stay with the one before as long as there is
+    room. Raises ValueError where a single answer has none."""
     pieces, n = [], 0
-    for item in encoded:
-        room = 0
-        for answer in item.answers:
-            if len(item.prompt) + len(answer) > row_length:
-                raise ValueError(f"a prompt of {len(item.prompt)} tokens and an answer of "
+    for prompt, answers in ((item.prompt, item.answers) for item in encoded):
+        first, length = 0, len(prompt)
+        for i, answer in enumerate(answers):
+            if len(prompt) + len(answer) > row_length:
+                raise ValueError(f"a prompt of {len(prompt)} tokens and an answer of "
                                  f"{len(answer)} do not fit in a row of {row_length}")
-            if len(answer) > room:
-                room = row_length - len(item.prompt)
-                pieces.append((item.prompt, []))
-            pieces[-1][1].append((answer, n))
-            room, n = room - len(answer), n + 1
+            if length + len(answer) > row_length:
+                pieces.append(Piece(prompt, answers[first:i], range(n + first, n + i), length))
+                first, length = i, len(prompt)
+            length += len(answer)
+        pieces.append(Piece(prompt, answers[first:], range(n + first, n + len(answers)), length))
+        n += len(answers)
+    return pieces
 
-    # 2. Give each piece a row and a column: the longest first, each into the first row with room.
-    def length(piece):
-        return len(piece[0]) + sum(len(answer) for answer, _ in piece[1])
-    ends, placed = [], []
-    for piece in sorted(pieces, key=length, reverse=True):
-        row = next((r for r, end in enumerate(ends) if end + length(piece) <= row_length), None)
-        if row is None:
-            row = len(ends)
-            ends.append(0)
-        placed.append((row, ends[row], piece))
-        ends[row] += length(piece)
 
-    # 3. Write them down.
-    tokens, positions, group, answer_of = np.zeros((4, len(ends), row_length), dtype=np.int64)
+def first_fit(lengths, row_length):
+    """Where pieces of these lengths go, each into the first row that has room for it: a list of
+    (row, column)."""
+    shortest, B, places = min(lengths), 0, []
+    ends = {}                       # of the rows that have room for the shortest, in their order
+    for length in lengths:
+        row = next((r for r, end in ends.items() if end + length <= row_length), B)
+        start = ends.get(row, 0)
+        places.append((row, start))
+        ends[row], B = start + length, max(B, row + 1)
+        if ends[row] + shortest > row_length:
+            del ends[row]
+    return places
+
+
+def write_rows(pieces, places, row_length):
+    """The first seven fields of a Batch, from tokens to owner."""
+    B = 1 + max(row for row, _ in places)
+    tokens, positions, group, answer_of = np.zeros((4, B, row_length), dtype=np.int64)
     group -= 1
     scored = []                                         # (source, target, owner), each an array
-    for number, (row, start, (prompt, answers)) in enumerate(placed):
-        at = start + len(prompt)
-        tokens[row, start:at], positions[row, start:at] = prompt, np.arange(len(prompt))
+    for number, (piece, (row, start)) in enumerate(zip(pieces, places)):
+        T = len(piece.prompt)
+        at = start + T
+        tokens[row, start:at], positions[row, start:at] = piece.prompt, np.arange(T)
         last_of_prompt = row * row_length + at - 1
-        for k, (answer, owner) in enumerate(answers, 1):
+        for k, (answer, owner) in enumerate(zip(piece.answers, piece.numbers), 1):
             end = at + len(answer)
             tokens[row, at:end], answer_of[row, at:end] = answer, k
-            positions[row, at:end] = np.arange(len(prompt), len(prompt) + len(answer))
+            positions[row, at:end] = np.arange(T, T + len(answer))
             source = np.arange(at - 1, end - 1) + row * row_length
             source[0] = last_of_prompt                  # a first token is predicted by the prompt
             scored.append((source, answer, np.full(len(answer), owner)))
             at = end
         group[row, start:at] = number
+    source, target, owner = map(np.concatenate, zip(*scored))
+    return map(torch.from_numpy, (tokens, positions, group, answer_of, source, target, owner))
 
-    # 4. Number the pairs and rankings over the whole batch.
+
+def number_pairs(encoded):
+    """winners, losers, rankings and ref_logps of a Batch: all numbered over the whole of it."""
     first = np.cumsum([0] + [len(item.answers) for item in encoded])
     pairs = np.array([(f + w, f + l) for f, item in zip(first, encoded) for w, l in item.pairs],
                      dtype=np.int64).reshape(-1, 2)
@@ -625,11 +652,8 @@ def pack(encoded, row_length):
         order = sorted(range(len(item.answers)), key=lambda i: -won[i])
         rankings[g, :len(order)] = first[g] + np.array(order)
     ref_logps = [r for item in encoded for r in item.ref_logps or [0.0] * len(item.answers)]
-    source, target, owner = (torch.from_numpy(np.concatenate(column)) for column in zip(*scored))
-    return Batch(*map(torch.from_numpy, (tokens, positions, group, answer_of)),
-                 source, target, owner,
-                 torch.from_numpy(pairs[:, 0].copy()), torch.from_numpy(pairs[:, 1].copy()),
-                 torch.from_numpy(rankings), torch.tensor(ref_logps), n)
+    winners, losers, rankings = map(torch.from_numpy, (*pairs.T.copy(), rankings))
+    return winners, losers, rankings, torch.tensor(ref_logps)
 
 
 class Batches:
