@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 from data import (
     DEGREES, FEELINGS, PLURAL, QUALITIES, SINGULAR, VERDICTS, WORDS, Batches, Encoded, Preference,
-    Skipped, encode, encode_all, get_tokenizer, is_held_out, load_preferences, pack, prefixes,
-    rank, ranking_to_pairs, reward, take, well_formed, write_review,
+    Skipped, best_row_length, encode, encode_all, get_tokenizer, is_held_out, load_preferences, pack,
+    prefixes, rank, ranking_to_pairs, reward, take, well_formed, write_review,
 )
 from model import UserError
 
@@ -940,6 +940,51 @@ def test_rows_are_no_more_than_first_fit_needs(case):
                 pieces, left = pieces + 1, row_length - len(item.prompt)
             left -= len(answer)
     assert batch.group.max() + 1 == pieces and len(filled) <= pieces
+
+
+def executed(encoded, row_length, n_embd):
+    """(products of a block, up to a constant; length of the fullest row) of what pack makes at this
+    row length, its rows cut to the fullest one: per place 24 C^2 for 12 C^2 weights and 4 C T for
+    the T places of its row, which is 4 C (6 C + T)."""
+    filled = (pack(encoded, row_length).group >= 0).sum(1)
+    T = int(filled.max())
+    return len(filled) * T * (6 * n_embd + T), T
+
+
+lengths = st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1,
+                                                          max_size=4)), min_size=1, max_size=8)
+
+
+@for_all
+@given(lengths, st.integers(70, 300), st.sampled_from([1, 8, 768]))
+def test_the_best_row_length_multiplies_least_of_all_it_may_try(lengths, most, n_embd):
+    """The oracle packs at every multiple of 16 there is, and counts what it got; of equals the
+    shortest. So rows are cut to the fullest, and what was counted is what pack then makes."""
+    encoded = [Encoded([0] * prompt, [[0] * n for n in answers], []) for prompt, answers in lengths]
+    least = max(prompt + max(answers) for prompt, answers in lengths)
+    expected = min(executed(encoded, limit, n_embd) for limit in [most, *range(0, most, 16)]
+                   if limit >= least)
+    T = best_row_length(encoded, most, n_embd)
+    assert (len(pack(encoded, T).tokens) * T * (6 * n_embd + T), T) == expected
+
+
+def test_short_rows_for_few_channels_and_long_ones_for_many():
+    """Two prompts of 30 tokens with two answers of 30. At most 192 tokens to a row, all fits in one
+    of 180; at 128 it takes two of 90, at 64 four of 60, the prompts now twice. Multiplied is
+    180 (6 C + 180), 180 (6 C + 90), 240 (6 C + 60): with C = 6 38,880, 22,680 and 23,040, with
+    C = 4 36,720, 20,520 and 20,160. (No place is empty here, so hidden keys decide.)"""
+    encoded = [Encoded([1] * 30, [[1] * 30, [1] * 30], [(0, 1)])] * 2
+    assert [best_row_length(encoded, 192, n_embd) for n_embd in (6, 4)] == [90, 60]
+
+
+def test_a_row_length_is_at_least_what_a_prompt_and_one_answer_need():
+    """Refused like pack refuses it, with the same words; just long enough is long enough."""
+    item = Encoded([9, 8], [[1], [2, 2, 2]], [(0, 1)])
+    assert best_row_length([item], 5, 768) == 5
+    apart = Encoded([9], [[1] * 15, [2] * 15], [(0, 1)])    # 2 x 16 x 22 for one row's 31 x 37
+    assert best_row_length([apart], 40, 1) == 16
+    with pytest.raises(ValueError, match="2 tokens .* 3 .* row of 4"):
+        best_row_length([item], 4, 768)
 
 
 @for_all
