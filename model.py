@@ -129,6 +129,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.precision = None       # torch.bfloat16 or torch.float16: autocast to it
+        self.compiled = False       # whether logps is: then rows should keep one length
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -192,7 +193,9 @@ class GPT(nn.Module):
         hidden = hidden.flatten(0, 1).index_select(0, batch.source)              # (S, C)
         logits = self.head(hidden)                                               # (S, V)
         token_logps = -F.cross_entropy(logits, batch.target, reduction="none")   # (S,)
-        return token_logps.new_zeros(batch.n_answers).index_add(0, batch.owner, token_logps)
+        # N as the length of a tensor may vary in a compiled graph, where an int is a constant.
+        N = len(batch.ref_logps)
+        return token_logps.new_zeros(N).index_add(0, batch.owner, token_logps)
 
     # -- sampling --------------------------------------------------------------------------------
 

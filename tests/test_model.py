@@ -9,6 +9,7 @@ log-probs summed token by token. All in float64, so that equal means equal.
 import copy
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,15 +19,17 @@ from hypothesis import strategies as st
 
 from data import Encoded, pack
 from model import GPT, GPTConfig, UserError, choose, load_checkpoint, save_checkpoint
+from train_sft import compile_logps
 
 for_all = settings(deadline=None, max_examples=30, derandomize=True)
 EOT = 12                                                    # the last id of the small vocabulary
 
 
-def small_gpt(seed=0, std=0.3):
+def small_gpt(seed=0, std=0.3, n_layer=2):
     """A GPT of 13 ids whose weights are large enough that every token matters."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=24, vocab_size=13, n_layer=2, n_head=2, n_embd=8)).double()
+    model = GPT(GPTConfig(block_size=24, vocab_size=13, n_layer=n_layer, n_head=2,
+                          n_embd=8)).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return model
@@ -229,17 +232,58 @@ def test_half_precision_logps_are_float32_and_close(precision):
     assert torch.equal(model.logps(pack(items, 16)), exact)
 
 
+def steps_of_any_shape():
+    """Packed batches in rows of 16 that differ in how many rows, scored tokens and answers."""
+    rng = np.random.default_rng(0)
+    for n in (4, 9, 3, 17, 5):
+        yield pack([Encoded([1] * rng.integers(1, 7), [[2] * m for m in rng.integers(1, 9, k)], [])
+                    for k in rng.integers(1, 5, n)], 16)
+
+
+def compile_on(model):
+    compile_logps(model, SimpleNamespace(compile="on"))
+    assert model.compiled
+    return model
+
+
 def test_compiled_logps_are_the_eager_ones():
-    """Compilation may reorder float32 sums, no more; and no key of the weights changes."""
-    model, items = small_gpt().float(), [Encoded([1, 2, 3], [[4, 5, 6, EOT], [8, EOT]], [])]
-    keys, eager = list(model.state_dict()), model.logps(pack(items, 16))
-    model.logps = torch.compile(model.logps, dynamic=True)
-    try:
-        compiled = model.logps(pack(items, 16))
-    except Exception as error:                              # no C++ compiler on this machine
-        pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
-    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
-    assert list(model.state_dict()) == keys
+    """Compilation may reorder float32 sums, no more, whatever the shapes; and no key of the weights
+    changes."""
+    eager, compiled = (small_gpt(n_layer=1).float() for _ in "12")
+    compile_on(compiled)
+    for batch in steps_of_any_shape():
+        try:
+            got = compiled.logps(batch)
+            got.sum().backward()
+        except Exception as error:                          # no C++ compiler on this machine
+            pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
+        expected = eager.logps(batch)
+        expected.sum().backward()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        for p, q in zip(compiled.parameters(), eager.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+
+
+def test_nothing_is_compiled_after_the_first_step_and_the_first_look(monkeypatch):
+    """Compiling takes longer than many steps. Rows, scored tokens and answers differ each time;
+    a step and a look (no gradients) have a graph each, and another where there is but one row."""
+    graphs, torch_compile = [], torch.compile
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda f: torch_compile(f, backend=count))
+    model, found = compile_on(small_gpt()), []
+    for gradients in (True, False, True, False):
+        for batch in steps_of_any_shape():
+            with torch.set_grad_enabled(gradients):
+                model.logps(batch)
+            found.append(len(graphs))
+    assert found == [1] * 5 + [2] * 15
+    for answers in ([[2, 3], [4]], [[2], [3], [4, 5]]):
+        model.logps(pack([Encoded([1], answers, [])], 16))
+    assert len(graphs) == 3
 
 
 # ------------------------------------------------------------------------------------------------

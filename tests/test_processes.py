@@ -284,7 +284,7 @@ def test_a_batch_is_dealt_out_whole_and_evenly(lengths, processes, accumulate):
     items = [Encoded([1], [[2] * n], [], [float(i)]) for i, n in enumerate(lengths)]
     args, dealt = argparse.Namespace(accumulate=accumulate, row_length=64), []
     model = GPT(GPTConfig(64, 4, 1, 1, 4))
-    model.logps = argparse.Namespace(func=argparse.Namespace())
+    model.logps = argparse.Namespace(parallel=argparse.Namespace())
     with pytest.MonkeyPatch.context() as patch:
         for number in range(processes):
             patch.setattr(train_sft, "rank", lambda: number)
@@ -294,7 +294,7 @@ def test_a_batch_is_dealt_out_whole_and_evenly(lengths, processes, accumulate):
             synchronised = []
             for part in train_sft.micro_batches(items, args, model):
                 dealt.append(part)
-                synchronised.append(getattr(model.logps.func, "require_backward_grad_sync", None))
+                synchronised.append(getattr(model.logps.parallel, "require_backward_grad_sync", None))
             assert synchronised == ([None] * len(synchronised) if processes == 1 else
                                     [False] * (len(synchronised) - 1) + [True])
     if len(items) >= processes:
