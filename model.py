@@ -130,6 +130,7 @@ class GPT(nn.Module):
         self.config = config
         self.precision = None       # torch.bfloat16 or torch.float16: autocast to it
         self.compiled = False       # whether logps is: then rows should keep one length
+        self.vocab_multiple = 1     # logps computes logits in columns of a multiple of it; see head
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -162,11 +163,21 @@ class GPT(nn.Module):
                 x = block(x, mask, caches[i] if caches else None)
             return self.ln_f(x)
 
-    def head(self, hidden):
+    def head(self, hidden, multiple=1):
         """(..., C) to logits (..., V): the token embedding once more. Never autocast: GPT-2's
         logits lie around -100, where bfloat16 counts in halves, and an answer's log-prob would be
-        off by more than a nat."""
-        return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight)
+        off by more than a nat.
+
+        multiple: V is rounded up to a multiple of it, since tensor cores want rows that begin at
+        multiples of 16 bytes, and 50257 is odd. The columns added are no token's, so they are -inf:
+        0, as rows of zeros would make them, is enormous beside -100.
+        """
+        weight, bias = self.wte.weight, None
+        missing = -len(weight) % multiple
+        if missing:
+            bias = F.pad(weight.new_zeros(len(weight)), (0, missing), value=-math.inf)
+            weight = F.pad(weight, (0, 0, 0, missing))
+        return F.linear(hidden.to(weight.dtype), weight, bias)
 
     def autocast(self):
         """The precision of the products. One place for training, reference, sampling and
@@ -191,7 +202,7 @@ class GPT(nn.Module):
         """
         hidden = self.hidden(batch.tokens, batch.positions, batch.mask())        # (B, T, C)
         hidden = hidden.flatten(0, 1).index_select(0, batch.source)              # (S, C)
-        logits = self.head(hidden)                                               # (S, V)
+        logits = self.head(hidden, self.vocab_multiple)                          # (S, V) or more
         token_logps = -F.cross_entropy(logits, batch.target, reduction="none")   # (S,)
         # N as the length of a tensor may vary in a compiled graph, where an int is a constant.
         N = len(batch.ref_logps)

@@ -218,6 +218,27 @@ def test_common_mistakes_give_other_numbers():
         assert abs(value.item() - right) > 1e-3, mistake
 
 
+@for_all
+@given(groups(), st.integers(2, 40), st.sampled_from([0.0, -100.0]))
+def test_a_padded_vocabulary_changes_no_log_prob_and_no_gradient(items, multiple, shift):
+    """13 columns rounded up for the tensor cores. With the first channel constant, every logit is
+    shifted by -100, where GPT-2's lie: a column of zeros would take all the probability."""
+    plain, padded = small_gpt(), small_gpt()
+    for model in (plain, padded):
+        with torch.no_grad():
+            model.ln_f.weight[0], model.ln_f.bias[0], model.wte.weight[:, 0] = 0.0, shift, 1.0
+    padded.vocab_multiple = multiple
+    columns = padded.head(torch.ones(2, 8), multiple).size(1)
+    assert columns % multiple == 0 and 13 <= columns < 13 + multiple
+    batch = pack(items, 16)
+    logps = [model.logps(batch) for model in (plain, padded)]
+    torch.testing.assert_close(*logps, rtol=0, atol=1e-11)
+    for model, values in zip((plain, padded), logps):
+        values.sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), padded.parameters()):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-10, msg=name)
+
+
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_half_precision_logps_are_float32_and_close(precision):
     """Products in half precision, softmax and sums in float32. A half has 8 or 11 bits, so a
@@ -497,7 +518,7 @@ def test_cuda_logps_are_those_of_the_cpu(precision, tolerance):
     model, items = small_gpt().float(), [Encoded([1, 2, 3], [[4, 5, 6, EOT], [8, EOT]], [])] * 8
     expected = model.logps(pack(items, 32))
     model = model.cuda()
-    model.precision = precision
+    model.precision, model.vocab_multiple = precision, 64
     got = model.logps(pack(items, 32).to("cuda"))
     torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=tolerance)
     greedy = model.generate([[1, 2], [3]], 8, temperature=0)

@@ -16,6 +16,7 @@ import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -318,6 +319,14 @@ def test_parameters_stay_float32_in_every_precision(precision):
     assert all(p.dtype == torch.float32 for p in model.parameters())
     if precision != "auto":
         assert model.precision == (None if precision == "float32" else getattr(torch, precision))
+
+
+def test_only_on_cuda_is_the_vocabulary_padded():
+    """Elsewhere it costs a copy of the embedding each step and gains nothing."""
+    for device, multiple in (("cpu", 1), ("cuda", 64)):
+        model = SimpleNamespace(device=torch.device(device))
+        prepare(model, argparse.Namespace(precision="float32"))
+        assert model.vocab_multiple == multiple
 
 
 def test_the_first_step_of_training_moves_the_policy(tmp_path):
