@@ -15,14 +15,17 @@ import json
 import math
 import os
 import re
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 import train_dpo
@@ -76,9 +79,9 @@ def ranked_items(n, reference=None):
     return items
 
 
-def settings(tmp_path, **changes):
-    """The flags of train_dpo.py as they are by default, but for a few."""
-    args = train_dpo.parse_args([])
+def settings(tmp_path, loop=train_dpo, **changes):
+    """The flags of train_dpo.py, or train_sft.py, as they are by default, but for a few."""
+    args = loop.parse_args([])
     args.out, args.row_length, args.lr, args.warmup = tmp_path, 32, 1e-2, 1
     for name, value in changes.items():
         assert hasattr(args, name)
@@ -398,6 +401,113 @@ def test_micro_batches_are_as_few_as_fit_in_the_memory_that_is_free(monkeypatch,
 def test_free_memory_is_more_than_a_megabyte_and_less_than_there_is():
     free = train_sft.free_memory(torch.device("cpu"))
     assert 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class NeverWaits(TorchDispatchMode):
+    """Within it, what makes the host wait for a device is an AssertionError, on the CPU too: an
+    operation whose size or Python value depends on what a tensor holds."""
+
+    TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__.strip("_").startswith("index"):     # by a mask: of any size
+            indices = args[1] if isinstance(args[1], (list, tuple)) else []
+            waits = any(i is not None and i.dtype == torch.bool for i in indices)
+        else:
+            waits = self.TAGS & set(func.tags)
+        assert not waits, f"{func} waits for the device"
+        return func(*args, **kwargs or {})
+
+    def __enter__(self):
+        self.patches = ExitStack()
+        for name in ("tolist", "numpy", "cpu"):         # on the CPU no operation is dispatched
+            self.patches.enter_context(mock.patch.object(torch.Tensor, name, self.refuse(name)))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patches.close()
+        return super().__exit__(*error)
+
+    def refuse(self, name):
+        def refused(*arguments, **named):
+            raise AssertionError(f"{name} waits for the device")
+        return refused
+
+
+@contextmanager
+def cuda_never_waits():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def steps_under(guard, loop, model, items, args, monkeypatch):
+    """Run a loop, each step after the first under the guard, from its data to its update. Returns
+    how many of them there were."""
+    guarded, micro_batches, watch, first = 0, loop.micro_batches, train_sft.Run.watch, True
+    with ExitStack() as stack:
+        def from_here(*arguments):
+            if not first:
+                stack.enter_context(guard())
+            yield from micro_batches(*arguments)
+
+        def to_here(*arguments):
+            nonlocal guarded, first
+            watch(*arguments)
+            stack.close()
+            guarded, first = guarded + (not first), False
+        monkeypatch.setattr(loop, "micro_batches", from_here)
+        monkeypatch.setattr(train_sft.Run, "watch", to_here)
+        loop.train(model, items, [], args)
+    return guarded
+
+
+LOOPS = [(train_sft, {}), (train_dpo, {}), (train_dpo, {"loss": "plackett_luce"}),
+         (train_dpo, {"loss": "unlikelihood"})]
+
+
+def watched_steps(guard, loop, changes, device, precision, tmp_path, monkeypatch):
+    model = prepare(small_gpt().float().to(device), argparse.Namespace(precision=precision))
+    items = ranked_items(8, model.cpu())
+    if loop is train_sft:
+        items = [Encoded(item.prompt, item.answers[:1], []) for item in items]
+    args = settings(tmp_path, loop, batch=4, steps=4, accumulate=2, **changes)
+    return steps_under(guard, loop, model.to(device), items, args, monkeypatch)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("loop, changes", LOOPS)
+def test_a_step_never_waits_for_the_device(loop, changes, precision, tmp_path, monkeypatch):
+    """After an .item() in a step a GPU has nothing to do until the next kernels are sent. Steps 1 to
+    3 of 4 are watched, from packing to AdamW; float16 with its scaler, whose check for overflows
+    the fused AdamW makes on the device. (Step 0 is compared with log 2, so it waits.)"""
+    assert watched_steps(NeverWaits, loop, changes, "cpu", precision, tmp_path, monkeypatch) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("loop, changes", LOOPS)
+def test_on_cuda_a_step_never_waits(loop, changes, precision, tmp_path, monkeypatch):
+    """The same, and CUDA itself is the judge."""
+    assert watched_steps(cuda_never_waits, loop, changes, "cuda", precision, tmp_path,
+                         monkeypatch) == 3
+
+
+@pytest.mark.parametrize("waits", [
+    torch.Tensor.item, float, bool, lambda x: x.tolist(), lambda x: x.numpy(), lambda x: x.cpu(),
+    torch.Tensor.nonzero, torch.Tensor.unique, lambda x: torch.equal(x, x), lambda x: x[x > 0],
+    lambda x: torch.masked_select(x, x > 0), lambda x: x.repeat_interleave(x.long()),
+    lambda x: torch.where(x > 0), lambda x: x.index_put_((x > 0,), x[0])])
+def test_what_waits_is_noticed(waits):
+    """That the judge above is one; and that what does not wait passes."""
+    x = torch.ones(1)
+    waits(x)
+    with NeverWaits():
+        (x[torch.zeros(1, dtype=torch.int64)] * x.sum()).clamp(0)
+        with pytest.raises(AssertionError, match="waits for the device"):
+            waits(x)
 
 
 def test_log_means_are_sums_over_counts_since_the_last_line(tmp_path, capsys):
