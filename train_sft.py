@@ -31,9 +31,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (TASKS, TOKENIZERS, Batches, Preference, Skipped, encode_all, get_tokenizer,
-                  is_held_out, load_comparisons, load_preferences, load_summaries, pack,
-                  write_review)
+from data import (TASKS, TOKENIZERS, Batches, Preference, Skipped, best_row_length, encode_all,
+                  get_tokenizer, is_held_out, load_comparisons, load_preferences, load_summaries,
+                  pack, write_review)
 from model import (RELEASED, GPT, GPTConfig, UserError, load_checkpoint, rank, reading, reduced,
                    replacing, save_checkpoint, wait, world_size)
 
@@ -150,7 +150,10 @@ def in_batches(items, row_length, model, size=32):
 
 
 def packed(items, row_length, model):
-    """A packed Batch on the model's device."""
+    """A packed Batch on the model's device, with rows of the length that costs least; or, if the
+    model is compiled for one length, of that."""
+    if not model.compiled:
+        row_length = best_row_length(items, row_length, model.config.n_embd)
     return pack(items, row_length).to(model.device)
 
 
@@ -360,8 +363,8 @@ class Run:
                 if signalled or due or self.step == total:
                     self.save()
                 if signalled:
-                    raise Interrupted(int(signalled), f"stopped after step {step}; the same command with "
-                                                "--resume, without --fresh, goes on from there")
+                    raise Interrupted(int(signalled), f"stopped after step {step}; the same command "
+                                      "with --resume, without --fresh, goes on from there")
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -539,10 +542,11 @@ def add_training_flags(parser, batch, batch_unit, warmup):
     add("--batch", type=number(int, 1), default=batch,
         help=f"{batch_unit} a step (default {batch})")
     add("--accumulate", type=number(int, 1),
-        help="micro-batches of a step; more save memory and change nothing else (default: as few as "
-             "fit in the memory that is free, by an estimate; --resume keeps their number)")
+        help="micro-batches of a step; more save memory and change nothing else (default: as few "
+             "as fit in the memory that is free, by an estimate; --resume keeps their number)")
     add("--row-length", type=number(int, 2),
-        help="tokens of a packed row, at most the model's block size, which is the default")
+        help="tokens that a packed row may have, at most the model's block size, which is the "
+             "default; compiled, all have so many")
     add("--epochs", type=number(float, 0, above=True, most=10**6), default=1.0, help="default 1")
     add("--steps", type=number(int, 1), help="optimizer steps, instead of --epochs")
     add("--warmup", type=number(int, 0), default=warmup,
@@ -586,8 +590,8 @@ def settle(args):
         return torch.device("cpu")
     number, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if number >= devices:
-        raise UserError(f"more processes than the {devices} CUDA devices of this machine: a smaller "
-                        "--nproc_per_node, or --device cpu")
+        raise UserError(f"more processes than the {devices} CUDA devices of this machine: a "
+                        "smaller --nproc_per_node, or --device cpu")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 

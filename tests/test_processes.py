@@ -291,12 +291,12 @@ def test_a_batch_is_dealt_out_whole_and_evenly(lengths, processes, accumulate):
             patch.setattr(train_sft, "world_size", lambda: processes)
             if len(items) < processes:
                 continue
-            synchronised = []
+            seen = []
             for part in train_sft.micro_batches(items, args, model):
                 dealt.append(part)
-                synchronised.append(getattr(model.logps.parallel, "require_backward_grad_sync", None))
-            assert synchronised == ([None] * len(synchronised) if processes == 1 else
-                                    [False] * (len(synchronised) - 1) + [True])
+                seen.append(getattr(model.logps.parallel, "require_backward_grad_sync", None))
+            assert seen == ([None] * len(seen) if processes == 1 else
+                            [False] * (len(seen) - 1) + [True])
     if len(items) >= processes:
         found = sorted(int(i) for part in dealt for i in part.ref_logps)
         assert found == list(range(len(items)))

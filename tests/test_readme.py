@@ -47,8 +47,8 @@ def commands():
 
 
 def test_every_command_is_one_that_this_repository_understands(tmp_path, monkeypatch):
-    """Parsed by the script's own parser, torchrun's two words left away; files of tests that pytest is pointed to are there. One
-    of them needs TRL, which is no requirement."""
+    """Parsed by the script's own parser, torchrun's two words left away; files of tests that pytest
+    is pointed to are there. One of them needs TRL, which is no requirement."""
     monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: name)
     seen = set()
     for line in commands():
