@@ -361,6 +361,15 @@ def test_micro_batches_hold_every_prompt_once():
     assert sum(len(part.winners) for part in parts) == 21
 
 
+def test_rows_are_as_long_as_costs_least_but_of_one_length_where_they_are_compiled():
+    """Three prompts of 20 tokens, 8 channels: apart they cost 3 x 20 x (6 x 8 + 20) = 4,080, in one
+    row of 60, with its hidden keys, 60 x (6 x 8 + 60) = 6,480. A graph is for one length."""
+    items, model = [Encoded([1] * 10, [[2] * 10], [])] * 3, small_gpt()
+    assert train_sft.packed(items, 64, model).tokens.shape == (3, 20)
+    model.compiled = True
+    assert train_sft.packed(items, 64, model).tokens.shape == (1, 64)
+
+
 @given(st.integers(1, 3), st.integers(1, 2), st.sampled_from([32, 64, 128]),
        st.sampled_from([8, 64, 500]), st.integers(1, 6), st.booleans())
 @hypothesis.settings(deadline=None, max_examples=30, derandomize=True)
