@@ -13,10 +13,12 @@ Each rung adds one idea to the one above it and computes the same loss on the sa
                      second model scores the batch again each step; float32 logits at every place
     reference-once   log pi_ref(y|x) is known before the step
     answer-logits    only the places that predict an answer's token go through the output head
-    packed           the same sequences in rows of one length, without padding between them
+    packed           the same sequences one after the other in rows, without padding between them;
+                     rows of each batch are as long as is best for it (data.best_row_length)
     shared           a prompt once for all its answers: the step of train_dpo.py
     bf16             its products in bfloat16
-    compile          its forward and backward through torch.compile; float32 on CPU, bf16 on CUDA
+    compile          its forward and backward through torch.compile, in rows of one length for all
+                     steps; float32 on CPU, bf16 on CUDA
 
 Every rung runs in a process of its own, so that peak memory is its own; --rounds goes through all
 of them again, so that a slow minute of the machine hits all. A step is timed from the list of id
@@ -54,7 +56,7 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +66,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import (Batch, Batches, Encoded, Skipped, encode_all, get_tokenizer, load_preferences,
-                  pack)
+from data import (Batch, Batches, Encoded, Skipped, best_row_length, encode_all, get_tokenizer,
+                  load_preferences, pack)
 from model import GPT, GPTConfig, UserError
 from train_dpo import describe, dpo_loss
-from train_sft import Parser, command, compile_logps, grad_scaler, number, update
+from train_sft import Parser, command, compile_logps, grad_scaler, number, prepare, update
 
 BETA, LR, CLIP = 0.1, 1e-6, 1.0     # Appendix B's, and TRL's defaults
 
@@ -178,14 +180,20 @@ def pad(encoded):
                  None, ref_logps, len(rows))
 
 
-def collate(items, rung, row_length):
-    """A list of Encoded to the Batch of a rung."""
-    if rung.layout == "shared":
-        return pack(items, row_length)
-    apart = sequences(items)
-    batch = pad(apart) if rung.layout == "padded" else pack(apart, row_length)
-    batch.winners, batch.losers = torch.arange(len(apart)).view(-1, 2).T.contiguous()
-    return batch
+def collate(items, rung, config, row_length=None, accumulate=1):
+    """The Batches of a step of a rung, one after the other: its list of Encoded in `accumulate`
+    parts. row_length: of packed rows; None is the best for each part."""
+    for i in range(accumulate):
+        part = items[i * len(items) // accumulate:(i + 1) * len(items) // accumulate]
+        packed = part if rung.layout == "shared" else sequences(part)
+        if rung.layout == "padded":
+            batch = pad(packed)
+        else:
+            batch = pack(packed, row_length or best_row_length(packed, config.block_size,
+                                                               config.n_embd))
+        if rung.layout != "shared":
+            batch.winners, batch.losers = torch.arange(len(packed)).view(-1, 2).T.contiguous()
+        yield batch
 
 
 def log_probs(model, batch, rung):
@@ -201,13 +209,12 @@ def log_probs(model, batch, rung):
     return token_logps.new_zeros(batch.n_answers).index_add(0, batch.owner, token_logps)
 
 
-def gradients(model, reference, items, rung, row_length, accumulate=1):
-    """Forward and backward of a step, in `accumulate` parts. Returns the mean loss, a tensor.
+def gradients(model, reference, items, rung, row_length=None, accumulate=1):
+    """Forward and backward of a step; arguments as in collate. Returns the mean loss, a tensor.
     reference: the second model of the naive rung, else None."""
     n_pairs, total = sum(len(item.pairs) for item in items), 0
-    for i in range(accumulate):
-        part = items[i * len(items) // accumulate:(i + 1) * len(items) // accumulate]
-        batch = collate(part, rung, row_length).to(model.device)
+    for batch in collate(items, rung, model.config, row_length, accumulate):
+        batch = batch.to(model.device)
         if rung.reference == "each step":
             with torch.no_grad():
                 batch.ref_logps = log_probs(reference, batch, rung)
@@ -247,12 +254,14 @@ def useful_flops(config, items):
     return 3 * forward_flops(config, tokens, keys, scored)
 
 
-def executed_flops(config, items, rung, row_length):
-    """Of a step of a rung. A dense mask hides keys after they were multiplied; a plain causal
-    kernel leaves them out."""
-    batch = collate(items, rung, row_length)
+def executed_flops(model, batch, rung):
+    """Of a rung's forward and backward on a batch of its own. A dense mask hides keys after they
+    were multiplied; a plain causal kernel leaves them out. GPT.logps may pad the vocabulary."""
     B, T = batch.tokens.shape
-    keys = B * T * (T + 1) // 2 if rung.layout == "padded" else B * T * T
+    config, keys = model.config, B * T * (T + 1) // 2
+    if rung.layout != "padded":
+        V = math.ceil(config.vocab_size / model.vocab_multiple) * model.vocab_multiple
+        config, keys = replace(config, vocab_size=V), B * T * T
     scored = B * T if rung.logits == "all" else len(batch.target)
     passes = 4 if rung.reference == "each step" else 3
     return passes * forward_flops(config, B * T, keys, scored)
@@ -290,24 +299,14 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def best_row_length(steps, rung, config):
-    """The multiple of 64 at which all steps together execute the fewest FLOPs: short rows have
-    fewer keys to hide, long ones leave fewer places empty. One length for all steps, as a run has
-    with --row-length."""
-    longest = max(len(item.prompt) + max(map(len, item.answers))
-                  for items in steps for item in items)
-    lengths = range(math.ceil(longest / 64) * 64, config.block_size + 1, 64)
-    return min(lengths or [config.block_size], key=lambda length: sum(
-        executed_flops(config, items, rung, length) for items in steps))
-
-
-def add_reference(model, steps, row_length):
+def add_reference(model, steps, row_length=None):
     """Note the reference log-probs in every Encoded. Returns the seconds of each step."""
     seconds = []
     for items in steps:
         start = time.perf_counter()
         with torch.no_grad():
-            logps = iter(model.logps(pack(items, row_length).to(model.device)).tolist())
+            logps = iter([logp for batch in collate(items, Rung("shared"), model.config, row_length)
+                          for logp in model.logps(batch.to(model.device)).tolist()])
         for item in items:
             item.ref_logps = [next(logps) for _ in item.answers]
         seconds.append(time.perf_counter() - start)
@@ -317,15 +316,16 @@ def add_reference(model, steps, row_length):
 def measure_rung(name, args, config):
     """Time the steps of one of our rungs. Returns what is written of it."""
     rung, steps = rungs(args.device)[name], load_steps(args, config)
-    length = args.row_length or best_row_length(
-        steps, Rung("packed" if rung.layout == "packed" else "shared"), config)
     torch.manual_seed(args.seed)
-    model = GPT(config).to(args.device)
-    model.precision = torch.bfloat16 if rung.bf16 else None
+    model = prepare(GPT(config).to(args.device), argparse.Namespace(
+        precision="bfloat16" if rung.bf16 else "float32"))
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
+    length = args.row_length
     if rung.compile:
         compile_logps(model, argparse.Namespace(compile="on"))
+        length = length or best_row_length([item for items in steps for item in items],
+                                           config.block_size, config.n_embd)
     reference = copy.deepcopy(model) if rung.reference == "each step" else None
     reference_seconds = None if reference else add_reference(model, steps, length)
     optimizer, scaler = model.optimizer(LR), grad_scaler(model)
@@ -340,11 +340,13 @@ def measure_rung(name, args, config):
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if rung.compile else None
+    batches = [list(collate(items, rung, config, length, args.accumulate)) for items in steps]
     return {"seconds": seconds, "losses": losses, "load": load, "peak_tflops": peak,
             "memory": peak_memory(args.device), "reference_seconds": reference_seconds,
-            "row_length": None if rung.layout == "padded" else length, "graphs": graphs,
-            "useful": [useful_flops(config, items) for items in steps],
-            "executed": [executed_flops(config, items, rung, length) for items in steps]}
+            "row_lengths": [[batch.tokens.size(1) for batch in parts] for parts in batches],
+            "graphs": graphs, "useful": [useful_flops(config, items) for items in steps],
+            "executed": [sum(executed_flops(model, batch, rung) for batch in parts)
+                         for parts in batches]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -389,8 +391,7 @@ def make(folder, name):
 
 def first_logps(model, items):
     """Our mean log-probs of the chosen and of the rejected answers of a step's pairs."""
-    rung = Rung("shared")
-    batch = collate(items, rung, best_row_length([items], rung, model.config))
+    [batch] = collate(items, Rung("shared"), model.config)
     with torch.no_grad():
         logps = model.logps(batch.to(model.device)).cpu()
     return logps[batch.winners].mean().item(), logps[batch.losers].mean().item()
@@ -496,6 +497,9 @@ def summary(workload, rung, runs, warmup):
                 lambda run, k: run[kind][k] / run["seconds"][k] / run["peak_tflops"] / 1e12))
             flops = statistics.mean(values(lambda run, k: run[kind][k]))
             line[f"gflops_{kind}"] = flops / pairs / 1e9
+    if "row_lengths" in good[0]:
+        lengths = [T for step in good[0]["row_lengths"][warmup:] for T in step]
+        line["shortest_row"], line["longest_row"] = min(lengths), max(lengths)
     if good[0].get("reference_seconds"):
         line["reference"] = statistics.median(values(lambda run, k: run["reference_seconds"][k]))
     return line | {"runs": runs}
@@ -504,20 +508,23 @@ def summary(workload, rung, runs, warmup):
 def table(lines, baseline):
     """All lines as text. baseline: the rung whose step is 1.0 in the last column."""
     heads = ["workload", "rung", "pairs/s", "step s", "fastest-slowest", "memory GB",
-             "GFLOP a pair", "MFU useful", "executed", "reference s", "x faster"]
+             "row length", "GFLOP a pair", "MFU useful", "executed", "reference s", "x faster"]
     rows = [heads]
     first = {line["workload"]: line["step"] for line in lines
              if line["rung"] == baseline and "step" in line}
     for line in lines:
         if "failed" in line:
-            rows.append([line["workload"], line["rung"], line["failed"]] + [""] * 8)
+            rows.append([line["workload"], line["rung"], line["failed"]] + [""] * (len(heads) - 3))
             continue
         speed = first.get(line["workload"])
         executed = "mfu_executed" in line
         rows.append([
             line["workload"], line["rung"], f"{line['pairs_per_second']:.3g}",
             f"{line['step']:.3f}", f"{line['fastest']:.3f}-{line['slowest']:.3f}",
-            f"{line['memory'] / 1e9:.2f}", f"{line['gflops_executed']:.0f}" if executed else "",
+            f"{line['memory'] / 1e9:.2f}",
+            "-".join(map(str, sorted({line["shortest_row"], line["longest_row"]})))
+            if executed else "",
+            f"{line['gflops_executed']:.0f}" if executed else "",
             f"{line['mfu_useful']:.1%}", f"{line['mfu_executed']:.1%}" if executed else "",
             f"{line['reference']:.3f}" if "reference" in line else "",
             f"{speed / line['step']:.2f}" if speed else ""])
@@ -550,7 +557,8 @@ def parse_args(argv):
     add("--rounds", type=number(int, 1), default=1,
         help="how often all rungs are gone through (default 1)")
     add("--row-length", type=number(int, 2),
-        help="tokens of a packed row (default: the multiple of 64 with the fewest FLOPs)")
+        help="tokens of a packed row (default: what is best for each batch; compiled, for all of "
+             "them together)")
     add("--n-layer", type=number(int, 1), default=12, help="default 12, GPT-2 124M's")
     add("--n-head", type=number(int, 1), default=12, help="default 12")
     add("--n-embd", type=number(int, 1), default=768, help="default 768")

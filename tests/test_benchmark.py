@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from benchmark import (WORKLOADS, Rung, add_reference, best_row_length, executed_flops, gradients,
-                       load_steps, pad, parse_args, rungs, sequences, synthetic, useful_flops)
+from benchmark import (WORKLOADS, add_reference, collate, executed_flops, gradients, load_steps,
+                       pad, parse_args, rungs, sequences, synthetic, useful_flops)
 from data import Encoded, get_tokenizer, pack
 from model import GPT, GPTConfig
 from train_dpo import dpo_loss
@@ -140,13 +140,19 @@ def test_an_answer_of_three_pairs_is_padded_three_times_and_packed_once():
     assert batch.n_answers == 6 and pack(ITEMS, 32).n_answers == 5
 
 
-def test_the_row_length_is_the_one_with_the_fewest_flops():
-    """Two groups of 90 tokens: in rows of 64, each answer in one of its own, 4 x 64 places; in
-    rows of 128 2 x 128; in one of 192 192. With C = 768 places cost more than hidden keys do; with
-    C = 8 it is the keys, 4 x 64^2 against 192^2."""
-    items = [Encoded([1] * 30, [[1] * 30, [1] * 30], [(0, 1)])] * 2
-    assert best_row_length([items], Rung("shared"), GPTConfig()) == 192
-    assert best_row_length([items], Rung("shared"), GPTConfig(n_head=1, n_embd=8)) == 64
+@pytest.mark.parametrize("name, lengths", [("packed", [60, 10]), ("shared", [90, 11])])
+def test_each_batch_has_rows_of_its_own_best_length(name, lengths):
+    """The first micro-batch, a prompt of 30 tokens with two answers of 30, is a row of 90; where
+    they share nothing, two of 60. The second, 9 tokens and twice 1, is a row of 11; or two of 10.
+    A row length that is asked for is taken as it is."""
+    step = [Encoded([1] * 30, [[1] * 30, [1] * 30], [(0, 1)]),
+            Encoded([1] * 9, [[1], [1]], [(0, 1)])]
+    config, rung = GPTConfig(block_size=100), rungs("cpu")[name]
+
+    def row_lengths(*arguments):
+        return [batch.tokens.size(1) for batch in collate(step, rung, config, *arguments)]
+    assert row_lengths(None, 2) == lengths
+    assert row_lengths(95, 2) == [95, 95]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -169,25 +175,38 @@ def test_useful_flops_are_those_counted_by_hand():
 def test_executed_flops_are_those_counted_by_hand():
     """The same pair, padded: 2 rows of 6 places. Blocks 12 x 2 x 768 x 2 = 36,864; keys 2 x (1 + 2
     + ... + 6) = 42, 42 x 2 x 32 = 2,688; all logits 12 x 8 x 50 x 2 = 9,600, at answers 4,000.
-    Packed in a row of 16 under a dense mask: blocks 49,152, keys 16 x 16 x 64 = 16,384."""
+    Packed in a row of 16 under a dense mask: blocks 49,152, keys 16 x 16 x 64 = 16,384; with a
+    vocabulary of 64 columns for 50 the head of our own step has 5 x 8 x 64 x 2 = 5,120."""
+    model = GPT(SMALL)
+
     def executed(name):
-        return executed_flops(SMALL, ITEMS[:1], rungs("cpu")[name], 16)
+        [batch] = collate(ITEMS[:1], rungs("cpu")[name], SMALL, 16)
+        return executed_flops(model, batch, rungs("cpu")[name])
     assert executed("naive") == 4 * (36_864 + 2_688 + 9_600)
     assert executed("reference-once") == 3 * (36_864 + 2_688 + 9_600)
     assert executed("answer-logits") == 3 * (36_864 + 2_688 + 4_000)
     assert executed("packed") == executed("shared") == 3 * (49_152 + 16_384 + 4_000)
+    model.vocab_multiple = 64
+    assert executed("answer-logits") == 3 * (36_864 + 2_688 + 4_000)
+    assert executed("shared") == 3 * (49_152 + 16_384 + 5_120)
 
 
 @pytest.mark.parametrize("name", ["reference-once", "answer-logits", "packed", "shared"])
-def test_executed_flops_are_what_torch_counts(name):
-    """Torch's counter sees every matrix product of forward and backward. Its attention is here the
-    plain one, which multiplies all T keys; the padded rungs' own kernel leaves out the future."""
-    rung, model = rungs("cpu")[name], GPT(SMALL)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_executed_flops_are_what_torch_counts(name, accumulate):
+    """Torch's counter sees every matrix product of forward and backward, in rows of whatever length
+    they got. Its attention is here the plain one, which multiplies all T keys; the padded rungs'
+    own kernel leaves out the future, T (T - 1) / 2 of them a row."""
+    rung, model, expected = rungs("cpu")[name], GPT(SMALL), 0
+    model.vocab_multiple = 16
+    for batch in collate(ITEMS, rung, SMALL, None, accumulate):
+        B, T = batch.tokens.shape
+        future = B * T * (T - 1) // 2 if rung.layout == "padded" else 0
+        expected += (executed_flops(model, batch, rung)
+                     + 3 * future * 4 * SMALL.n_layer * SMALL.n_embd)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        gradients(model, None, ITEMS[:1], rung, 16)
-    future = 2 * 6 * 5 // 2 if rung.layout == "padded" else 0       # rows x T (T - 1) / 2
-    assert counter.get_total_flops() == (executed_flops(SMALL, ITEMS[:1], rung, 16)
-                                         + 3 * future * 4 * SMALL.n_layer * SMALL.n_embd)
+        gradients(model, None, ITEMS, rung, None, accumulate)
+    assert counter.get_total_flops() == expected
 
 
 # ------------------------------------------------------------------------------------------------
@@ -208,11 +227,14 @@ def test_each_rung_is_measured_in_its_own_process_and_written_down(tmp_path, cap
         assert line["fastest"] <= line["step"] <= line["slowest"]
         assert line["pairs_per_second"] == pytest.approx(6 / line["step"])
         assert line["runs"][0]["losses"][0] == pytest.approx(math.log(2), abs=1e-6)
+        lengths = [T for step in line["runs"][0]["row_lengths"][1:] for T in step]  # after warm-up
+        assert [line["shortest_row"], line["longest_row"]] == [min(lengths), max(lengths)]
     padded, ours = (line["runs"][0]["losses"] for line in lines)
     assert padded == pytest.approx(ours, abs=1e-5)
     assert alone["losses"] == pytest.approx(ours, abs=1e-5)
     shown = capsys.readouterr().out
     assert "pairs/s" in shown and "answer-logits" in shown and "torch" in shown
+    assert "row length" in shown
 
 
 def test_a_rung_that_fails_is_a_line_without_a_number():

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 from data import (
     DEGREES, FEELINGS, PLURAL, QUALITIES, SINGULAR, VERDICTS, WORDS, Batches, Encoded, Preference,
-    Skipped, best_row_length, encode, encode_all, get_tokenizer, is_held_out, load_preferences, pack,
-    prefixes, rank, ranking_to_pairs, reward, take, well_formed, write_review,
+    Skipped, best_row_length, encode, encode_all, get_tokenizer, is_held_out, load_preferences,
+    pack, prefixes, rank, ranking_to_pairs, reward, take, well_formed, write_review,
 )
 from model import UserError
 

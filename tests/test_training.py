@@ -489,9 +489,9 @@ def watched_steps(guard, loop, changes, device, precision, tmp_path, monkeypatch
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("loop, changes", LOOPS)
 def test_a_step_never_waits_for_the_device(loop, changes, precision, tmp_path, monkeypatch):
-    """After an .item() in a step a GPU has nothing to do until the next kernels are sent. Steps 1 to
-    3 of 4 are watched, from packing to AdamW; float16 with its scaler, whose check for overflows
-    the fused AdamW makes on the device. (Step 0 is compared with log 2, so it waits.)"""
+    """After an .item() in a step a GPU has nothing to do until the next kernels are sent. Of four
+    steps the last three are watched, from packing to AdamW; float16 with its scaler, whose check
+    for overflows the fused AdamW makes on the device. (Step 0, compared with log 2, waits.)"""
     assert watched_steps(NeverWaits, loop, changes, "cpu", precision, tmp_path, monkeypatch) == 3
 
 
