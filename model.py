@@ -68,13 +68,15 @@ class Attention(nn.Module):
 
     def forward(self, x, mask=None, cache=None):
         """x: (B, T, C). mask: (B, 1, T, keys), True where a token may look; None is plain causal.
-        cache: a KeyValueCache that holds the tokens before x, and takes those of x."""
+        cache: a KeyValueCache that holds the tokens before x, and takes those of x. With tokens in
+        it and no mask, x is one more token, which may look at all of them."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)                               # (B, H, keys, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                           is_causal=mask is None and T > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -118,6 +120,18 @@ class KeyValueCache:
         self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def select(self, rows):
+        """Go on with these of the B rows, in this order; one may be named any number of times."""
+        k, v = (x[:, :, :self.length].index_select(0, rows) for x in (self.k, self.v))
+        self.length = 0
+        self.append(k, v)
+
+
+# GPT.generate asks only every CHECK_EVERY steps which answers are done: on a GPU the question waits
+# for all work under way. Their rows leave the batch once no more than MOST_GOING of it goes on: to
+# copy the caches of the others costs about as much as a step.
+CHECK_EVERY, MOST_GOING = 8, 0.75
 
 
 class GPT(nn.Module):
@@ -218,43 +232,65 @@ class GPT(nn.Module):
         temperature: 0 takes the likeliest token. top_k: only the k likeliest. top_p: only the
         fewest likeliest whose probabilities reach p. eot: the id that ends an answer. generator: a
         torch.Generator on the model's device, so that sampling never moves training's state.
-        Returns a list of lists: the new ids of each, the eot included where it was reached.
+        Returns a list of lists: the new ids of each, the eot included where it was reached. Equal
+        prompts cost one prompt and are continued independently of each other.
         Raises ValueError for an empty prompt, or one that leaves no position free.
         """
-        device, config = self.device, self.config
-        lengths = [len(prompt) for prompt in prompts]
-        if min(lengths) == 0 or max(lengths) >= config.block_size:
-            raise ValueError(f"prompts must have 1 to {config.block_size - 1} tokens, "
-                             f"not {min(lengths)} to {max(lengths)}")
-        B, T = len(prompts), max(lengths)
-        room = [min(max_new_tokens, config.block_size - n) for n in lengths]
-        new = max(room)
-        # Prompts end in the same column, so that each step adds one column for all. What lies to
-        # the left of a short prompt is hidden by the mask and takes no position.
-        left = torch.tensor([T - n for n in lengths], device=device)                  # (B,)
-        tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
-        columns = torch.arange(T + new, device=device)
-        real = columns >= left[:, None]                                         # (B, T + new)
-        positions = (columns - left[:, None]).clamp(0, config.block_size - 1)   # (B, T + new)
-        mask = real[:, None, :T] & torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        mask |= torch.eye(T, dtype=torch.bool, device=device)   # what is hidden sees itself: no NaN
-        caches = [KeyValueCache(T + new) for _ in self.h]
-
-        hidden = self.hidden(tokens, positions[:, :T], mask, caches)
-        drawn, done = [], torch.zeros(B, dtype=torch.bool, device=device)
-        for end in range(T, T + new):
-            logits = self.head(hidden[:, -1])                                         # (B, V)
-            token = choose(logits, temperature, top_k, top_p, generator)      # (B,)
-            drawn.append(token)
-            if eot is not None:
-                done |= token == eot
-            if end + 1 == T + new or done.all():
+        T, shortest = max(map(len, prompts)), min(map(len, prompts))
+        block_size = self.config.block_size
+        if shortest == 0 or T >= block_size:
+            raise ValueError(f"prompts must have 1 to {block_size - 1} tokens, "
+                             f"not {shortest} to {T}")
+        room = [min(max_new_tokens, block_size - len(prompt)) for prompt in prompts]
+        new, eot = max(room), -1 if eot is None else eot                    # -1 is no token
+        hidden, left, caches = self.read(prompts, T + new)
+        rows = torch.arange(len(prompts), device=self.device)       # the answers still to go on
+        answers = rows.new_zeros(len(prompts), new)
+        limits, columns = rows.new_tensor(room), torch.arange(T + new, device=self.device)
+        for step in range(new):
+            token = choose(self.head(hidden), temperature, top_k, top_p, generator)     # (rows,)
+            answers[rows, step] = token
+            if step + 1 == new:
                 break
-            hidden = self.hidden(token[:, None], positions[:, end:end + 1],
-                                 real[:, None, :end + 1], caches)
-        answers = torch.stack(drawn, 1).tolist()                                      # B x steps
-        answers = [ids[:n] for ids, n in zip(answers, room)]
+            if (step + 1) % CHECK_EVERY == 0:
+                going = (answers[rows, :step + 1] != eot).all(1) & (limits[rows] > step + 1)
+                going = going.nonzero()[:, 0]
+                if len(going) == 0:
+                    break
+                if len(going) <= MOST_GOING * len(rows):
+                    rows, left, token = rows[going], left[going], token[going]
+                    for cache in caches:
+                        cache.select(going)
+            end = T + step
+            positions = (end - left).clamp(max=block_size - 1)[:, None]
+            mask = (columns[:end + 1] >= left[:, None])[:, None] if shortest < T else None
+            hidden = self.hidden(token[:, None], positions, mask, caches)[:, -1]
+        answers = [ids[:n] for ids, n in zip(answers.tolist(), room)]
         return [ids[:ids.index(eot) + 1] if eot in ids else ids for ids in answers]
+
+    def read(self, prompts, capacity):
+        """Put prompts through the network, each once however often it comes, to be continued.
+
+        They end in the same column, so that each step of generate adds one column for all. What
+        lies to the left of a short prompt is hidden by the mask and takes no position. Returns
+        hidden (B, C) of the last tokens, left (B,), the hidden columns, and a KeyValueCache of
+        `capacity` tokens for each layer.
+        """
+        row_of = {}                                                         # U different prompts
+        owner = [row_of.setdefault(tuple(prompt), len(row_of)) for prompt in prompts]
+        T = max(map(len, prompts))
+        left, tokens, owner, columns = (torch.tensor(x, device=self.device) for x in (
+            [T - len(p) for p in row_of], [(0,) * (T - len(p)) + p for p in row_of],
+            owner, range(T)))                                               # (U,) (U, T) (B,) (T,)
+        positions, mask = (columns - left[:, None]).clamp(min=0), None
+        if min(map(len, prompts)) < T:          # without a mask, attention is faster
+            mask = (columns <= columns[:, None]) & (columns >= left[:, None, None])     # (U, T, T)
+            mask |= columns == columns[:, None]     # what is hidden sees itself: no NaN
+        caches = [KeyValueCache(capacity) for _ in self.h]
+        hidden = self.hidden(tokens, positions, mask, caches)[:, -1]
+        for cache in caches:
+            cache.select(owner)
+        return hidden[owner], left[owner], caches
 
     # -- optimizer -------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import copy
 import math
 import pickle
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import model as module
 from data import Encoded, pack
 from model import GPT, GPTConfig, UserError, choose, load_checkpoint, save_checkpoint
 from train_sft import compile_logps
@@ -312,30 +314,104 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_look(monkeypatch
 # ------------------------------------------------------------------------------------------------
 
 
+def plain_greedy(model, prompt, new, eot):
+    """The likeliest token after the whole text so far, again and again, nothing remembered."""
+    text = list(prompt)
+    while len(text) < min(len(prompt) + new, 24) and (text == prompt or text[-1] != eot):
+        text.append(model(torch.tensor([text]))[0, -1].argmax().item())
+    return text[len(prompt):]
+
+
+def leaving(every, most_going=1.0):
+    """A with block in which generate looks so often for rows that are done; by default they leave
+    however few they are."""
+    return mock.patch.multiple(module, CHECK_EVERY=every, MOST_GOING=most_going)
+
+
+def tokens_read(model, *arguments, **named):
+    """(answers, tokens that went through the network at each step) of model.generate."""
+    counts, hidden = [], model.hidden
+
+    def counted(tokens, *more):
+        counts.append(tokens.numel())
+        return hidden(tokens, *more)
+    with mock.patch.object(model, "hidden", counted):
+        return model.generate(*arguments, **named), counts
+
+
 @for_all
 @given(st.lists(sequences, min_size=1, max_size=4), st.integers(1, 12))
 def test_cached_generation_of_ragged_prompts_is_the_plain_one(prompts, new):
     """The likeliest token after the whole text so far, each prompt alone, nothing remembered. The
     weights are large, so that a token too many or too few in sight changes which is likeliest."""
     model = small_gpt(std=1.0)
-    expected = []
-    for prompt in prompts:
-        text = list(prompt)
-        while len(text) < len(prompt) + new and (text == prompt or text[-1] != EOT):
-            text.append(model(torch.tensor([text]))[0, -1].argmax().item())
-        expected.append(text[len(prompt):])
+    expected = [plain_greedy(model, prompt, new, EOT) for prompt in prompts]
     assert model.generate(prompts, new, temperature=0, eot=EOT) == expected
+
+
+# Four prompts, and a list in which they come in any order and number.
+repeated = st.lists(sequences, min_size=1, max_size=4).flatmap(
+    lambda prompts: st.lists(st.sampled_from(prompts), min_size=1, max_size=8))
+
+
+@for_all
+@given(repeated, st.integers(1, 9), st.sampled_from([0.0, 0.5, 0.75, 1.0]), ids)
+def test_no_answer_changes_when_others_leave_the_batch(prompts, every, most_going, eot):
+    """Any token may be the end, so that answers end early, late and never; and rows leave at every
+    step, or only when many are done. A row that took over another's keys would go on with its
+    text."""
+    model = small_gpt(std=1.0)
+    expected = [plain_greedy(model, prompt, 30, eot) for prompt in prompts]
+    with leaving(every, most_going):
+        assert model.generate(prompts, 30, temperature=0, eot=eot) == expected
+
+
+@for_all
+@given(repeated)
+def test_a_prompt_is_read_once_for_all_its_answers(prompts):
+    """Side by side in the list or not. Each takes the columns of the longest."""
+    _, counts = tokens_read(small_gpt(), prompts, 1)
+    assert counts == [len(set(map(tuple, prompts))) * max(map(len, prompts))]
+
+
+@for_all
+@given(repeated, st.integers(0, 99), st.integers(1, 30))
+def test_an_answer_that_is_done_costs_nothing_more(prompts, seed, new):
+    """Looked for at every step, all that is read after the prompts is each answer without its last
+    token, whether that was the end of text, the limit or the last position."""
+    with leaving(1):
+        answers, counts = tokens_read(small_gpt(), prompts, new, eot=EOT,
+                                      generator=torch.Generator().manual_seed(seed))
+    assert sum(counts[1:]) == sum(len(answer) - 1 for answer in answers)
+
+
+def test_most_of_the_tail_of_long_answers_is_not_paid_for():
+    """As it is set, too: 200 answers of at most 23 tokens, one in 13 tokens ends one. That a done
+    row stays is at most for the 7 steps until it is looked for, and for as long as they are less
+    than a quarter."""
+    model = small_gpt()
+    answers, counts = tokens_read(model, [[1]] * 200, 23, eot=EOT,
+                                  generator=torch.Generator().manual_seed(0))
+    lengths = [len(answer) for answer in answers]
+    for step, count in enumerate(counts[1:]):
+        looked = step + 1 - (step + 1) % module.CHECK_EVERY     # tokens there were at the last look
+        going = sum(length > looked for length in lengths)
+        assert count <= (going / module.MOST_GOING if looked else 200)
+    assert max(lengths) == 23 and counts[-1] < 100
 
 
 def test_sampled_answers_follow_the_models_own_distribution():
     """4,000 two-token answers: how often each first token comes, against its probability. A share p
-    of n draws has standard deviation sqrt(p (1 - p) / n) < 0.008; we allow five."""
+    of n draws has standard deviation sqrt(p (1 - p) / n) < 0.008; we allow five. Those whose first
+    token is the end leave the batch, and what the others draw next must not show it."""
     model, n = small_gpt(), 4000
-    answers = model.generate([[1, 2, 3]] * n, 2, generator=torch.Generator().manual_seed(0))
+    with leaving(1):
+        answers = model.generate([[1, 2, 3]] * n, 2, eot=EOT,
+                                 generator=torch.Generator().manual_seed(0))
     first = torch.tensor([a[0] for a in answers]).bincount(minlength=EOT + 1) / n
     expected = model(torch.tensor([[1, 2, 3]]))[0, -1].softmax(-1)
     assert (first - expected).abs().max() < 5 * 0.008
-    likeliest = int(expected.argmax())
+    likeliest = int(expected[:EOT].argmax())
     second = torch.tensor([a[1] for a in answers if a[0] == likeliest])
     expected = model(torch.tensor([[1, 2, 3, likeliest]]))[0, -1].softmax(-1)
     shares = second.bincount(minlength=EOT + 1) / len(second)
@@ -347,7 +423,8 @@ def test_generation_has_its_own_generator():
     model = small_gpt()
 
     def answers(seed):
-        return model.generate([[1]] * 8, 10, generator=torch.Generator().manual_seed(seed))
+        return model.generate([[1]] * 8, 20, eot=EOT,
+                              generator=torch.Generator().manual_seed(seed))
     before = torch.get_rng_state()
     assert answers(1) == answers(1) != answers(2)
     assert torch.equal(torch.get_rng_state(), before)
