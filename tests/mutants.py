@@ -214,6 +214,12 @@ def stale_cache_index(right, self, k, v):
     return right(self, k, v)
 
 
+@replaces("model.KeyValueCache.select", "test_no_answer_changes_when_others_leave_the_batch")
+def first_rows_kept_whoever_left(right, self, rows):
+    """A batch made smaller with [:n]: from there on, answers go on with each other's text."""
+    return right(self, torch.arange(len(rows)) if len(rows) < len(self.k) else rows)
+
+
 @replaces("model.choose", "test_temperature_divides_the_logits_once")
 def temperature_applied_twice(right, logits, temperature, *more, **named):
     """Once by the caller and once in here: at 0.5 it samples at 0.25."""

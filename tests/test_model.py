@@ -383,6 +383,7 @@ def test_an_answer_that_is_done_costs_nothing_more(prompts, seed, new):
         answers, counts = tokens_read(small_gpt(), prompts, new, eot=EOT,
                                       generator=torch.Generator().manual_seed(seed))
     assert sum(counts[1:]) == sum(len(answer) - 1 for answer in answers)
+    assert len(counts) == max(map(len, answers))
 
 
 def test_most_of_the_tail_of_long_answers_is_not_paid_for():
