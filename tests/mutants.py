@@ -249,6 +249,17 @@ def sampling_moves_trainings_generator(right, logits, temperature, top_k, top_p,
     return right(logits, temperature, top_k, top_p, None)
 
 
+@replaces("model.choose", "test_sampled_answers_follow_the_models_own_distribution")
+def one_number_for_all_rows(right, *arguments):
+    """torch.rand(1) for torch.rand(B, 1): the answers to one prompt are all the same answer."""
+    rand = torch.rand
+
+    def broadcast(rows, *more, **named):
+        return rand(1, *more, **named).expand(rows, 1)
+    with mock.patch.object(torch, "rand", broadcast):
+        return right(*arguments)
+
+
 @replaces("model.GPT.optimizer", "test_weight_decay_shrinks_matrices_and_nothing_else")
 def decay_on_everything(right, self, lr, weight_decay=0.0, **named):
     """AdamW(model.parameters()): biases and gains are pulled to zero as well."""

@@ -493,6 +493,15 @@ def test_top_k_and_top_p_draw_every_one_of_those_they_leave():
     assert draws(row, top_k=3) == draws(row, top_p=0.9) == draws(row) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("u, token", [(0.0, 1), (1 - 2**-53, 3)])
+def test_no_number_draws_a_token_that_has_no_probability(monkeypatch, u, token):
+    """Of probabilities 0, 1/4, 0, 3/4 and 0, with the smallest and the largest number there is."""
+    monkeypatch.setattr(torch, "rand",
+                        lambda *shape, dtype, **how: torch.full(shape, u, dtype=dtype))
+    row = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log()
+    assert choose(row, 1.0, None, None, None).tolist() == [token]
+
+
 def test_temperature_divides_the_logits_once():
     """Logits 0 and 1 at temperature 0.5 are 0 and 2: the second has probability sigma(2), 0.88;
     applied twice it would be sigma(4), 0.98. 20,000 draws: standard deviation 0.0023."""
