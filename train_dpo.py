@@ -286,7 +286,7 @@ def add_reference(policy, items, args):
     reference.json, for the same weights on the same data at the same precision."""
     path = args.out / "reference.json"
     key = " ".join(map(str, (fingerprint(policy), fingerprint(items), args.row_length,
-                             policy.device.type, policy.precision)))
+                             policy.device.type, policy.precision, policy.compiled)))
     text = kept(path, key)
     if text is not None:
         print(f"{path}: computed before, by the same model on the same answers")
