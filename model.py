@@ -361,7 +361,7 @@ def choose(logits, temperature, top_k, top_p, generator):
         probs = ordered.softmax(-1)
         beyond = probs.cumsum(-1) - probs >= top_p              # those before it reach p without it
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-    # A number below 1 for each row, and the token within whose share of the sum it falls; in float64,
+    # A number below 1 for each row, and the token within whose share of the sum it falls; float64,
     # for shares are small. (torch.multinomial draws a number for each token of the vocabulary.)
     ends = logits.softmax(-1).cumsum(-1, dtype=torch.float64)                       # (B, V)
     u = torch.rand(len(ends), 1, dtype=torch.float64, device=ends.device, generator=generator)
