@@ -339,7 +339,7 @@ def parse_args(argv):
              "its grammar)")
     add("--lr", type=number(float, 0, above=True),
         help="learning rate after warm-up (default 1e-6, Appendix B's, for pretrained models; "
-             "5e-5 for reviews, whose model is 260 times smaller than the smallest GPT-2: its few "
+             "6e-5 for reviews, whose model is 260 times smaller than the smallest GPT-2: its few "
              "weights have to move further for the same change of the policy)")
     add("--sft", type=Path,
         help="checkpoint to start from, or a folder as --init takes them (default sft.pt of the "
@@ -351,7 +351,7 @@ def parse_args(argv):
         help="reviews: answers sampled for each prompt (default 4)")
     args = parser.parse_args(argv)
     settle_task(args)
-    args.lr = args.lr or (5e-5 if args.task == "reviews" else PAPER_LR)
+    args.lr = args.lr or (6e-5 if args.task == "reviews" else PAPER_LR)
     args.beta = args.beta or {"reviews": 0.3, "tldr": 0.5}.get(args.task, 0.1)
     if args.sft and (args.fresh or args.init):
         raise UserError("--fresh and --init are for a new SFT model, --sft names one: choose")

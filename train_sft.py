@@ -740,8 +740,8 @@ def parse_args(argv):
     add("--lr", type=number(float, 0, above=True),
         help="peak learning rate (default 2e-5 from pretrained weights; 3e-3 from random ones, for "
              "the small default model: the larger a model, the lower, 6e-4 for 124M parameters)")
-    add("--reviews", type=number(int, 1), default=40_000,
-        help="reviews: how many to write and train on (default 40,000)")
+    add("--reviews", type=number(int, 1), default=52_000,
+        help="reviews: how many to write and train on (default 52,000)")
     add("--block-size", type=number(int, 2, most=2**17),
         help="--init random: longest prompt and answer together, in tokens (default 256)")
     add("--n-layer", type=number(int, 1, most=1000),
