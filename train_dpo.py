@@ -335,24 +335,24 @@ def parse_args(argv):
         help="dpo on pairs, on rankings (A.3), or the baseline of C.3 (default dpo)")
     add("--beta", type=number(float, 0, above=True),
         help="strength of the KL penalty: larger stays closer to the reference (default 0.1, and "
-             "0.5 for tldr, Appendix B's; 0.3 for reviews, whose small model pays for reward with "
+             "0.5 for tldr, Appendix B's; 0.5 for reviews, whose small model pays for reward with "
              "its grammar)")
     add("--lr", type=number(float, 0, above=True),
         help="learning rate after warm-up (default 1e-6, Appendix B's, for pretrained models; "
-             "6e-5 for reviews, whose model is 260 times smaller than the smallest GPT-2: its few "
+             "3.5e-5 for reviews, whose model is 260 times smaller than the smallest GPT-2: its few "
              "weights have to move further for the same change of the policy)")
     add("--sft", type=Path,
         help="checkpoint to start from, or a folder as --init takes them (default sft.pt of the "
              "run, trained if missing)")
     add("--fresh", action="store_true", help="train SFT again even if there is one")
-    add("--prefixes", type=number(int, 10), default=2800,
-        help="reviews: prompts to sample answers for (default 2,800; C.1 has 25,000)")
+    add("--prefixes", type=number(int, 10), default=4200,
+        help="reviews: prompts to sample answers for (default 4,200; C.1 has 25,000)")
     add("--samples", type=number(int, 2), default=4,
         help="reviews: answers sampled for each prompt (default 4)")
     args = parser.parse_args(argv)
     settle_task(args)
-    args.lr = args.lr or (6e-5 if args.task == "reviews" else PAPER_LR)
-    args.beta = args.beta or {"reviews": 0.3, "tldr": 0.5}.get(args.task, 0.1)
+    args.lr = args.lr or (3.5e-5 if args.task == "reviews" else PAPER_LR)
+    args.beta = args.beta or {"reviews": 0.5, "tldr": 0.5}.get(args.task, 0.1)
     if args.sft and (args.fresh or args.init):
         raise UserError("--fresh and --init are for a new SFT model, --sft names one: choose")
     if args.fresh and args.resume:

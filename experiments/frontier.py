@@ -41,8 +41,8 @@ from sample import best_of, draw_answers, evaluate, side_by_side, table
 from train_sft import (PARTS, Parser, command, fingerprint, load, load_training, make_folder,
                        number, open_checkpoint, settle)
 
-BETAS = [0.03, 0.1, 0.3, 1, 3]
-STEPS = [120, 180, 235, 300, 400]       # of unlikelihood; 235 is the one epoch of the others
+BETAS = [0.05, 0.15, 0.5, 1.5, 5]
+STEPS = [180, 270, 352, 450, 600]       # of unlikelihood; 352 is the one epoch of the others
 EPOCHS = [1, 4, 16]                     # of sft_chosen
 NUMBERS = [1, 2, 4, 8, 16, 32, 64, 128]
 GRADES = {"reward": reward, "well_formed": well_formed}

@@ -302,7 +302,7 @@ def interrupted(script, out, **changes):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"beta": 0.7}, "that run had --beta 0.3, this one has 0.7"),
+    ({"beta": 0.7}, "that run had --beta 0.5, this one has 0.7"),
     ({"lr": 0.02}, "--lr 0.01, this one has 0.02"), ({"batch": 6}, "--batch 5"),
     ({"accumulate": 2}, "--accumulate 1"), ({"seed": 1}, "--seed 0"), ({"steps": 9}, "--steps 7"),
     ({"loss": "plackett_luce"}, "--loss dpo"), ({"log_every": 3}, "--log-every 2"),
