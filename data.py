@@ -710,6 +710,10 @@ class Batches:
             epoch, at = divmod(k, self.per_epoch)
             yield epoch, *self.order(epoch)[at]
 
+    def of_an_epoch(self):
+        """The batches of the first epoch, a list."""
+        return [self[step] for step in range(-(-self.per_epoch // self.size))]
+
     def __getitem__(self, step):
         """A list of Encoded."""
         wanted = {}

@@ -299,6 +299,8 @@ def answer(policies, tokenizer, prompt, args):
 
 def talk(paths, device, args):
     """Answer --prompt, or one prompt after the other until the end of input."""
+    if world_size() > 1:
+        raise UserError("to talk takes one process: start it without torchrun")
     policies, tokenizer, _ = open_policies(paths, device, args)
     if args.prompt is not None:
         print(side_by_side([args.prompt] * args.n, answer(policies, tokenizer, args.prompt, args)))

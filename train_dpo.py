@@ -335,12 +335,12 @@ def parse_args(argv):
         help="dpo on pairs, on rankings (A.3), or the baseline of C.3 (default dpo)")
     add("--beta", type=number(float, 0, above=True),
         help="strength of the KL penalty: larger stays closer to the reference (default 0.1, and "
-             "0.5 for tldr, Appendix B's; 0.5 for reviews, whose small model pays for reward with "
-             "its grammar)")
+             "0.5 for tldr, Appendix B's; 0.5 too for reviews, whose small model pays for reward "
+             "with its grammar)")
     add("--lr", type=number(float, 0, above=True),
         help="learning rate after warm-up (default 1e-6, Appendix B's, for pretrained models; "
-             "3.5e-5 for reviews, whose model is 260 times smaller than the smallest GPT-2: its few "
-             "weights have to move further for the same change of the policy)")
+             "3.5e-5 for reviews, whose model is 260 times smaller than the smallest GPT-2: its "
+             "few weights have to move further for the same change of the policy)")
     add("--sft", type=Path,
         help="checkpoint to start from, or a folder as --init takes them (default sft.pt of the "
              "run, trained if missing)")

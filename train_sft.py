@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -125,8 +126,9 @@ def grad_scaler(model):
 
 
 def micro_batches(items, args, model):
-    """This process's share of a batch, in --accumulate packed parts on the model's device. Losses
-    are divided by the size of the whole batch, so neither changes anything but memory and time.
+    """This process's share of a batch, in --accumulate packed parts on the model's device. Each
+    loss is divided by the size of the whole batch, so the gradient is the same however many
+    processes share it and however many parts each of them makes.
 
     Prompts are dealt out by length, so that all parts take about as long; within a part they keep
     their order. Raises UserError where there are more processes than prompts.
@@ -137,7 +139,9 @@ def micro_batches(items, args, model):
     n = min(args.accumulate * world_size(), len(items))
     by_length = sorted(range(len(items)), key=lambda i: -tokens_of(items[i]))
     for number in range(rank(), n, world_size()):
-        if world_size() > 1:        # processes add up their gradients in the backward of the last
+        # DistributedDataParallel adds up gradients over processes during backward. Once a step is
+        # enough: in that of this process's last part; until then they only collect here.
+        if world_size() > 1:
             model.logps.parallel.require_backward_grad_sync = number + world_size() >= n
         yield packed([items[i] for i in sorted(by_length[number::n])], args.row_length, model)
 
@@ -171,19 +175,22 @@ def bytes_of_step(config, tokens, scored):
 
 
 def free_memory(device):
-    """Bytes that a process may still take on a device."""
+    """Bytes that a process may still take on a device: of a CPU its share, where Linux says how
+    much there is for all (it does not know of a container's own limit)."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     meminfo = Path("/proc/meminfo")
-    free = (1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo.read_text())[1])
-            if meminfo.exists() else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    if not meminfo.exists():
+        return math.inf
+    free = 1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo.read_text())[1])
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def fewest_micro_batches(model, batches, row_length):
     """How many micro-batches, a power of two, let each step of an epoch fit in four fifths of the
     memory that is free, by `bytes_of_step`, with a fifth of each row empty."""
-    steps = [batches[step] for step in range(math.ceil(batches.per_epoch / batches.size))]
+    steps = batches.of_an_epoch()
     tokens = max(sum(map(tokens_of, items)) for items in steps)
     scored = max(sum(len(answer) for item in items for answer in item.answers) for items in steps)
     later = 12 * sum(p.numel() for p in model.parameters())         # gradients, and Adam's moments
@@ -275,7 +282,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 # The flags that a run and its resumption must share. Data and weights are compared by content.
-SHARED = ["batch", "accumulate", "epochs", "steps", "seed", "lr", "warmup", "weight_decay", "clip",
+SHARED = ["batch", "epochs", "steps", "seed", "lr", "warmup", "weight_decay", "clip",
           "beta", "loss", "row_length", "compile", "log_every", "eval_every"]
 PATIENCE = 25       # overflows of float16 in a row: 2**25 is more than the scaler begins with
 
@@ -297,11 +304,17 @@ class Run:
         self.seconds, self.saved_at = 60 * args.save_every, time.monotonic()
         state = load_state(path) if args.resume and path.exists() else None
         wait()                  # until all processes have looked
+        if world_size() > 1:
+            fewest = min(map(len, batches.of_an_epoch()))
+            if fewest < world_size():
+                raise UserError(f"--batch {args.batch} is {fewest} prompts in some step, and there "
+                                f"are {world_size()} processes: expected one for each")
         if args.accumulate is None:
-            args.accumulate = (state["settings"].get("accumulate", 1) if state else
+            args.accumulate = (math.ceil(state["parts"] / world_size()) if state else
                                fewest_micro_batches(model, batches, args.row_length))
             if args.accumulate > 1:
                 print(f"{args.accumulate} micro-batches a step, for the memory that is free")
+        self.n_parts = args.accumulate * world_size()
         self.settings = {name: getattr(args, name) for name in SHARED if hasattr(args, name)}
         self.settings |= {"device": model.device.type, "precision": str(model.precision),
                           "weights to start from": fingerprint(model),
@@ -337,7 +350,8 @@ class Run:
     def save(self):
         self.check()
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"settings": self.settings, "step": self.step, "overflows": self.overflows}
+        state |= {"settings": self.settings, "step": self.step, "overflows": self.overflows,
+                  "parts": self.n_parts}
         with replacing(self.path) as file:
             torch.save(state, file)
         self.saved_at = time.monotonic()
@@ -363,8 +377,8 @@ class Run:
                 if signalled or due or self.step == total:
                     self.save()
                 if signalled:
-                    raise Interrupted(int(signalled), f"stopped after step {step}; the same command "
-                                      "with --resume, without --fresh, goes on from there")
+                    raise Interrupted(int(signalled), f"stopped after step {step}; the same "
+                                      "command with --resume, without --fresh, goes on from there")
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -416,7 +430,8 @@ def load_state(path):
     """The content of a file that Run.save wrote. Raises UserError for another."""
     with reading(path, "the state of a run"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"settings", "step", "model", "optimizer", "scaler", "log"} <= state.keys():
+        if not {"settings", "step", "parts", "model", "optimizer", "scaler",
+                "log"} <= state.keys():
             raise ValueError("a part is missing")
         return state
 
@@ -584,16 +599,20 @@ def settle(args):
         if args.data and name in ("", *TASKS):
             raise UserError(f"--data {args.data}: name a folder for this run with --out")
         args.out = Path("out") / name
+    device = torch.device("cpu")
+    if args.device != "cpu" and torch.cuda.is_available():
+        number, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if number >= devices:
+            raise UserError(f"more processes than the {devices} CUDA devices of this machine: a "
+                            "smaller --nproc_per_node, or --device cpu")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group()       # gloo for what lies on the CPU, NCCL for what on a GPU
-    if args.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    number, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if number >= devices:
-        raise UserError(f"more processes than the {devices} CUDA devices of this machine: a "
-                        "smaller --nproc_per_node, or --device cpu")
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+        # Gradients go from GPU to GPU, all else by way of the CPU. The first process may take
+        # hours for a download, and when one ends torchrun ends all: no need to end sooner.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))
+    return device
 
 
 def source(args):
@@ -645,12 +664,13 @@ class Logps(torch.nn.Module):
         self.model = model
 
     def forward(self, batch):
-        return GPT.logps(self.model, batch)
+        return GPT.logps(self.model, batch)     # model.logps is soon what calls this
 
 
 def add_up(group, bucket):
-    """What DistributedDataParallel does with gradients that are ready. Not the mean over processes,
-    which it would take: each has divided its losses by the size of the whole batch already."""
+    """DistributedDataParallel collects gradients in buckets of about 25 MB, and calls this as soon
+    as one is full, while the backward computes the next. It would take the mean over processes;
+    this is the sum, since each has divided its losses by the size of the whole batch already."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
 
@@ -680,7 +700,8 @@ def compile_logps(model, args):
                 if isinstance(value, torch.Tensor):
                     torch._dynamo.maybe_mark_dynamic(value, 0)
         return run(batch)
-    logps.parallel, model.logps = parallel, logps
+    logps.parallel = parallel       # for micro_batches
+    model.logps = logps             # instead of the method, from now on
 
 
 def open_checkpoint(path, device, args):

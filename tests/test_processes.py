@@ -9,6 +9,7 @@ and metrics in a folder of its own, beside which pytest makes the same runs alon
 
 import argparse
 import csv
+import functools
 import itertools
 import json
 import os
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import sample                                                                       # noqa: E402
 import train_dpo                                                                    # noqa: E402
 import train_sft                                                                    # noqa: E402
-from data import Encoded                                                            # noqa: E402
+from data import Batches, Encoded                                                   # noqa: E402
 from model import GPT, GPTConfig, UserError, load_checkpoint, rank                  # noqa: E402
 from train_sft import compile_logps, load_state, settle                             # noqa: E402
 
@@ -40,6 +41,7 @@ RUNS = {
     "DPO in parts": (train_dpo, dict(batch=20, accumulate=2)),
     "rankings": (train_dpo, dict(batch=3, loss="plackett_luce")),
     "unlikelihood": (train_dpo, dict(batch=11, loss="unlikelihood")),
+    "compiled": (train_dpo, dict(batch=13, compile="on")),
 }
 STEPS = 4
 SFT = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 64 --reviews 600 --batch 31 --lr 1e-2 "
@@ -68,7 +70,9 @@ def train(name, out, **changes):
              for n, draw in enumerate(torch.randint(0, 20, (7, 12), generator=numbers).tolist())]
     if script is train_sft:
         items = [Encoded(item.prompt, item.answers[:1], []) for item in items]
-    compile_logps(model, args)
+    with pytest.MonkeyPatch.context() as patch:     # compiled, but for the code of its kernels
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        compile_logps(model, args)
     for item, logps in zip(items, sample.score(model, items, 32)):
         item.ref_logps = logps
     script.train(model, items, items[:3], args)
@@ -258,6 +262,35 @@ def test_fewer_prompts_than_processes_is_one_sentence(monkeypatch):
     items, args = [Encoded([1], [[2]], [])] * 2, argparse.Namespace(accumulate=1, row_length=8)
     with pytest.raises(UserError, match="a batch of 2 prompts for 3 processes"):
         next(train_sft.micro_batches(items, args, GPT(GPTConfig(8, 4, 1, 1, 4))))
+
+
+def test_a_batch_that_is_too_small_in_some_step_is_refused_before_the_first(tmp_path, monkeypatch):
+    """13 pairs of prompts with three each are parts of 5 prompts, or of 6."""
+    monkeypatch.setattr(train_sft, "world_size", lambda: 6)
+    items = [Encoded([1], [[2], [3], [4]], [(0, 1), (0, 2), (1, 2)])] * 7
+    args = train_dpo.parse_args(["--batch", "13"])
+    with pytest.raises(UserError, match="--batch 13 is 5 prompts in some step, and there are 6"):
+        train_sft.Run(tmp_path / "state.pt", args, GPT(GPTConfig(8, 8, 1, 1, 8)),
+                      Batches(items, 13, 0), [], None, None, None)
+
+
+def test_what_is_no_tensor_of_a_gpu_goes_by_way_of_the_cpu(monkeypatch, tmp_path):
+    """PyTorch's own choice of a backend is that of the accelerator alone, which can't carry a
+    number that lies on the CPU."""
+    asked = []
+    monkeypatch.setattr(train_sft.dist, "init_process_group", lambda *a, **k: asked.append(a[0]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    for device, expected in (("cuda", "cuda:1"), ("cpu", "cpu")):
+        args = train_dpo.parse_args(["--device", device])
+        assert settle(args) == torch.device(expected)
+    assert asked == [torch.device("cuda:1"), "cpu:gloo,cuda:nccl", "gloo"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="more processes than the 2 CUDA devices"):
+        settle(train_dpo.parse_args([]))
 
 
 @pytest.mark.gpu
