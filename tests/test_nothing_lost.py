@@ -452,12 +452,17 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_state(tmp_path, monkey
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_outside_of_training_ends_with_one_sentence(
         tmp_path, monkeypatch, capsys, number, code):
-    """While answers are sampled, say."""
+    """While answers are sampled, say. (A process in a shell's background begins with Ctrl-C ignored,
+    and so may these tests.)"""
     monkeypatch.setattr(train_dpo, "open_checkpoint", lambda *a: os.kill(os.getpid(), number))
     (tmp_path / "sft.pt").write_bytes(b"")
-    with pytest.raises(SystemExit) as caught:
-        train_dpo.main(["--out", str(tmp_path), "--device", "cpu"])
-        time.sleep(1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            train_dpo.main(["--out", str(tmp_path), "--device", "cpu"])
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert caught.value.code == code
     assert capsys.readouterr().err == "train_dpo.py: stopped; what was finished is kept\n"
 
