@@ -45,8 +45,8 @@ from train_sft import Parser, command, number                                   
 POINTS = 10.0                       # of each exercise
 SHEET = "EXERCISES.md"
 FOR_TEACHERS = "ASSIGNMENTS.md"
-# Not in a copy: the guide, the tests of these tools, and those of the benchmark and of torchrun, which
-# run the loop in other processes, where an unwritten function can't be told from a broken one.
+# Not in a copy: the guide, the tests of these tools, and those of the benchmark and of torchrun:
+# they run the loop in other processes, where an unwritten function can't be told from a broken one.
 LEFT_OUT = (FOR_TEACHERS, "test_classroom.py", "test_benchmark.py", "test_processes.py")
 LARGEST_SOURCE = 1 << 20
 
