@@ -180,10 +180,11 @@ def free_memory(device):
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:
         return math.inf
-    free = 1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo.read_text())[1])
+    free = 1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo)[1])
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
