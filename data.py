@@ -542,7 +542,11 @@ class Batch:
     losers: torch.Tensor        # (P,)
     rankings: torch.Tensor      # (G, K) answers of each prompt by pairs won, best first, then -1s
     ref_logps: torch.Tensor     # (N,) float32, zeros where they are not known yet
-    n_answers: int              # N
+
+    @property
+    def n_answers(self):
+        """N; in a compiled graph it may vary, which a number kept beside the tensors may not."""
+        return len(self.ref_logps)
 
     def mask(self):
         """(B, T, T) bool: which tokens (second dimension) may look at which (third)."""
@@ -579,8 +583,7 @@ def pack(encoded, row_length):
     pieces = cut_into_pieces(encoded, row_length)
     pieces.sort(key=lambda piece: piece.length, reverse=True)
     places = first_fit([piece.length for piece in pieces], row_length)
-    return Batch(*write_rows(pieces, places, row_length), *number_pairs(encoded),
-                 sum(len(item.answers) for item in encoded))
+    return Batch(*write_rows(pieces, places, row_length), *number_pairs(encoded))
 
 
 def best_row_length(encoded, most, n_embd):
@@ -593,7 +596,7 @@ def best_row_length(encoded, most, n_embd):
     and the multiples of 16 below it (beyond 1024, of a 64th of `most`), each then cut to its
     fullest row. Raises ValueError where a single answer does not fit.
     """
-    whole = [len(item.prompt) + sum(map(len, item.answers)) for item in encoded]
+    whole = [tokens_of(item) for item in encoded]
     least = max(len(item.prompt) + max(map(len, item.answers)) for item in encoded)
     unit, found, limit = max(16, most // 64), [], most
     while limit >= least or not found:
@@ -609,12 +612,17 @@ def best_row_length(encoded, most, n_embd):
     return min(found)[1]
 
 
+def tokens_of(item):
+    """How many tokens a prompt and all its answers have."""
+    return len(item.prompt) + sum(map(len, item.answers))
+
+
 def cut_into_pieces(encoded, row_length):
     """A list of Piece, in the order given: answers stay with the one before as long as there is
     room. Raises ValueError where a single answer has none."""
     pieces, n = [], 0
-    for prompt, answers in ((item.prompt, item.answers) for item in encoded):
-        first, length = 0, len(prompt)
+    for item in encoded:
+        prompt, answers, first, length = item.prompt, item.answers, 0, len(item.prompt)
         for i, answer in enumerate(answers):
             if len(prompt) + len(answer) > row_length:
                 raise ValueError(f"a prompt of {len(prompt)} tokens and an answer of "

@@ -218,9 +218,7 @@ class GPT(nn.Module):
         hidden = hidden.flatten(0, 1).index_select(0, batch.source)              # (S, C)
         logits = self.head(hidden, self.vocab_multiple)                          # (S, V) or more
         token_logps = -F.cross_entropy(logits, batch.target, reduction="none")   # (S,)
-        # N as the length of a tensor may vary in a compiled graph, where an int is a constant.
-        N = len(batch.ref_logps)
-        return token_logps.new_zeros(N).index_add(0, batch.owner, token_logps)
+        return token_logps.new_zeros(batch.n_answers).index_add(0, batch.owner, token_logps)
 
     # -- sampling --------------------------------------------------------------------------------
 

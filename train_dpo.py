@@ -352,7 +352,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     settle_task(args)
     args.lr = args.lr or (3.5e-5 if args.task == "reviews" else PAPER_LR)
-    args.beta = args.beta or {"reviews": 0.5, "tldr": 0.5}.get(args.task, 0.1)
+    args.beta = args.beta or (0.5 if args.task in ("reviews", "tldr") else 0.1)
     if args.sft and (args.fresh or args.init):
         raise UserError("--fresh and --init are for a new SFT model, --sft names one: choose")
     if args.fresh and args.resume:

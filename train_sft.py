@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import (TASKS, TOKENIZERS, Batches, Preference, Skipped, best_row_length, encode_all,
                   get_tokenizer, is_held_out, load_comparisons, load_preferences, load_summaries,
-                  pack, write_review)
+                  pack, tokens_of, write_review)
 from model import (RELEASED, GPT, GPTConfig, UserError, load_checkpoint, rank, reading, reduced,
                    replacing, save_checkpoint, wait, world_size)
 
@@ -159,10 +159,6 @@ def packed(items, row_length, model):
     if not model.compiled:
         row_length = best_row_length(items, row_length, model.config.n_embd)
     return pack(items, row_length).to(model.device)
-
-
-def tokens_of(item):
-    return len(item.prompt) + sum(map(len, item.answers))
 
 
 def bytes_of_step(config, tokens, scored):

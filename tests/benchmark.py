@@ -177,7 +177,7 @@ def pad(encoded):
     source, target, owner = (torch.from_numpy(np.concatenate(column)) for column in zip(*scored))
     ref_logps = torch.tensor([(item.ref_logps or [0.0])[0] for item in encoded])
     return Batch(torch.from_numpy(tokens), None, None, None, source, target, owner, None, None,
-                 None, ref_logps, len(rows))
+                 None, ref_logps)
 
 
 def collate(items, rung, config, row_length=None, accumulate=1):

@@ -452,8 +452,8 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_state(tmp_path, monkey
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_outside_of_training_ends_with_one_sentence(
         tmp_path, monkeypatch, capsys, number, code):
-    """While answers are sampled, say. (A process in a shell's background begins with Ctrl-C ignored,
-    and so may these tests.)"""
+    """While answers are sampled, say. (A process in a shell's background begins with Ctrl-C
+    ignored, and so may these tests.)"""
     monkeypatch.setattr(train_dpo, "open_checkpoint", lambda *a: os.kill(os.getpid(), number))
     (tmp_path / "sft.pt").write_bytes(b"")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
