@@ -1,22 +1,22 @@
 """Direct Preference Optimization: the mathematics, the step, the loop.
 
-    python train_dpo.py                           # the reviews task: SFT if there is none, then DPO
+    python train_dpo.py                           # the reviews task: SFT if needed, then DPO
     python train_dpo.py --task hh                 # GPT-2 on Anthropic's dialogues, or --task tldr
     python train_dpo.py --data pairs.jsonl        # your own preferences
     torchrun --nproc_per_node 8 train_dpo.py --task hh            # on eight GPUs
 
     loss = -log sigma( beta log pi(y_w|x)/pi_ref(y_w|x) - beta log pi(y_l|x)/pi_ref(y_l|x) )
 
-People compare two answers to a prompt x and prefer y_w to y_l. RLHF fits a reward to such pairs
-and then optimizes a policy for it. DPO turns the optimum around: every policy *is* the optimum for
-some reward, so the pairs can be fitted by the policy itself, with the logistic loss above. The
-reference pi_ref is the SFT model; its log-probs never change, so they are computed once.
+People compare two answers to a prompt x and prefer y_w to y_l. RLHF fits a reward model to such
+pairs and then optimizes a policy for that reward. DPO skips the reward model: every policy is the
+optimal one for some reward, its implicit reward, so the policy itself can be fitted to the pairs,
+with the loss above. The reference pi_ref is the SFT model. It never changes, so its log-probs are
+computed once, before training.
 
-Writes to out/<task>/: preferences.jsonl (where the task samples its own), dpo.pt, metrics.csv,
-results.json. Left out on purpose: the reward model and PPO, which DPO is there to do without.
+Writes to out/<task>/: preferences.jsonl (if the task samples its own), reference.json, dpo.pt,
+metrics.csv, results.json. Left out on purpose: the reward model and PPO, which DPO replaces.
 """
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -25,78 +25,62 @@ import torch
 import torch.nn.functional as F
 
 import train_sft
-from data import Batches, encode_all, prefixes, rank, reward
-from model import UserError, replacing, save_checkpoint, write_json
-from sample import (add_measuring_flags, evaluate, held_out_prompts, sample, score, side_by_side,
-                    table)
-from train_sft import (PARTS, Log, Parser, Run, add_shared_flags, add_training_flags, command,
-                       compile_logps, fingerprint, grad_scaler, in_batches, is_time, load,
-                       load_training, make_folder, micro_batches, number, open_checkpoint,
-                       row_length, settle, settle_task, source, update, warmup, warn_of_large_lr)
+from data import Batches, batches_in_order, micro_batches, rank_answers
+from runtime.checkpoint import (check_sft_checkpoint, data_source, open_checkpoint,
+                                save_checkpoint)
+from runtime.cli import (Parser, add_measuring_flags, add_shared_flags, add_training_flags,
+                         check_row_length, choose_task, command, flags_for_sft, number_type,
+                         set_up, warn_of_large_lr)
+from runtime.errors import UserError
+from runtime.files import make_folder, read_cached, write_cached, write_json
+from runtime.parallel import compiled_logps, set_compiled, sum_gradients
+from runtime.report import side_by_side, table
+from runtime.run import Log, TrainingState, fingerprint, is_time
+from sample import decode_answer, encode_prompt, evaluate, sample, score
+from tasks import encode_splits, reviews, task_of
+from train_sft import grad_scaler, update, warmup
+
+# Defaults that depend on the task. Appendix B has beta 0.1 (0.5 for TL;DR) and learning rate 1e-6.
+# The model of the reviews is 260 times smaller than the smallest GPT-2, so its few weights have to
+# move further, and beta 0.1 would cost it too much of its grammar.
+PAPER_LR = 1e-6
+BETA = {"reviews": 0.5, "hh": 0.1, "tldr": 0.5, "--data": 0.1}
+LR = {"reviews": 3.5e-5, "hh": PAPER_LR, "tldr": PAPER_LR, "--data": PAPER_LR}
 
 
 # ------------------------------------------------------------------------------------------------
-# The mathematics. Pure functions of log-probabilities; nothing here knows what a Transformer is.
+# The mathematics that training uses. Pure functions of log-probabilities.
 # ------------------------------------------------------------------------------------------------
 
 
 def bradley_terry(r_w, r_l):
-    """Eq. 16: log p(y_w > y_l | x) = log sigma(r_w - r_l).
+    """Eq. 16: log p(y_w > y_l | x) = log sigma(r_w - r_l), the log-probability that y_w is
+    preferred.
 
-    r_w, r_l: rewards of the winner and the loser, any shapes that broadcast.
+    r_w, r_l: rewards of the winner and the loser, of any shapes that broadcast.
     """
     return F.logsigmoid(r_w - r_l)
-
-
-def plackett_luce(rewards, ranking):
-    """Eq. 18: log p(ranking | answers, x), the answers being drawn one after the other, best first,
-    each with probability proportional to exp(reward) among those not drawn yet.
-
-    rewards: (B,) one per answer. ranking: (..., K) indices into rewards, best first; a ranking of
-    fewer than K answers ends in -1s, which count for nothing. Returns (...).
-    """
-    drawn = ranking >= 0                                            # (..., K)
-    r = rewards[ranking.clamp(min=0)]                               # (..., K) in order of rank
-    k = torch.arange(ranking.size(-1), device=ranking.device)
-    later = k[None, :] >= k[:, None]                                # (K, K) row k: not drawn yet
-    alone = k[None, :] == k[:, None]                                # so that a -1 adds r - r = 0
-    left = later & drawn[..., None, :] | alone                      # (..., K, K)
-    of_left = r[..., None, :].masked_fill(~left, -math.inf)         # (..., K, K)
-    return (r - of_left.logsumexp(-1)).sum(-1)
-
-
-def log_partition(ref_logps, rewards, beta):
-    """A.1: log Z(x) = log sum_y pi_ref(y|x) exp(r(x, y) / beta), summed over the last dimension,
-    which runs over every answer y there is. Returns the shape without it.
-    """
-    return (ref_logps + rewards / beta).logsumexp(-1)
-
-
-def optimal_policy(ref_logps, rewards, beta):
-    """Eq. 15: log pi*(y|x) = log pi_ref(y|x) + r(x, y) / beta - log Z(x), the policy that maximises
-    E[r] - beta KL(pi || pi_ref). Last dimension: every answer y there is. Same shape out as in.
-    """
-    return ref_logps + rewards / beta - log_partition(ref_logps, rewards, beta)[..., None]
 
 
 def implicit_reward(pi_logps, ref_logps, beta):
     """Eq. 17 without beta log Z(x): rhat(x, y) = beta log(pi(y|x) / pi_ref(y|x)).
 
-    The language model is secretly a reward model: rhat differs from the reward that pi is optimal
-    for by beta log Z(x) alone, which is the same for all answers of a prompt, so no preference
-    depends on it (Lemma 1).
+    The language model is secretly a reward model: pi is optimal for the reward rhat + beta log Z.
+    The second term is the same for all answers to a prompt, so no preference depends on it
+    (Lemma 1).
     """
     return beta * (pi_logps - ref_logps)
 
 
 def dpo_loss(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
-    """Appendix B: -log sigma(rhat_w - rhat_l), the Bradley-Terry likelihood of the pairs under the
-    implicit reward.
+    """Appendix B: the negative log-likelihood of the pairs under the Bradley-Terry model of the
+    implicit rewards, -log sigma(rhat_w - rhat_l).
 
-    pi_logps, ref_logps: (B,) log pi(y|x) of each answer under policy and reference.
-    yw_idxs, yl_idxs: (T,) pairs of indices into them: preferred, dispreferred.
-    beta: strength of the KL penalty; larger keeps the policy closer to the reference.
-    Returns (losses (T,), rewards (B,)); the rewards are detached.
+    pi_logps, ref_logps: (N,) log pi(y|x) of each answer under policy and reference.
+    yw_idxs, yl_idxs: (P,) indices of the preferred and the dispreferred answer of each pair.
+    beta: strength of the KL penalty; a larger one keeps the policy closer to the reference.
+    Returns (losses (P,), rewards (N,)); the rewards are detached. (Appendix B writes B for N and T
+    for P.)
     """
     pi_logratios = pi_logps[yw_idxs] - pi_logps[yl_idxs]
     ref_logratios = ref_logps[yw_idxs] - ref_logps[yl_idxs]
@@ -104,39 +88,74 @@ def dpo_loss(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
     return losses, implicit_reward(pi_logps, ref_logps, beta).detach()
 
 
-def dpo_gradient(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
-    """A.4: d(sum of dpo_loss) / d pi_logps in closed form, (B,).
+def plackett_luce(rewards, ranking):
+    """Eq. 18: the log-probability of a ranking, if answers are drawn one after the other, best
+    first, each with probability proportional to exp(reward) among those that are left.
 
-    Each pair adds -beta sigma(rhat_l - rhat_w) to its winner and the opposite to its loser. The
-    weight is large while the pair is ranked wrongly; A.4 prints w and l the other way round.
+    rewards: (N,) one per answer. ranking: (..., K) indices into rewards, best first; a ranking of
+    fewer than K answers is padded with -1. Returns (...).
     """
-    r = implicit_reward(pi_logps, ref_logps, beta)
-    weights = beta * torch.sigmoid(r[yl_idxs] - r[yw_idxs])         # (T,)
-    gradient = torch.zeros_like(pi_logps)                           # (B,)
-    return gradient.index_add(0, yw_idxs, -weights).index_add(0, yl_idxs, weights)
+    r = rewards[ranking.clamp(min=0)]                               # (..., K)
+    not_padding = r.masked_fill(ranking < 0, -math.inf)
+    logp = torch.zeros_like(r[..., 0])
+    for k in range(ranking.size(-1)):
+        # Those that are left: the k-th answer and all after it. A -1 is left alone and adds 0.
+        left = torch.cat([r[..., k:k + 1], not_padding[..., k + 1:]], dim=-1)
+        logp = logp + r[..., k] - left.logsumexp(-1)
+    return logp
 
 
 def plackett_luce_loss(pi_logps, ref_logps, rankings, beta):
-    """Eq. 20: DPO for rankings, -log p(ranking) under Plackett-Luce and the implicit reward.
+    """Eq. 20: DPO for rankings, -log p(ranking) under Plackett-Luce and the implicit rewards.
 
-    rankings: (T, K) indices into the log-probs, best first, -1 where a ranking is shorter than K.
-    Returns (losses (T,), rewards (B,)); the rewards are detached. With K = 2 this is dpo_loss.
+    rankings: (G, K) indices into the log-probs, best first, padded with -1. Returns (losses (G,),
+    rewards (N,)); the rewards are detached. With K = 2 this is dpo_loss.
     """
-    r = implicit_reward(pi_logps, ref_logps, beta)
-    return -plackett_luce(r, rankings), r.detach()
+    rewards = implicit_reward(pi_logps, ref_logps, beta)
+    return -plackett_luce(rewards, rankings), rewards.detach()
 
 
 def unlikelihood_loss(pi_logps, yw_idxs, yl_idxs):
-    """C.3: -(log pi(y_w|x) - log pi(y_l|x)): raise the one, lower the other.
+    """C.3: -(log pi(y_w|x) - log pi(y_l|x)), raise one and lower the other.
 
-    The baseline that falls apart. Without a sigmoid no pair is ever ranked well enough, and without
-    a reference nothing holds the language together. Returns losses (T,), unbounded below.
+    The baseline that degenerates: without a sigmoid no pair is ever ranked well enough, and without
+    a reference nothing preserves the language. Returns losses (P,), unbounded below.
     """
     return -(pi_logps[yw_idxs] - pi_logps[yl_idxs])
 
 
 # ------------------------------------------------------------------------------------------------
-# The step and the loop
+# The mathematics behind it, which the tests and experiments use
+# ------------------------------------------------------------------------------------------------
+
+
+def log_partition(ref_logps, rewards, beta):
+    """A.1: log Z(x) = log sum_y pi_ref(y|x) exp(r(x, y) / beta). The sum is over the last
+    dimension, which must contain every possible answer y. Returns the shape without it."""
+    return (ref_logps + rewards / beta).logsumexp(-1)
+
+
+def optimal_policy(ref_logps, rewards, beta):
+    """Eq. 15: log pi*(y|x) = log pi_ref(y|x) + r(x, y) / beta - log Z(x), the policy that maximizes
+    E[r] - beta KL(pi || pi_ref). Last dimension: every possible answer y. Returns the same shape.
+    """
+    return ref_logps + rewards / beta - log_partition(ref_logps, rewards, beta)[..., None]
+
+
+def dpo_gradient(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
+    """A.4: d(sum of dpo_loss) / d pi_logps in closed form, (N,).
+
+    Each pair adds -beta sigma(rhat_l - rhat_w) to its winner and the opposite to its loser. The
+    weight is large if the pair is ranked wrongly. (A.4 prints it with w and l swapped.)
+    """
+    rewards = implicit_reward(pi_logps, ref_logps, beta)
+    weights = beta * torch.sigmoid(rewards[yl_idxs] - rewards[yw_idxs])     # (P,)
+    gradient = torch.zeros_like(pi_logps)                                   # (N,)
+    return gradient.index_add(0, yw_idxs, -weights).index_add(0, yl_idxs, weights)
+
+
+# ------------------------------------------------------------------------------------------------
+# The loop
 # ------------------------------------------------------------------------------------------------
 
 COLUMNS = {"loss": ".4f", "accuracy": ".1%", "margin": "+.3f", "chosen_reward": "+.3f",
@@ -144,50 +163,57 @@ COLUMNS = {"loss": ".4f", "accuracy": ".1%", "margin": "+.3f", "chosen_reward": 
            "grad_norm": ".2f", "lr": ".1e", "held_out_loss": ".4f", "held_out_accuracy": ".1%"}
 
 
-def objective(logps, batch, args):
-    """(losses, rewards) of the --loss at hand: losses one a pair (or a ranking), rewards one an
-    answer, detached."""
-    if args.loss == "plackett_luce":
-        return plackett_luce_loss(logps, batch.ref_logps, batch.rankings, args.beta)
-    if args.loss == "unlikelihood":
-        return (unlikelihood_loss(logps, batch.winners, batch.losers),
-                implicit_reward(logps, batch.ref_logps, args.beta).detach())
-    return dpo_loss(logps, batch.ref_logps, batch.winners, batch.losers, args.beta)
-
-
 def train(policy, preferences, held_out, args):
-    """DPO of a policy on a list of Encoded that carry their ref_logps; in place."""
+    """DPO on preferences, a list of Encoded with their ref_logps. Trains the policy in place."""
     batches = Batches(preferences, args.batch, args.seed, whole=args.loss == "plackett_luce")
-    steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
-    optimizer, scaler = policy.optimizer(args.lr, args.weight_decay), grad_scaler(policy)
-    log = Log(args.out / "metrics.csv", COLUMNS)
-    run = Run(args.out / "dpo_state.pt", args, policy, batches, held_out, optimizer, scaler, log)
-    for step in run.steps(steps, "DPO"):
-        for batch in micro_batches(batches[step], args, policy):
-            logps = policy.logps(batch)                             # (N,) log pi(y|x)
+    n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
+    optimizer = policy.optimizer(args.lr, args.weight_decay)
+    scaler = grad_scaler(policy)
+    log = Log(args.out / "metrics.csv", COLUMNS, batches, scaler)
+    state = TrainingState(args.out / "dpo_state.pt", args, policy, optimizer, scaler, log, batches,
+                          held_out)
+    logps_of = compiled_logps(policy)                               # policy.logps, perhaps compiled
+    for step in state.steps(n_steps, "DPO"):
+        # One batch: forward and backward, a micro-batch at a time. Gradients add up.
+        for batch in micro_batches(batches[step], state.micro_batches, args.row_length, policy):
+            logps = logps_of(batch)                                 # (N,) log pi(y|x)
             losses, rewards = objective(logps, batch, args)         # (P,) and (N,)
             scaler.scale(losses.sum() / args.batch).backward()      # mean over the whole batch
             log.add(len(losses), loss=losses.detach().sum())
             log.add(len(batch.winners), **describe(logps.detach(), rewards, batch))
             if step == 0:
                 check_start(logps.detach(), batch, args, policy.precision)
+        # One update.
+        sum_gradients(policy)                                       # over all processes
         lr = args.lr * warmup(step, args.warmup)
         grad_norm = update(policy, optimizer, scaler, lr, args.clip)
-        run.watch(step, grad_norm)
-        looked = held_out and is_time(step, steps, args.eval_every)
-        if looked:
+        log.end_step(step, grad_norm, lr)
+        # Evaluate on held-out pairs, write a line of the log, save what the next step depends on.
+        evaluating = held_out and is_time(step, n_steps, args.eval_every)
+        if evaluating:
             evaluate_preferences(policy, held_out, args, log)
-        if looked or is_time(step, steps, args.log_every):
-            run.check()
-            log.write(step, grad_norm=grad_norm, lr=lr)
+        if evaluating or is_time(step, n_steps, args.log_every):
+            log.write(step)
+        state.save_if_due(step)
 
 
-TIE = 1e-4          # margins that float32 cannot tell from 0 in answers of hundreds of tokens
+def objective(logps, batch, args):
+    """(losses, rewards) of --loss: one loss per pair (or ranking), one reward per answer,
+    detached."""
+    if args.loss == "plackett_luce":
+        return plackett_luce_loss(logps, batch.ref_logps, batch.rankings, args.beta)
+    if args.loss == "unlikelihood":
+        rewards = implicit_reward(logps, batch.ref_logps, args.beta).detach()
+        return unlikelihood_loss(logps, batch.winners, batch.losers), rewards
+    return dpo_loss(logps, batch.ref_logps, batch.winners, batch.losers, args.beta)
+
+
+TIE = 1e-4          # in float32, margins of long answers are not exact to more than this
 
 
 def describe(logps, rewards, batch):
-    """What to watch: sums over the pairs of a batch. Tied pairs count as half right, so the
-    accuracy of a policy that is still its reference is 50 %, not a coin that rounding tosses."""
+    """What to log: sums over the pairs of a batch. A tie counts as half right, so the accuracy is
+    50 % before the first update, rather than noise from rounding."""
     w, l = batch.winners, batch.losers
     margins = rewards[w] - rewards[l]
     ahead = margins.sign() * (margins.abs() > TIE)                  # 1, 0 or -1
@@ -197,13 +223,15 @@ def describe(logps, rewards, batch):
 
 
 def check_start(logps, batch, args, precision):
-    """Before the first update the policy is the reference: every reward is 0 and the loss what it
-    is for equal models, log 2 for DPO. If not, the two were not computed alike, and all that
-    follows would be off by as much. Raises UserError."""
+    """Check that before the first update the policy equals the reference: every reward is 0, and
+    the loss is that of equal models (log 2 for DPO). Otherwise the two were computed differently,
+    and every later number would be off. Raises UserError."""
     losses, rewards = objective(logps, batch, args)
     expected, _ = objective(batch.ref_logps, batch, args)
     tolerance = args.beta * (0.01 if precision is None else 1.0)    # nats, times beta
-    loss_off = 0 if args.loss == "unlikelihood" else (losses - expected).mean().abs()
+    loss_off = (losses - expected).mean().abs()
+    if args.loss == "unlikelihood":                                 # has no reference
+        loss_off = 0
     if not (rewards.abs().max() <= tolerance and loss_off <= tolerance):
         raise UserError(f"step 0: the loss is {losses.mean():.5f}, not {expected.mean():.5f}: the "
                         "policy does not start at its reference")
@@ -211,210 +239,172 @@ def check_start(logps, batch, args, precision):
 
 @torch.no_grad()
 def evaluate_preferences(policy, held_out, args, log):
-    """Loss and accuracy over all held-out preferences, to the log."""
-    for batch in in_batches(held_out, args.row_length, policy):
-        logps = policy.logps(batch)
+    """Log the loss and the accuracy over all held-out preferences."""
+    logps_of = compiled_logps(policy)
+    for batch in batches_in_order(held_out, args.row_length, policy):
+        logps = logps_of(batch)
         losses, rewards = objective(logps, batch, args)
         log.add(len(losses), held_out_loss=losses.sum())
         log.add(len(batch.winners), held_out_accuracy=describe(logps, rewards, batch)["accuracy"])
 
 
 # ------------------------------------------------------------------------------------------------
-# C.1: prefixes, sampled answers, ranked pairs
+# The pipeline of C.1: an SFT model, sampled and ranked answers, reference log-probs, DPO, a table
 # ------------------------------------------------------------------------------------------------
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    device, task = set_up(args), task_of(args)
+    make_folder(args.out)
+    sft_path = find_or_train_sft(args)
+    policy, tokenizer, facts = open_checkpoint(sft_path, device, args)
+    check_sft_checkpoint(sft_path, policy, facts, args)
+    check_row_length(args, policy.config.block_size)
+    set_compiled(policy, args.compile)
+
+    if task is reviews:
+        sample_preferences(policy, tokenizer, args)
+    preferences, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
+    add_reference(policy, preferences + held_out, args)
+    warn_of_large_lr(args, PAPER_LR, facts.get("init", "random"))
+    print(f"DPO of {sft_path} on {sum(len(item.pairs) for item in preferences):,} pairs of "
+          f"{len(preferences):,} prompts, {args.loss}, beta {args.beta:g}, on {device}")
+    train(policy, preferences, held_out, args)
+    save_checkpoint(args.out / "dpo.pt", policy, tokenizer=facts["tokenizer"], stage="dpo",
+                    init=facts.get("init", "random"), seed=args.seed, beta=args.beta,
+                    loss=args.loss, **data_source(args))
+    print(f"wrote {args.out / 'dpo.pt'}")
+    reference, _, _ = open_checkpoint(sft_path, device, args)
+    report(policy, reference, held_out, tokenizer, sft_path, args)
+    (args.out / "dpo_state.pt").unlink(missing_ok=True)     # the run has finished
+
+
+def find_or_train_sft(args):
+    """The path of the SFT model to start from. Runs SFT first if there is none."""
+    if args.sft:
+        print(f"starting from {args.sft}")
+        return args.sft
+    path = args.out / "sft.pt"
+    unfinished = (args.out / "sft_state.pt").exists()
+    if args.fresh:
+        print("--fresh: running SFT first")
+    elif args.resume and unfinished:
+        print(f"{path} is from an unfinished run; running SFT first")
+    elif not path.exists():
+        print(f"no {path} yet; running SFT first")
+    else:
+        later = ", but a later SFT run did not finish; --resume would continue it"
+        print(f"starting from {path}" + (later if unfinished else ""))
+        return path
+    train_sft.main(flags_for_sft(args))
+    return path
 
 
 def sample_preferences(sft, tokenizer, args):
     """Sample --samples answers to each of --prefixes prefixes from the SFT model, rank them by the
-    ground-truth reward of the whole review, and write them to preferences.jsonl. One prefix in ten
-    is a held-out one. Returns the file's path.
+    ground-truth reward, and write them to preferences.jsonl. One prefix in ten is held out.
 
-    A file that the same model and flags have written is used again; see `keep`.
+    The file is reused if the same model and flags wrote it (see runtime.files.read_cached).
     """
-    eot, path = tokenizer.eot_token, args.out / "preferences.jsonl"
+    path = args.out / "preferences.jsonl"
     key = " ".join(map(str, (fingerprint(sft), sft.device.type, sft.precision, args.seed,
                              args.prefixes, args.samples, args.max_new_tokens)))
-    if kept(path, key) is not None:
-        print(f"{path}: sampled before, by the same model with the same flags")
-        return path
+    if read_cached(path, key) is not None:
+        print(f"{path}: already sampled by the same model with the same flags")
+        return
     n_held_out = max(1, args.prefixes // 10)
-    prompts = (prefixes(args.prefixes - n_held_out, False, tokenizer, args.seed)
-               + prefixes(n_held_out, True, tokenizer, args.seed))
-    ids = [[eot] + tokenizer.encode_ordinary(prompt)
-           for prompt in prompts for _ in range(args.samples)]
-    answers = sample(sft, ids, args.max_new_tokens, args.seed, eot, progress="sampling answers")
-    unfinished, rows = 0, []
+    prompts = (reviews.prefixes(args.prefixes - n_held_out, False, tokenizer, args.seed)
+               + reviews.prefixes(n_held_out, True, tokenizer, args.seed))
+    repeated = [encode_prompt(prompt, tokenizer) for prompt in prompts for _ in range(args.samples)]
+    answers = sample(sft, repeated, args.max_new_tokens, args.seed, tokenizer.eot_token,
+                     progress="sampling answers")
+    n_unfinished, rows = 0, []
     for i, prompt in enumerate(prompts):
-        mine = answers[i * args.samples:(i + 1) * args.samples]
-        done = [tokenizer.decode(ids[:-1]) for ids in mine if ids[-1] == eot and len(ids) > 1]
-        unfinished += len(mine) - len(done)
-        rows.append(rank(prompt, done, [reward(prompt + answer) for answer in done]))
+        sampled = answers[i * args.samples:(i + 1) * args.samples]
+        finished = [decode_answer(ids, tokenizer) for ids in sampled
+                    if ids[-1] == tokenizer.eot_token and len(ids) > 1]
+        n_unfinished += len(sampled) - len(finished)
+        rewards = [reviews.reward(prompt + answer) for answer in finished]
+        rows.append(rank_answers(prompt, finished, rewards))
     ranked = [row for row in rows if row]
     if not ranked:
         raise UserError("no prompt got two finished answers of different reward: train SFT for "
                         "longer, or raise --max-new-tokens")
-    keep(path, key, "".join(json.dumps(row) + "\n" for row in ranked))
-    print(f"{path}: answers of {len(ranked):,} prompts ranked; left out "
-          f"{len(rows) - len(ranked)} prompts (no two rewards differ) and {unfinished} answers "
-          "(empty or without an end)")
-    return path
-
-
-def keep(path, key, text):
-    """Write a text file, and beside it, as .key, a digest of the text and of what it was made from:
-    kept(path, key) returns the text until one of the two changes."""
-    for where, content in [(path, text), (path.with_suffix(".key"), digest_of(key, text))]:
-        with replacing(where) as file:
-            file.write(content.encode())
-
-
-def kept(path, key):
-    """The text of the file at `path` if it is what `keep` wrote for this key, else None."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return text if path.with_suffix(".key").read_text() == digest_of(key, text) else None
-    except (OSError, ValueError):
-        return None
-
-
-def digest_of(key, text):
-    return hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()
+    write_cached(path, key, "".join(json.dumps(row) + "\n" for row in ranked))
+    print(f"{path}: ranked the answers to {len(ranked):,} prompts; left out "
+          f"{len(rows) - len(ranked)} prompts (all rewards equal) and {n_unfinished} answers "
+          "(empty or unfinished)")
 
 
 def add_reference(policy, items, args):
-    """Before its first step the policy is the reference: note its log-probs, once. They are kept in
-    reference.json, for the same weights on the same data at the same precision."""
+    """Compute the reference log-probs: those of the policy before its first update. They are cached
+    in reference.json, for the same weights, data and precision."""
     path = args.out / "reference.json"
     key = " ".join(map(str, (fingerprint(policy), fingerprint(items), args.row_length,
                              policy.device.type, policy.precision, policy.compiled)))
-    text = kept(path, key)
-    if text is not None:
-        print(f"{path}: computed before, by the same model on the same answers")
-        logps = json.loads(text)
+    cached = read_cached(path, key)
+    if cached is not None:
+        print(f"{path}: already computed by the same model for the same answers")
+        logps = json.loads(cached)
     else:
         logps = score(policy, items, args.row_length, "reference log-probs")
-        keep(path, key, json.dumps(logps))
-    for item, of_item in zip(items, logps):
-        item.ref_logps = of_item
+        write_cached(path, key, json.dumps(logps))
+    for item, ref_logps in zip(items, logps):
+        item.ref_logps = ref_logps
 
 
-def report(policy, reference, prompts, tokenizer, grades, sft_path, args):
-    """Measure both on held-out prompts; print the table and some samples, write results.json."""
+def report(policy, reference, held_out, tokenizer, sft_path, args):
+    """Measure both models on held-out prompts, print samples and the table, write results.json."""
+    task = task_of(args)
+    prompts = task.prompts(held_out, tokenizer, args)
+    if len(prompts) < 2:
+        print(f"{task.name(args)}: fewer than two held-out prompts, so no samples are measured")
+        return
     measures, texts = evaluate({"sft": reference, "dpo": policy}, reference, prompts, tokenizer,
-                               args.max_new_tokens, args.seed + 1, **grades)
-    results = {"task": args.task or args.data.name, "beta": args.beta, "prompts": len(prompts),
-               "policies": measures}
-    write_json(args.out / "results.json", results)
-    print(side_by_side(prompts[:4], texts, grades.get("reward")))
-    interval = "; win rate with its 95 % interval" if "reward" in grades else ""
+                               args.max_new_tokens, args.seed + 1, task.reward, task.well_formed)
+    write_json(args.out / "results.json", {
+        "task": args.task or args.data.name, "beta": args.beta, "prompts": len(prompts),
+        "policies": measures})
+    print(side_by_side(prompts[:4], texts, task.reward))
+    interval = "; win rate with its 95 % interval" if task.reward else ""
     print(f"\n{len(prompts):,} held-out prompts, one sample each, mean +- standard error{interval}"
           f"\n{table(measures)}")
     print(f"\nwrote {args.out / 'results.json'}; try: "
           f"python sample.py --compare {sft_path} {args.out / 'dpo.pt'}")
 
 
-def sft_flags(args):
-    """The flags of this run that its SFT shares."""
-    names = ["task", "data", "data_dir", "out", "seed", "device", "precision", "compile", "init",
-             "tokenizer", "row_length", "save_every"]
-    return [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names
-            if getattr(args, name) is not None] + [
-        f"--{name}" for name in ("resume", "strict") if getattr(args, name)]
-
-
-PAPER_LR = 1e-6     # Appendix B
-
-
 def parse_args(argv):
     parser = Parser(__doc__)
     add_shared_flags(parser)
-    add_training_flags(parser, 64, "pairs (rankings with plackett_luce)", warmup=150)
+    add_training_flags(parser, 64, "pairs (or rankings with plackett_luce)", warmup=150)
     add_measuring_flags(parser)
     add = parser.add_argument
     add("--loss", default="dpo", choices=["dpo", "plackett_luce", "unlikelihood"],
-        help="dpo on pairs, on rankings (A.3), or the baseline of C.3 (default dpo)")
-    add("--beta", type=number(float, 0, above=True),
-        help="strength of the KL penalty: larger stays closer to the reference (default 0.1, and "
-             "0.5 for tldr, Appendix B's; 0.5 too for reviews, whose small model pays for reward "
-             "with its grammar)")
-    add("--lr", type=number(float, 0, above=True),
-        help="learning rate after warm-up (default 1e-6, Appendix B's, for pretrained models; "
-             "3.5e-5 for reviews, whose model is 260 times smaller than the smallest GPT-2: its "
-             "few weights have to move further for the same change of the policy)")
+        help="dpo on pairs, Plackett-Luce on rankings (A.3), or the baseline of C.3 (default dpo)")
+    add("--beta", type=number_type(float, 0, above=True),
+        help="strength of the KL penalty; a larger one stays closer to the reference (default 0.1; "
+             "0.5 for tldr and reviews)")
+    add("--lr", type=number_type(float, 0, above=True),
+        help="learning rate after warm-up (default 1e-6; 3.5e-5 for reviews)")
     add("--sft", type=Path,
-        help="checkpoint to start from, or a folder as --init takes them (default sft.pt of the "
-             "run, trained if missing)")
-    add("--fresh", action="store_true", help="train SFT again even if there is one")
-    add("--prefixes", type=number(int, 10), default=4200,
+        help="checkpoint to start from, or a folder as for --init (default: sft.pt of the run, "
+             "trained first if there is none)")
+    add("--fresh", action="store_true", help="train SFT again even if there is an sft.pt")
+    add("--prefixes", type=number_type(int, 10), default=4200,
         help="reviews: prompts to sample answers for (default 4,200; C.1 has 25,000)")
-    add("--samples", type=number(int, 2), default=4,
+    add("--samples", type=number_type(int, 2), default=4,
         help="reviews: answers sampled for each prompt (default 4)")
     args = parser.parse_args(argv)
-    settle_task(args)
-    args.lr = args.lr or (3.5e-5 if args.task == "reviews" else PAPER_LR)
-    args.beta = args.beta or (0.5 if args.task in ("reviews", "tldr") else 0.1)
+    choose_task(args)
+    args.lr = args.lr or LR[args.task or "--data"]
+    args.beta = args.beta or BETA[args.task or "--data"]
     if args.sft and (args.fresh or args.init):
         raise UserError("--fresh and --init are for a new SFT model, --sft names one: choose")
     if args.fresh and args.resume:
-        raise UserError("--fresh starts again, --resume goes on with what there is: choose")
+        raise UserError("--fresh starts again, --resume continues: choose")
     return args
-
-
-@command
-def main(argv=None):
-    args = parse_args(argv)
-    device = settle(args)
-    make_folder(args.out)
-    sft_path, stopped = args.sft or args.out / "sft.pt", (args.out / "sft_state.pt").exists()
-    if args.fresh or not args.sft and (args.resume and stopped or not sft_path.exists()):
-        print("--fresh: SFT first" if args.fresh else
-              f"{sft_path} did not end: SFT first" if stopped else f"no {sft_path} yet: SFT first")
-        train_sft.main(sft_flags(args))
-    else:
-        later = ", but a later SFT run did not end: --resume would go on with that"
-        print(f"starting from {sft_path}" + (later if stopped and not args.sft else ""))
-    policy, tokenizer, facts = open_checkpoint(sft_path, device, args)
-    if args.tokenizer not in (None, facts["tokenizer"]):
-        raise UserError(f"{sft_path} was trained with --tokenizer {facts['tokenizer']}, "
-                        f"not {args.tokenizer}")
-    wanted = source(args)
-    if not args.sft and {name: facts.get(name) for name in wanted} != wanted:
-        other = "other content of " if facts.get("source") == wanted["source"] else ""
-        raise UserError(f"{sft_path} was trained on {other}{facts.get('source')}, not on "
-                        f"{args.data or args.task}: name it with --sft to start from it, or train "
-                        "another with --fresh")
-    init = facts.get("init", "random")
-    if args.init and init not in (args.init, str(Path(args.init).resolve())):
-        raise UserError(f"{sft_path} was trained from {init} weights, not {args.init}: train "
-                        "another with --fresh")
-    if args.task == "reviews" and policy.config.block_size < 64:
-        raise UserError(f"{sft_path}: a block size of {policy.config.block_size} has no room for "
-                        "reviews; train SFT with --block-size 64 or more")
-    compile_logps(policy, args)
-    args.row_length = row_length(args, policy.config.block_size)
-
-    path = sample_preferences(policy, tokenizer, args) if args.task == "reviews" else args.data
-    name = path or args.task
-    encoded, held_out = (load(f"{name}, {part}", args, encode_all, rows, tokenizer, args.row_length)
-                         for part, rows in zip(PARTS, load_training(args, path)))
-    if not encoded:
-        raise UserError(f"{name}: no row is left to train on")
-    warn_of_large_lr(args, PAPER_LR, init)
-    add_reference(policy, encoded + held_out, args)
-    print(f"DPO of {sft_path} on {sum(len(item.pairs) for item in encoded):,} pairs of "
-          f"{len(encoded):,} prompts, {args.loss}, beta {args.beta:g}, on {device}")
-    train(policy, encoded, held_out, args)
-    save_checkpoint(args.out / "dpo.pt", policy, tokenizer=facts["tokenizer"], stage="dpo",
-                    init=init, seed=args.seed, beta=args.beta, loss=args.loss, **wanted)
-    print(f"wrote {args.out / 'dpo.pt'}")
-
-    prompts, grades = held_out_prompts(held_out, tokenizer, args)
-    if len(prompts) < 2:
-        print(f"{name}: fewer than two held-out prompts, so no samples are measured")
-    else:
-        reference, _, _ = open_checkpoint(sft_path, device, args)
-        report(policy, reference, prompts, tokenizer, grades, sft_path, args)
-    (args.out / "dpo_state.pt").unlink(missing_ok=True)     # all is done: it is needed no more
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import math
 from pathlib import Path
 
 from experiments.plot import BLUE, GREY, ORANGE, pyplot, save
-from model import UserError
+from runtime.cli import Parser, command
+from runtime.errors import UserError
 from train_dpo import COLUMNS
-from train_sft import Parser, command
 
 
 def read_metrics(path):

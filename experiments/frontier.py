@@ -34,12 +34,18 @@ from tqdm import tqdm
 
 import train_dpo
 import train_sft
-from data import Encoded, encode_all, prefixes, reward, well_formed
+from data import Encoded
+from experiments.best_of import best_of, draw_answers
 from experiments.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, pyplot, save
-from model import UserError, write_json
-from sample import best_of, draw_answers, evaluate, side_by_side, table
-from train_sft import (PARTS, Parser, command, fingerprint, load, load_training, make_folder,
-                       number, open_checkpoint, settle)
+from runtime.checkpoint import open_checkpoint
+from runtime.cli import Parser, command, number_type, set_up
+from runtime.errors import UserError
+from runtime.files import make_folder, write_json
+from runtime.report import side_by_side, table
+from runtime.run import fingerprint
+from sample import evaluate
+from tasks import encode_splits, reviews
+from tasks.reviews import prefixes, reward, well_formed
 
 BETAS = [0.05, 0.15, 0.5, 1.5, 5]
 STEPS = [180, 270, 352, 450, 600]       # of unlikelihood; 352 is the one epoch of the others
@@ -71,35 +77,38 @@ class Start:
 
     def __init__(self, args):
         """args: those of train_dpo.py."""
-        device, sft = settle(args), args.sft or Path("out/reviews/sft.pt")
+        device, sft = set_up(args), args.sft or Path("out/reviews/sft.pt")
         if not (args.sft or sft.exists()):
             train_sft.main([])
         self.model, self.tokenizer, _ = open_checkpoint(sft, device, args)
         args.row_length = self.row_length = self.model.config.block_size
-        path = train_dpo.sample_preferences(self.model, self.tokenizer, args)
-        self.training, self.held_out = (
-            load(f"{path}, {part}", args, encode_all, rows, self.tokenizer, self.row_length)
-            for part, rows in zip(PARTS, load_training(args, path)))
+        train_dpo.sample_preferences(self.model, self.tokenizer, args)
+        self.training, self.held_out = encode_splits(
+            reviews.preferences(args), reviews.name(args), self.tokenizer, args)
         self.key = [fingerprint(self.model), fingerprint(self.training + self.held_out)]
         train_dpo.add_reference(self.model, self.training + self.held_out, args)
 
 
 def train(start, loss, flags, folder):
-    """A policy trained from the start."""
+    """Train a policy. Returns it."""
     policy = copy.deepcopy(start.model)
     module = train_sft if loss == "sft_chosen" else train_dpo
     args = module.parse_args(flags if loss == "sft_chosen" else [*flags, "--loss", loss])
     args.out, args.row_length, args.log_every = folder, start.row_length, 10**9
-    for state in folder.glob("*_state.*"):      # a run that was broken off starts again
+    for state in folder.glob("*_state.*"):      # an interrupted run starts again
         state.unlink()
-    parts = start.training, start.held_out
+    training, held_out = start.training, start.held_out
     if loss == "sft_chosen":
-        parts = ([Encoded(item.prompt, [item.answers[item.pairs[0][0]]], []) for item in part]
-                 for part in parts)
-    module.train(policy, *parts, args)
-    for state in folder.glob("*_state.*"):      # and one that has ended needs it no more
+        training, held_out = best_answers(training), best_answers(held_out)
+    module.train(policy, training, held_out, args)
+    for state in folder.glob("*_state.*"):      # the run has finished
         state.unlink()
     return policy
+
+
+def best_answers(items):
+    """The best answer of each of a list of Encoded, as what SFT trains on."""
+    return [Encoded(item.prompt, [item.answers[item.pairs[0][0]]], []) for item in items]
 
 
 def once(folder, config, compute):
@@ -218,7 +227,7 @@ def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/frontier"), help="default out/frontier")
-    add("--seeds", type=number(int, 1), default=2, help="runs of each setting (default 2)")
+    add("--seeds", type=number_type(int, 1), default=2, help="runs of each setting (default 2)")
     own, rest = parser.parse_known_args(argv)
     args = train_dpo.parse_args([*rest, "--out", str(own.out)])
     if args.data:

@@ -5,7 +5,7 @@ read on a light page and on a dark one. The colours differ for colour-blind eyes
 Okabe and Ito's, darkened to one brightness), and no two lines differ by colour alone.
 """
 
-from model import UserError
+from runtime.errors import UserError
 
 GREY = "#7a7a7a"
 BLUE, ORANGE, GREEN, PURPLE = "#1f7fc4", "#d55e00", "#0a8f6a", "#b5609a"

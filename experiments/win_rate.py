@@ -34,10 +34,10 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from model import UserError
-from sample import (has_reward, held_out_pairs, held_out_prompts, open_policies, sample,
-                    wilson)
-from train_sft import Parser, add_shared_flags, command, number, settle, settle_task
+from runtime.cli import Parser, add_shared_flags, choose_task, command, number_type, set_up
+from runtime.errors import UserError
+from sample import decode_answer, encode_prompt, held_out_pairs, open_policies, sample, wilson
+from tasks import task_of
 
 # C.2, word for word but for the typesetting: {prompt}, {A} and {B} are filled in.
 SUMMARY = """\
@@ -193,21 +193,21 @@ addEventListener("beforeunload", event => { if (!saved) event.preventDefault(); 
 
 def ask(args):
     """Sample both checkpoints, and write the questions and their key."""
-    device = settle(args)
+    device = set_up(args)
     paths = args.between or [args.out / "dpo.pt", args.out / "sft.pt"]
     policies, tokenizer, _ = open_policies(paths, device, args)
     if len(policies) != 2:
         raise UserError("--between needs two different checkpoints")
     row_length = min(model.config.block_size for model in policies.values())
-    items = [] if has_reward(args) else held_out_pairs(tokenizer, row_length, args)
-    prompts, _ = held_out_prompts(items, tokenizer, args)
-    eot = tokenizer.eot_token
-    encoded = [[eot] + tokenizer.encode_ordinary(prompt) for prompt in prompts]
+    task = task_of(args)
+    items = [] if task.reward else held_out_pairs(tokenizer, row_length, args)
+    prompts = task.prompts(items, tokenizer, args)
+    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     texts = {}
     for i, (name, model) in enumerate(policies.items(), 1):     # one seed would make them alike
-        answers = sample(model, encoded, args.max_new_tokens, args.seed + i, eot, args.temperature,
-                         progress=f"sampling {name}")
-        texts[name] = [tokenizer.decode([i for i in ids if i != eot]) for ids in answers]
+        answers = sample(model, encoded, args.max_new_tokens, args.seed + i, tokenizer.eot_token,
+                         args.temperature, progress=f"sampling {name}")
+        texts[name] = [decode_answer(ids, tokenizer) for ids in answers]
     questions, order = draw_order(prompts, texts, args.seed)
     args.ask.write_text(page(questions, args.form) if args.ask.suffix == ".html" else
                         "".join(requests(questions, args.form, args.judge_model)),
@@ -324,16 +324,16 @@ def parse_args(argv):
     add("--form", choices=FORMS,
         help="C.2's question: dialogue, or summaries without (s) or with (c) a word on concision "
              "(default summary_c for --task tldr, else dialogue)")
-    add("--questions", type=number(int, 1), default=25, dest="eval_prompts",
+    add("--questions", type=number_type(int, 1), default=25, dest="eval_prompts",
         help="held-out prompts to ask about (default 25, as many as D.3 gives a rater)")
-    add("--max-new-tokens", type=number(int, 1), default=96, help="longest answer (default 96)")
-    add("--temperature", type=number(float, 0), default=1.0,
+    add("--max-new-tokens", type=number_type(int, 1), default=96, help="longest answer (default 96)")
+    add("--temperature", type=number_type(float, 0), default=1.0,
         help="of the answers (default 1; the paper's summaries are sampled at 0.25)")
     add("--judge-model", default="gpt-4-0314",
         help="the name that requests carry (default gpt-4-0314, the paper's)")
     parser.set_defaults(strict=False)       # data that cannot teach is counted, not an error
     args = parser.parse_args(argv)
-    settle_task(args)
+    choose_task(args)
     if bool(args.ask) == bool(args.read):
         raise UserError("choose: --ask FILE writes questions, --read KEY FILE... reads answers")
     if args.ask and args.ask.suffix not in (".jsonl", ".html"):

@@ -18,8 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from exercises import (EXERCISES, is_a_students_copy, message, sentence,            # noqa: E402
-                       unwritten)
+from classroom.exercises import (EXERCISES, is_a_students_copy, message,            # noqa: E402
+                                 sentence, unwritten)
 
 
 def pytest_addoption(parser):

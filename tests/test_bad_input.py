@@ -21,11 +21,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runtime.checkpoint
 import sample
 import train_dpo
 import train_sft
-from data import Skipped, encode_all, get_tokenizer, load_preferences, pack, prefixes
-from model import GPT, GPTConfig, UserError, save_checkpoint
+from data import encode_all, load_preferences, pack
+from model import GPT, GPTConfig
+from runtime.checkpoint import save_checkpoint
+from runtime.errors import UserError
+from runtime.rows import Skipped
+from tasks.reviews import prefixes
+from tasks.tokenizers import get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 for_all = settings(deadline=None, max_examples=150, derandomize=True)
@@ -100,8 +106,8 @@ BROKEN_LINES = {
     "no field": (b"{}", '"chosen"'),
     "no rejected": (b'{"prompt": "a", "chosen": "b"}', '"rejected"'),
     "a key twice": (b'{"prompt": "a", "chosen": "b", "chosen": "x", "rejected": "c"}',
-                    "the key 'chosen' stands twice"),
-    "a nested key twice": (b'{"prompt": "a", "x": {"y": 1, "y": 2}}', "the key 'y' stands twice"),
+                    "the key 'chosen' appears twice"),
+    "a nested key twice": (b'{"prompt": "a", "x": {"y": 1, "y": 2}}', "the key 'y' appears twice"),
     "chosen a number": (lines(ROW | {"chosen": 3}), 'a string under "chosen"'),
     "chosen null": (lines(ROW | {"chosen": None}), 'a string under "chosen"'),
     "chosen NaN": (lines(ROW | {"chosen": float("nan")}), 'a string under "chosen"'),
@@ -271,7 +277,7 @@ BOTH = [
     ("--steps", "0"), ("--lr", "0"), ("--lr", "-1e-3"), ("--lr", "inf"), ("--warmup", "-1"),
     ("--clip", "0"), ("--weight-decay", "-1"), ("--log-every", "0"), ("--eval-every", "0"),
     ("--row-length", "1"), ("--save-every", "-1"), ("--save-every", "nan"), ("--task", "chess"),
-    ("--tokenizer", "bert"), ("--device", "tpu"), ("--precision", "int8"), ("--compile", "maybe"),
+    ("--tokenizer", "bert"), ("--precision", "int8"), ("--compile", "maybe"),
     ("--unknown", "1"),
 ]
 DPO_FLAGS = BOTH + [
@@ -286,7 +292,7 @@ SFT_FLAGS = BOTH + [
 ]
 SAMPLE_FLAGS = [
     ("-n", "0"), ("--max-new-tokens", "0"), ("--temperature", "-1"), ("--temperature", "nan"),
-    ("--top-k", "0"), ("--top-p", "0"), ("--top-p", "1.5"), ("--seed", "x"), ("--device", "tpu"),
+    ("--top-k", "0"), ("--top-p", "0"), ("--top-p", "1.5"), ("--seed", "x"),
 ]
 
 
@@ -321,8 +327,12 @@ def test_contradictions_are_refused(run, capsys, tmp_path):
         train_dpo.main, ["--sft", sft, "--row-length", "129", *there], capsys)
     assert "a prompt of 151 tokens" in refused(
         sample.main, ["--out", run, "--prompt", " plot" * 150], capsys)
+    for script in (train_sft, train_dpo, sample):
+        assert "--device tpu: PyTorch finds no such device" in refused(
+            script.main, ["--device", "tpu", *there], capsys)
     if not torch.cuda.is_available():
-        assert "no CUDA device" in refused(train_dpo.main, ["--device", "cuda", *there], capsys)
+        assert "--device cuda: PyTorch finds no such device on this machine; it finds cpu" in (
+            refused(train_dpo.main, ["--device", "cuda", *there], capsys))
 
 
 def test_another_file_of_the_same_name_is_not_the_one_that_sft_has_read(run, capsys, tmp_path):
@@ -339,7 +349,7 @@ def test_too_little_memory_is_one_sentence_and_no_damaged_file(run, capsys, tmp_
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
         def load(*arguments, error=error, **more):
             raise error
-        monkeypatch.setattr(train_sft, "load_checkpoint", load)
+        monkeypatch.setattr(runtime.checkpoint, "load_checkpoint", load)
         message = refused(sample.main, ["--checkpoint", run / "sft.pt"], capsys)
         assert "not enough memory" in message
     monkeypatch.undo()
@@ -358,13 +368,13 @@ def test_letters_that_the_terminal_cannot_show_do_not_stop_a_run(run, capsys, tm
 
 
 def test_a_reader_of_the_output_that_goes_away_costs_one_sentence(run):
-    """`python data.py | head -1`."""
-    process = subprocess.Popen([sys.executable, ROOT / "data.py", "--data", run / "pairs.jsonl",
-                                "--tokenizer", "reviews"],
+    """`python -m experiments.packed_row | head -1`."""
+    process = subprocess.Popen([sys.executable, "-m", "experiments.packed_row", "--data",
+                                run / "pairs.jsonl", "--tokenizer", "reviews"], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     err = process.stderr.read().decode()
-    assert process.wait() == 2 and err.startswith("data.py: the output: Broken pipe")
+    assert process.wait() == 2 and err.startswith("packed_row.py: the output: Broken pipe")
     assert "Traceback" not in err
 
 
@@ -422,7 +432,7 @@ def test_checkpoints_that_do_not_fit_are_refused(run, capsys, tmp_path):
     for name, words in [("a", "does not say which tokenizer it is for"), ("b", "made for 20 ids"),
                         ("sizes", damaged), ("huge", damaged), ("state", damaged),
                         ("other", damaged), ("facts", "does not say which tokenizer"),
-                        ("nan", "there are weights in it that are no numbers")]:
+                        ("nan", "some of its weights are NaN or infinite")]:
         path = tmp_path / f"{name}.pt"
         assert words in refused(sample.main, ["--checkpoint", path, *there], capsys), name
         assert words in refused(train_dpo.main, ["--sft", path, *there], capsys), name

@@ -13,11 +13,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmark
-from benchmark import (WORKLOADS, add_reference, collate, executed_flops, gradients, load_steps,
+from experiments import benchmark
+from experiments.benchmark import (WORKLOADS, add_reference, collate, executed_flops, gradients, load_steps,
                        pad, parse_args, rungs, sequences, synthetic, useful_flops)
-from data import Encoded, get_tokenizer, pack
+from data import Encoded, pack
 from model import GPT, GPTConfig
+from tasks.tokenizers import get_tokenizer
 from train_dpo import dpo_loss
 
 SMALL = GPTConfig(block_size=64, vocab_size=50, n_layer=2, n_head=2, n_embd=8)

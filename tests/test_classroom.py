@@ -3,7 +3,7 @@
     pytest tests/test_classroom.py
 
 Left out on purpose: that every mutant is caught, and that every claim of every exercise is met by
-our solution and by no empty one. `python tests/mutants.py` and `python tests/assignment.py --check`
+our solution and by no empty one. `python -m classroom.wrong_answers` and `python -m classroom.assignment --check`
 say so, in minutes. In a student's copy this file is not there.
 """
 
@@ -21,17 +21,15 @@ from pathlib import Path
 
 import pytest
 
-import assignment
-import exercises
-import mutants
-import sandbox
 import train_dpo
 import train_sft
-from exercises import EXERCISES, claims, functions, message, with_functions, without_bodies
-from model import UserError
+from runtime.errors import UserError
+from classroom import assignment, exercises, sandbox, wrong_answers
+from classroom.exercises import (EXERCISES, claims, functions, message, split_target,
+                                 with_functions, without_bodies)
 
 ROOT = Path(__file__).resolve().parent.parent
-RANKS = EXERCISES[8]                # the quickest to grade: rank and ranking_to_pairs, five claims
+RANKS = EXERCISES[8]                # the quickest to grade: rank_answers and ranking_to_pairs, five claims
 OWN = {test for exercise in EXERCISES.values() for test in exercise.tests}
 TARGETS = [target for exercise in EXERCISES.values() for target in exercise.functions]
 
@@ -43,16 +41,16 @@ TARGETS = [target for exercise in EXERCISES.values() for target in exercise.func
 PAIRS = "def ranking_to_pairs(ranking):\n    return {}"
 RIGHT_PAIRS = PAIRS.format("[(w, l) for i, w in enumerate(ranking) for l in ranking[i + 1:]]")
 
-# rank() of a submission that tries one thing after the other, one in each test that calls it, and
+# rank_answers() of a submission that tries one thing after the other, one in each test that calls it, and
 # then answers None, which is right where all answers tie.
 HOSTILE = f'''
-def rank(prompt, answers, rewards):
+def rank_answers(prompt, answers, rewards):
     import builtins, os, socket, subprocess
     number = builtins.number = getattr(builtins, "number", -1) + 1
     print("claim test_rank passed", {{"score": 100}})
     if number == 0:
         exec(open({str(ROOT / "data.py")!r}).read(), scope := {{}})
-        return scope["rank"](prompt, answers, rewards)
+        return scope["rank_answers"](prompt, answers, rewards)
     if number == 1:
         os.fork()
     if number == 2:
@@ -68,7 +66,7 @@ def rank(prompt, answers, rewards):
 '''
 # One that writes what it takes for the grader's records wherever it can, and is gone.
 FORGED = '''
-def rank(prompt, answers, rewards):
+def rank_answers(prompt, answers, rewards):
     import json, os
     for test in ("a_ranking_of_three_is_three_pairs", "answers_that_all_tie_make_no_row"):
         claim = {"claim": "tests/test_data.py::test_" + test, "outcome": "passed", "words": ""}
@@ -80,8 +78,8 @@ def rank(prompt, answers, rewards):
                 pass
     os._exit(0)
 '''
-LOOP = "def rank(prompt, answers, rewards):\n    while True:\n        pass"
-CRASH = "def rank(prompt, answers, rewards):\n    import faulthandler\n    faulthandler._sigsegv()"
+LOOP = "def rank_answers(prompt, answers, rewards):\n    while True:\n        pass"
+CRASH = "def rank_answers(prompt, answers, rewards):\n    import faulthandler\n    faulthandler._sigsegv()"
 
 
 def submission(folder, **texts):
@@ -106,7 +104,7 @@ def done(tmp_path_factory):
                     "def test_wrong_itself():\n    assert ranking_to_pairs([1, 0]) == []\n")
 
     def tried(text, seconds):
-        texts = {"data.ranking_to_pairs": RIGHT_PAIRS, "data.rank": text}
+        texts = {"data.ranking_to_pairs": RIGHT_PAIRS, "data.rank_answers": text}
         return assignment.try_out(RANKS, texts, seconds)
     with ThreadPoolExecutor(2) as pool:
         jobs = {"copy": pool.submit(assignment.suite_of_copy, tmp / "copy",
@@ -115,7 +113,7 @@ def done(tmp_path_factory):
                 "forged": pool.submit(tried, FORGED, 60),
                 "crash": pool.submit(tried, CRASH, 60), "loop": pool.submit(tried, LOOP, 8),
                 "half": pool.submit(assignment.grade, half, [RANKS], 60, 1),
-                "mutants": pool.submit(mutants.against_their_tests, mine,
+                "mutants": pool.submit(wrong_answers.against_their_tests, mine,
                                        ["chosen_and_rejected_swapped"], 1)}
         return {name: job.result() for name, job in jobs.items()} | {"folder": tmp / "copy"}
 
@@ -137,14 +135,14 @@ def test_every_exercise_names_functions_and_tests_that_are_there():
 
 def test_every_wrong_answer_to_an_exercise_is_caught_by_one_of_its_own_claims():
     """What mutants.py knows to go wrong, the grader knows too."""
-    for mutant in mutants.MUTANTS.values():
+    for mutant in wrong_answers.MUTANTS.values():
         for exercise in EXERCISES.values():
             if mutant.target in exercise.functions:
                 assert mutant.test in exercise.tests, mutant.name
 
 
 def test_an_exercise_whose_function_is_gone_is_named():
-    for target in ("data.no_such_function", "data.Batch.no_such_method", "nothing.rank"):
+    for target in ("data.no_such_function", "data.Batch.no_such_method", "nothing.rank_answers"):
         gone = RANKS._replace(functions=[target])
         with pytest.raises(UserError, match=f"{target}, of exercise 8, is no longer there"):
             assignment.by_module([gone])
@@ -158,7 +156,7 @@ def test_an_exercise_whose_function_is_gone_is_named():
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_of_a_function_is_left_but_its_signature_and_docstring(target):
     """No statement and no comment of the solution; everything else stays to the letter."""
-    module, name = target.split(".", 1)
+    module, name = split_target(target)
     source = (ROOT / f"{module}.py").read_text()
     emptied = without_bodies(source, {name: "Exercise 1: x"})
     before, after = functions(source), functions(emptied)
@@ -182,7 +180,7 @@ def test_comments_at_both_ends_of_a_body_go_with_it():
 
 def test_the_readme_of_a_copy_does_not_show_what_is_to_be_written(done):
     text = (done["folder"] / "README.md").read_text()
-    for number, line in ((3, "pi_logratios"), (10, "logps = policy.logps(batch)")):
+    for number, line in ((3, "pi_logratios"), (10, "logps = logps_of(batch)")):
         assert message(EXERCISES[number]) in text and line not in text
         assert line in (ROOT / "README.md").read_text()
 
@@ -193,14 +191,14 @@ def test_in_a_copy_exactly_the_claims_of_the_exercises_fail(done):
     outcome = done["copy"]
     assert not assignment.wrong_in_copy(outcome)
     passed = {node for node, (result, _) in outcome.claims.items() if result == "passed"}
-    assert not {mutants.test_name(node) for node in passed} & OWN and len(passed) > 90
-    assert {mutants.test_name(node) for node, _ in outcome.claims.items()} >= OWN
+    assert not {wrong_answers.test_name(node) for node in passed} & OWN and len(passed) > 90
+    assert {wrong_answers.test_name(node) for node, _ in outcome.claims.items()} >= OWN
     for exercise in EXERCISES.values():
         for node, (result, words) in outcome.claims.items():
-            if mutants.test_name(node) in exercise.tests and "waits for Exercise" in words:
+            if wrong_answers.test_name(node) in exercise.tests and "waits for Exercise" in words:
                 number = int(words.split("Exercise ")[1].split(":")[0])
                 others = {e.number for e in EXERCISES.values()
-                          if mutants.test_name(node) in e.tests}
+                          if wrong_answers.test_name(node) in e.tests}
                 assert number in {n for other in others for n in EXERCISES[other].needs}, node
 
 
@@ -214,13 +212,13 @@ def test_the_sheet_names_each_function_equation_and_claim(done):
 
 def test_a_copy_has_neither_the_guide_for_teachers_nor_old_runs(done):
     names = {path.name for path in done["folder"].rglob("*")}
-    assert {"model.py", "README.md", "requirements.txt", "test_data.py", "mutants.py"} <= names
+    assert {"model.py", "README.md", "requirements.txt", "test_data.py", "wrong_answers.py"} <= names
     assert not {"test_classroom.py", "test_benchmark.py", "out", ".git"} & names
-    assert (done["folder"] / "tests/ASSIGNMENTS.md").read_text().count("\n") == 1
+    assert (done["folder"] / "classroom/GUIDE.md").read_text().count("\n") == 1
 
 
 def test_a_copy_can_neither_make_copies_nor_grade(done, tmp_path):
-    command = [sys.executable, "tests/assignment.py", "--out", str(tmp_path / "another")]
+    command = [sys.executable, "-m", "classroom.assignment", "--out", str(tmp_path / "another")]
     answer = subprocess.run(command, cwd=done["folder"], capture_output=True, text=True)
     assert answer.returncode == 2 and "this is a student's copy" in answer.stderr
     assert answer.stderr.count("\n") == 1
@@ -261,7 +259,7 @@ def test_what_a_submission_tries_is_refused_and_the_next_claim_is_graded(done):
     assert outcome.end == ""
     passed = {node.split("::")[1] for node, (result, _) in outcome.claims.items()
               if result == "passed"}
-    assert passed == {"test_a_ranking_of_three_is_three_pairs"}     # the one that is not rank's
+    assert passed == {"test_a_ranking_of_three_is_three_pairs"}     # the one that is not rank_answers's
 
 
 def test_a_forged_record_is_not_believed(done):
@@ -304,7 +302,7 @@ def test_what_only_a_forged_grade_needs_is_refused_unseen(line):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_our_own_solutions_need_none_of_it(target):
-    module, name = target.split(".", 1)
+    module, name = split_target(target)
     assert not list(assignment.complaints(functions((ROOT / f"{module}.py").read_text())[name]))
 
 
@@ -317,12 +315,12 @@ def test_what_a_student_writes_needs_none_of_it():
 
 @pytest.mark.parametrize("content, words", [
     (None, "cannot be read: No such file"), ("link", "cannot be read"), (b"\xff", "not UTF-8"),
-    (b"def rank(:\n", "line 1: not Python"), (b"x = 1\n", "there is no function rank"),
+    (b"def rank_answers(:\n", "line 1: not Python"), (b"x = 1\n", "there is no function rank_answers"),
     (b"\0", "pars|not Python"), (b"(" * 5000, "pars|not Python|nested"),
     (b"#" * (1 << 21), "not a file of at most a megabyte"), ("folder", "cannot be read|not a file"),
     ("pipe", "not a file of"),
-    (b"def rank(p, a, r):\n    raise NotImplementedError('Exercise 8: x')\n", "not written yet"),
-    (b"def rank(p, a, r):\n    import os\n", "rank, line 2: imports os"),
+    (b"def rank_answers(p, a, r):\n    raise NotImplementedError('Exercise 8: x')\n", "not written yet"),
+    (b"def rank_answers(p, a, r):\n    import os\n", "rank_answers, line 2: imports os"),
 ])
 def test_a_submission_that_cannot_be_read_says_why(tmp_path, content, words):
     """A link is not followed: it could lead to our own file."""
@@ -336,7 +334,7 @@ def test_a_submission_that_cannot_be_read_says_why(tmp_path, content, words):
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=words):
-        assignment.submitted(tmp_path, "data", "rank")
+        assignment.submitted(tmp_path, "data", "rank_answers")
 
 
 def test_the_clean_copy_has_our_solution_of_the_exercise_nowhere(tmp_path):
@@ -345,7 +343,7 @@ def test_the_clean_copy_has_our_solution_of_the_exercise_nowhere(tmp_path):
         folder = tmp_path / str(number)
         assignment.clean_copy(folder, exercise, {})
         for target in exercise.functions:
-            module, name = target.split(".", 1)
+            module, name = split_target(target)
             ours = ast.unparse(functions((ROOT / f"{module}.py").read_text())[name].body[-1])
             for path in folder.rglob("*"):
                 if path.suffix == ".py" and len(ours) > 60:
@@ -356,15 +354,16 @@ def test_the_clean_copy_has_our_solution_of_the_exercise_nowhere(tmp_path):
 def test_edits_of_tests_and_of_other_functions_change_nothing(tmp_path):
     """Only the exercise's functions are read."""
     folder = submission(tmp_path / "edited",
-                        rank="def rank(prompt, answers, rewards):\n    return 5",
+                        rank_answers="def rank_answers(prompt, answers, rewards):\n    return 5",
                         pack="def pack(encoded, row_length):\n    return 6")
     (folder / "tests").mkdir()
     (folder / "tests/conftest.py").write_text("raise SystemExit\n")
     copy = tmp_path / "clean"
-    text = assignment.submitted(folder, "data", "rank")
-    assignment.clean_copy(copy, RANKS, {"data.rank": text})
+    text = assignment.submitted(folder, "data", "rank_answers")
+    assignment.clean_copy(copy, RANKS, {"data.rank_answers": text})
     clean = functions((copy / "data.py").read_text())
-    assert ast.unparse(clean["rank"]) == "def rank(prompt, answers, rewards):\n    return 5"
+    assert ast.unparse(clean["rank_answers"]) == (
+        "def rank_answers(prompt, answers, rewards):\n    return 5")
     assert exercises.is_unwritten(clean["ranking_to_pairs"])
     assert ast.dump(clean["pack"]) == ast.dump(functions((ROOT / "data.py").read_text())["pack"])
     assert "SystemExit" not in (copy / "tests/conftest.py").read_text()
@@ -381,23 +380,24 @@ def test_what_a_submission_says_cannot_move_the_screen():
 
 def test_there_are_at_least_thirty_wrong_answers_each_with_its_function_test_and_history():
     """A mutant of a function that is gone, or a test that is gone, would catch nothing."""
-    assert len(mutants.MUTANTS) >= 30
-    for mutant in mutants.MUTANTS.values():
-        assert callable(mutants.find(mutant.target)[2])
+    assert len(wrong_answers.MUTANTS) >= 30
+    for mutant in wrong_answers.MUTANTS.values():
+        assert callable(wrong_answers.find(mutant.target)[2])
         assert mutant.test in claims(), mutant.name
         assert len(mutant.who) > 20
 
 
 def test_a_mutant_of_a_function_that_is_gone_is_named():
-    for target in ("data.no_such_function", "model.GPT.no_such_method", "nothing.rank"):
+    for target in ("data.no_such_function", "model.GPT.no_such_method", "nothing.rank_answers"):
         with pytest.raises(UserError, match=f"{target} is no longer there"):
-            mutants.find(target)
+            wrong_answers.find(target)
 
 
 def test_a_mutant_that_no_longer_fits_is_not_taken_for_caught():
     """A TypeError of the mutant itself fails every test, and says nothing of the tests."""
-    assert mutants.is_broken("TypeError: wrong() takes 2 positional arguments but 3 were given")
-    assert not mutants.is_broken("AssertionError: Tensor-likes are not close!")
+    assert wrong_answers.is_broken(
+        "TypeError: wrong() takes 2 positional arguments but 3 were given")
+    assert not wrong_answers.is_broken("AssertionError: Tensor-likes are not close!")
 
 
 def test_a_students_tests_are_graded_by_the_mutants_they_catch(done):
@@ -411,9 +411,9 @@ def test_a_students_tests_are_graded_by_the_mutants_they_catch(done):
 # The guide
 # ------------------------------------------------------------------------------------------------
 
-GUIDE = (ROOT / "tests/ASSIGNMENTS.md").read_text()
-TOOLS = {"tests/assignment": assignment, "tests/mutants": mutants, "train_sft": train_sft,
-         "train_dpo": train_dpo}
+GUIDE = (ROOT / "classroom/GUIDE.md").read_text()
+TOOLS = {"-m classroom.assignment": assignment, "-m classroom.wrong_answers": wrong_answers,
+         "train_sft.py": train_sft, "train_dpo.py": train_dpo}
 
 
 def blocks(text, language):
@@ -425,7 +425,7 @@ def test_the_commands_of_the_guide_parse():
     README are checked in test_readme.py."""
     text = "\n".join(blocks(GUIDE, "bash"))
     text = text.replace("$LAB", re.search(r'^LAB="(.*)"$', text, re.M)[1])
-    found = re.findall(r"^python (tests/\w+|train_\w+)\.py\b([^#\n]*)", text, re.M)
+    found = re.findall(r"^python (-m classroom\.\w+|train_\w+\.py)\b([^#\n]*)", text, re.M)
     assert {name for name, _ in found} == set(TOOLS) and len(found) >= 12
     for name, words in found:
         TOOLS[name].parse_args(shlex.split(words))
@@ -454,7 +454,7 @@ def test_the_guide_lists_the_exercises_as_they_are():
         row = re.search(rf"^\| {exercise.number} \|.*$", GUIDE, re.M)[0].split("|")
         assert all(f"`{target.split('.', 1)[1]}`" in row[3] for target in exercise.functions)
         assert [int(n) for n in re.findall(r"\d+", row[4])] == exercise.needs
-    assert f"{len(mutants.MUTANTS)} wrong answers" in (ROOT / "README.md").read_text()
+    assert f"{len(wrong_answers.MUTANTS)} wrong answers" in (ROOT / "README.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -469,9 +469,9 @@ def test_the_guide_lists_the_exercises_as_they_are():
     (assignment.main, ["--list", "--exercises", "1;2"], "--exercises 1;2: expected"),
     (assignment.main, ["--grade", "{here}/nowhere"], "no such folder"),
     (assignment.main, ["--list", "--seconds", "0"], "--seconds"),
-    (mutants.main, ["no_such_mutant"], "no mutant no_such_mutant"),
-    (mutants.main, ["--tests", "{here}/nowhere.py"], "no such file"),
-    (mutants.main, ["--jobs", "0"], "--jobs"),
+    (wrong_answers.main, ["no_such_mutant"], "no mutant no_such_mutant"),
+    (wrong_answers.main, ["--tests", "{here}/nowhere.py"], "no such file"),
+    (wrong_answers.main, ["--jobs", "0"], "--jobs"),
 ])
 def test_bad_input_is_refused_in_one_sentence(main, argv, words, tmp_path, capsys):
     (tmp_path / "something").write_text("here")
@@ -488,7 +488,7 @@ def test_the_exercises_are_listed_with_their_functions(capsys):
 
 
 def test_the_mutants_are_listed_with_who_made_the_mistake(capsys):
-    assert mutants.main(["--list", "mean_for_sum"]) == 0
+    assert wrong_answers.main(["--list", "mean_for_sum"]) == 0
     assert "minimind #659" in capsys.readouterr().out
 
 

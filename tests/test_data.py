@@ -24,12 +24,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import (
-    DEGREES, FEELINGS, PLURAL, QUALITIES, SINGULAR, VERDICTS, WORDS, Batches, Encoded, Preference,
-    Skipped, best_row_length, encode, encode_all, get_tokenizer, is_held_out, load_preferences,
-    pack, prefixes, rank, ranking_to_pairs, reward, take, well_formed, write_review,
-)
-from model import UserError
+from data import (Batches, Encoded, Preference, best_row_length, encode, encode_all, is_held_out,
+                  load_preferences, pack, rank_answers, ranking_to_pairs, select_pairs)
+from runtime.errors import UserError
+from runtime.rows import Skipped
+from tasks.reviews import (DEGREES, FEELINGS, PLURAL, QUALITIES, SINGULAR, VERDICTS, WORDS,
+                           prefixes, reward, well_formed, write_review)
+from tasks.tokenizers import get_tokenizer
 
 for_all = settings(deadline=None, max_examples=40, derandomize=True)
 
@@ -565,7 +566,7 @@ def test_a_ranking_of_three_is_three_pairs():
 
 def test_four_answers_with_four_rewards_make_six_pairs_best_first(tmp_path):
     """C.1's four answers to a prompt, written as a row and read again."""
-    row = rank("Q", ["bad", "best", "worst", "good"], [-0.5, 0.9, -0.8, 0.3])
+    row = rank_answers("Q", ["bad", "best", "worst", "good"], [-0.5, 0.9, -0.8, 0.3])
     # 0.9 > 0.3 > -0.5 > -0.8: best, good, bad, worst.
     assert row["ranking"] == [1, 3, 0, 2]
     [preference] = load_preferences(write(tmp_path / "file.jsonl", lines(row)))
@@ -577,14 +578,14 @@ def test_four_answers_with_four_rewards_make_six_pairs_best_first(tmp_path):
 
 def test_of_answers_that_tie_the_first_stands_for_all():
     """No preference between them, so no pair; the rest keep theirs."""
-    row = rank("Q", ["a", "b", "c", "d"], [0.1, 0.7, 0.1, 0.7])
+    row = rank_answers("Q", ["a", "b", "c", "d"], [0.1, 0.7, 0.1, 0.7])
     assert row == {"prompt": "Q", "answers": ["a", "b"], "ranking": [1, 0], "rewards": [0.1, 0.7]}
 
 
 @pytest.mark.parametrize("rewards", [[], [0.3], [0.3, 0.3], [0.0, -0.0, 0.0]])
 def test_answers_that_all_tie_make_no_row(rewards):
     """Nothing is better than anything."""
-    assert rank("Q", list("abcd")[:len(rewards)], rewards) is None
+    assert rank_answers("Q", list("abcd")[:len(rewards)], rewards) is None
 
 
 @for_all
@@ -597,7 +598,7 @@ def test_rank_is_all_pairs_of_answers_whose_rewards_differ(rewards):
         for j, b in enumerate(rewards):
             if a > b and a not in rewards[:i] and b not in rewards[:j]:
                 expected.add((answers[i], answers[j]))
-    row = rank("Q", answers, rewards)
+    row = rank_answers("Q", answers, rewards)
     pairs = [(row["answers"][w], row["answers"][l])
              for w, l in ranking_to_pairs(row["ranking"])] if row else []
     assert set(pairs) == expected and len(pairs) == len(expected)
@@ -718,8 +719,8 @@ def test_a_pair_whose_answers_are_equal_after_the_cut_is_dropped():
 def test_taking_one_pair_of_a_ranking_takes_its_two_answers():
     """Their reference log-probs go with them, and the pair has their new numbers."""
     item = Encoded([9], [[1], [2], [3]], [(2, 0), (2, 1), (0, 1)], [-1.0, -2.0, -3.0])
-    assert take(item, [1]) == Encoded([9], [[2], [3]], [(1, 0)], [-2.0, -3.0])
-    assert take(item, [0, 1, 2]) == item
+    assert select_pairs(item, [1]) == Encoded([9], [[2], [3]], [(1, 0)], [-2.0, -3.0])
+    assert select_pairs(item, [0, 1, 2]) == item
     assert item == Encoded([9], [[1], [2], [3]], [(2, 0), (2, 1), (0, 1)], [-1.0, -2.0, -3.0])
 
 
@@ -729,7 +730,7 @@ def test_what_is_taken_are_the_same_pairs_of_the_same_answers(ranking, data):
     """And no answer that they don't need."""
     item = Encoded([9], [[i, i] for i in range(len(ranking))], ranking_to_pairs(ranking))
     numbers = data.draw(st.lists(st.sampled_from(range(len(item.pairs))), min_size=1, unique=True))
-    part = take(item, sorted(numbers))
+    part = select_pairs(item, sorted(numbers))
     expected = [item.pairs[n] for n in sorted(numbers)]
     assert [(part.answers[w][0], part.answers[l][0]) for w, l in part.pairs] == expected
     assert sorted(a[0] for a in part.answers) == sorted({i for pair in expected for i in pair})

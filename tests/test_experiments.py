@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 import sample
 import train_dpo
-from data import get_tokenizer
-from experiments import curves, frontier, win_rate
-from model import GPT, GPTConfig, save_checkpoint
+from experiments import best_of, curves, frontier, win_rate
+from model import GPT, GPTConfig
+from runtime.checkpoint import save_checkpoint
+from tasks.tokenizers import get_tokenizer
 
 TOKENIZER = get_tokenizer("reviews")
 for_all = settings(deadline=None, max_examples=50, derandomize=True)
@@ -56,9 +57,11 @@ def refused(main, argv, capsys):
     return message
 
 
-@pytest.mark.parametrize("module", [frontier, curves, win_rate])
+@pytest.mark.parametrize("module", [best_of, frontier, curves, win_rate])
 def test_every_flag_is_read(module):
-    source, shared = (Path(file).read_text() for file in (module.__file__, sample.__file__))
+    source = Path(module.__file__).read_text()
+    root = Path(sample.__file__).parent
+    shared = "\n".join(path.read_text() for path in [*root.glob("*.py"), *root.glob("*/*.py")])
     for flag, rest in re.findall(r'\badd\("([\w-]+)"((?:.|\n)*?)\n    (?=add|\w)', source):
         name = re.search(r'dest="(\w+)"', rest)
         name = name[1] if name else flag.lstrip("-").replace("-", "_")
@@ -170,7 +173,7 @@ def test_best_of_n_is_never_above_the_optimum_at_its_kl_bound():
     """KL(best of N) <= log N - (N - 1) / N, and Eq. 15 has the most reward at any KL."""
     rewards = torch.rand(500, 64, generator=torch.Generator().manual_seed(0)).double()
     line = [frontier.optimum(rewards, beta) for beta in torch.logspace(1, -2, 60).tolist()]
-    for measures in sample.best_of({"r": rewards}, [2, 4, 8], "r").values():
+    for measures in best_of.best_of({"r": rewards}, [2, 4, 8], "r").values():
         beyond = [p for p in line if p["kl"] >= measures["kl_bound"]]
         assert min(p["reward"] for p in beyond) >= measures["r"] - 0.01
 

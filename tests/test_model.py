@@ -9,7 +9,6 @@ log-probs summed token by token. All in float64, so that equal means equal.
 import copy
 import math
 import pickle
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -20,8 +19,10 @@ from hypothesis import strategies as st
 
 import model as module
 from data import Encoded, pack
-from model import GPT, GPTConfig, UserError, choose, load_checkpoint, save_checkpoint
-from train_sft import compile_logps
+from model import GPT, GPTConfig, choose
+from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.errors import UserError
+from runtime.parallel import allow_any_size, compiled_logps, set_compiled
 
 for_all = settings(deadline=None, max_examples=30, derandomize=True)
 EOT = 12                                                    # the last id of the small vocabulary
@@ -264,19 +265,20 @@ def steps_of_any_shape():
 
 
 def compile_on(model):
-    compile_logps(model, SimpleNamespace(compile="on"))
+    """What the loops call, and what pack_for_model does for it."""
+    set_compiled(model, "on")
     assert model.compiled
-    return model
+    return lambda batch: allow_any_size(batch) or compiled_logps(model)(batch)
 
 
 def test_compiled_logps_are_the_eager_ones():
     """Compilation may reorder float32 sums, no more, whatever the shapes; and no key of the weights
     changes."""
     eager, compiled = (small_gpt(n_layer=1).float() for _ in "12")
-    compile_on(compiled)
+    compiled_logps_of = compile_on(compiled)
     for batch in steps_of_any_shape():
         try:
-            got = compiled.logps(batch)
+            got = compiled_logps_of(batch)
             got.sum().backward()
         except Exception as error:                          # no C++ compiler on this machine
             pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
@@ -297,15 +299,15 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_look(monkeypatch
         graphs.append(graph)
         return graph.forward
     monkeypatch.setattr(torch, "compile", lambda f: torch_compile(f, backend=count))
-    model, found = compile_on(small_gpt()), []
+    logps_of, found = compile_on(small_gpt()), []
     for gradients in (True, False, True, False):
         for batch in steps_of_any_shape():
             with torch.set_grad_enabled(gradients):
-                model.logps(batch)
+                logps_of(batch)
             found.append(len(graphs))
     assert found == [1] * 5 + [2] * 15
     for answers in ([[2, 3], [4]], [[2], [3], [4, 5]]):
-        model.logps(pack([Encoded([1], answers, [])], 16))
+        logps_of(pack([Encoded([1], answers, [])], 16))
     assert len(graphs) == 3
 
 

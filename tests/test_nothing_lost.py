@@ -24,11 +24,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runtime.cli
+import runtime.run
 import train_dpo
 import train_sft
 from data import Batches, Encoded
-from model import GPT, GPTConfig, UserError, load_checkpoint, save_checkpoint
-from train_sft import Run, load_state
+from model import GPT, GPTConfig
+from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.errors import UserError
+from runtime.run import Log, load_state
 
 ROOT = Path(__file__).parent.parent
 for_all = settings(deadline=None, max_examples=20, derandomize=True)
@@ -48,14 +52,7 @@ def items(n=6):
 
 
 def train(script, out, resume=False, seed=0, data=None, held_out=None, **changes):
-    """A training loop of STEPS steps; returns its model and its Run."""
-    made = []
-
-    class Watched(Run):
-        def __init__(self, *arguments):
-            made.append(self)
-            super().__init__(*arguments)
-
+    """A training loop of STEPS steps; returns its model."""
     # 5 pairs a step of 18, or 4 texts of 6: epochs end in the middle of a step.
     flags = dict(out=out, row_length=32, steps=STEPS, batch=5 if script is train_dpo else 4,
                  lr=1e-2, warmup=3, log_every=2, eval_every=3, save_every=0.0, resume=resume,
@@ -70,10 +67,9 @@ def train(script, out, resume=False, seed=0, data=None, held_out=None, **changes
     if script is train_sft:
         data = [Encoded(item.prompt, item.answers[:1], []) for item in data]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "Run", Watched)
         patch.setattr(script, "check_start", lambda *arguments: None, raising=False)
         script.train(model, data, held_out or data[:3], args)
-    return model, made[0]
+    return model
 
 
 def everything(out):
@@ -136,7 +132,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bytes(
     every so many steps: a clock that advances a minute with each look at it."""
     out, clock = tmp_path_factory.mktemp("killed"), iter(range(10**6))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_sft.time, "monotonic", lambda: 60 * next(clock))
+        patch.setattr(runtime.run.time, "monotonic", lambda: 60 * next(clock))
         for death in deaths:
             with pytest.MonkeyPatch.context() as deadly:
                 deadly.setattr(script, "update", killed_at(script, death))
@@ -194,7 +190,7 @@ def test_sigkill_in_every_phase_of_dpo_costs_nothing_but_the_phase(tmp_path):
     process = start()
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    assert "sampled before" in output and "computed before" in output and "going on" in output
+    assert "already sampled" in output and "already computed" in output and "going on" in output
     names = {path.name for path in killed.iterdir()}
     assert names == {"dpo.pt", "metrics.csv", "preferences.jsonl", "preferences.key",
                      "reference.json", "reference.key", "results.json", "sft.pt"}
@@ -277,14 +273,15 @@ def test_a_run_goes_on_with_the_micro_batches_it_began_with(tmp_path, untouched,
     """Two at first; when it is resumed there would be memory for one. The sums are then rounded as
     before. Whoever names a number gets it: too little memory may be why the run ended."""
     numbers = iter([2, 1])
-    monkeypatch.setattr(train_sft, "fewest_micro_batches", lambda *arguments: next(numbers))
+    monkeypatch.setattr(runtime.run, "fewest_micro_batches", lambda *arguments: next(numbers))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_dpo, "update", killed_at(train_dpo, 6))
         with pytest.raises(Killed):
             train(train_dpo, tmp_path, accumulate=None)
     shutil.copytree(tmp_path, tmp_path / "named")
-    _, named = train(train_dpo, tmp_path / "named", resume=True, accumulate=3)
-    assert named.step == STEPS and named.n_parts == 3
+    train(train_dpo, tmp_path / "named", resume=True, accumulate=3)
+    named, _ = everything(tmp_path / "named")
+    assert named["step"] == STEPS and named["micro_batches"] == 3
     shutil.rmtree(tmp_path / "named")
     train(train_dpo, tmp_path, resume=True, accumulate=None)
     expected, expected_metrics = untouched[train_dpo, 2]
@@ -388,7 +385,7 @@ def test_a_run_says_when_there_is_something_to_resume_and_when_there_is_not(tmp_
     before = path.read_bytes()
     capsys.readouterr()
     train(train_sft, tmp_path)
-    assert "--resume would have gone on with it" in capsys.readouterr().out
+    assert "--resume would have continued" in capsys.readouterr().out
     assert path.with_suffix(".old").read_bytes() == before      # a flag forgotten costs nothing
 
 
@@ -421,7 +418,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "update", raising_signal(script, number, 3))
         with pytest.raises(SystemExit) as caught:
-            train_sft.command(main)()
+            runtime.cli.command(main)()
     err = capsys.readouterr().err
     assert caught.value.code == code and "Traceback" not in err
     assert err.splitlines()[-1] == (f"{script.__name__}.py: stopped after step 3; the same command "
@@ -521,19 +518,18 @@ def test_overflows_of_float16_are_the_scalers_business_until_they_go_on_for_too_
     class On:
         def is_enabled(self):
             return True
-    run = Run.__new__(Run)
-    run.scaler, run.norms, run.overflows = On(), [], 0
+    log = Log(tmp_path / "log.csv", {}, batches=None, scaler=On())
     for _ in range(2):
         for step in range(24):
-            run.watch(step, torch.tensor(math.inf))
-        run.watch(24, torch.tensor(1.0))
-    run.check()
+            log.end_step(step, torch.tensor(math.inf), lr=1.0)
+        log.end_step(24, torch.tensor(1.0), lr=1.0)
+    log.check_gradients()
     for step in range(24):
-        run.watch(step, torch.tensor(math.nan))
-        run.check()                         # counted across looks
-    run.watch(24, torch.tensor(math.inf))
+        log.end_step(step, torch.tensor(math.nan), lr=1.0)
+        log.check_gradients()                         # counted across looks
+    log.end_step(24, torch.tensor(math.inf), lr=1.0)
     with pytest.raises(UserError, match="step 24: float16 overflowed 25 times in a row"):
-        run.check()
+        log.check_gradients()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -621,7 +617,7 @@ def test_an_sft_run_that_did_not_end_is_not_mistaken_for_an_older_one_that_did(
     monkeypatch.setattr(train_dpo, "open_checkpoint", lambda *arguments: exit(0))
     with pytest.raises(SystemExit):
         train_dpo.main(["--out", str(tmp_path), "--seed", "1", "--device", "cpu"])
-    assert "a later SFT run did not end: --resume would go on" in capsys.readouterr().out
+    assert "a later SFT run did not finish; --resume would continue" in capsys.readouterr().out
 
 
 def test_flags_that_begin_again_and_go_on_contradict_each_other(capsys):

@@ -7,7 +7,6 @@ The second command is what the first one starts; it makes each run of RUNS and l
 and metrics in a folder of its own, beside which pytest makes the same runs alone.
 """
 
-import argparse
 import csv
 import functools
 import itertools
@@ -26,12 +25,21 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import data                                                                         # noqa: E402
+import runtime.cli                                                                  # noqa: E402
+import runtime.errors                                                               # noqa: E402
+import runtime.parallel                                                             # noqa: E402
+import runtime.run                                                                  # noqa: E402
 import sample                                                                       # noqa: E402
 import train_dpo                                                                    # noqa: E402
 import train_sft                                                                    # noqa: E402
 from data import Batches, Encoded                                                   # noqa: E402
-from model import GPT, GPTConfig, UserError, load_checkpoint, rank                  # noqa: E402
-from train_sft import compile_logps, load_state, settle                             # noqa: E402
+from model import GPT, GPTConfig                                                    # noqa: E402
+from runtime.checkpoint import load_checkpoint                                      # noqa: E402
+from runtime.cli import set_up                                                      # noqa: E402
+from runtime.errors import UserError                                                # noqa: E402
+from runtime.parallel import process_rank, set_compiled                             # noqa: E402
+from runtime.run import load_state                                                  # noqa: E402
 
 # Name: script and flags. Seven prompts with three answers each; no batch here is a multiple of two.
 RUNS = {
@@ -59,7 +67,7 @@ def train(name, out, **changes):
     for flag, value in flags.items():
         assert hasattr(args, flag), flag
         setattr(args, flag, value)
-    settle(args)
+    set_up(args)
     out.mkdir(exist_ok=True)
     torch.manual_seed(5)
     config = GPTConfig(block_size=32, vocab_size=20, n_layer=2, n_head=2, n_embd=8)
@@ -72,7 +80,7 @@ def train(name, out, **changes):
         items = [Encoded(item.prompt, item.answers[:1], []) for item in items]
     with pytest.MonkeyPatch.context() as patch:     # compiled, but for the code of its kernels
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-        compile_logps(model, args)
+        set_compiled(model, args.compile)
     for item, logps in zip(items, sample.score(model, items, 32)):
         item.ref_logps = logps
     script.train(model, items, items[:3], args)
@@ -84,7 +92,7 @@ def stop_in_step(number):
     update, steps = train_sft.update, itertools.count()
 
     def signalled(*arguments):
-        if next(steps) == number and rank() == 1:
+        if next(steps) == number and process_rank() == 1:
             signal.raise_signal(signal.SIGTERM)
         return update(*arguments)
     return signalled
@@ -94,20 +102,21 @@ def work(folder):
     """What each of the two processes does: all RUNS, one that is stopped and resumed, and both
     commands."""
     for name in RUNS:
-        calls, right = [], train_sft.add_up
-        train_sft.add_up = lambda group, bucket: calls.append(1) or right(group, bucket)
+        calls, right = [], runtime.parallel.sum_gradients
+        counted = lambda model: calls.append(1) or right(model)                     # noqa: E731
+        train_sft.sum_gradients = train_dpo.sum_gradients = counted
         model = train(name, folder / name)
-        train_sft.add_up = right
-        torch.save((model.state_dict(), len(calls)), folder / name / f"process_{rank()}.pt")
+        train_sft.sum_gradients = train_dpo.sum_gradients = right
+        torch.save((model.state_dict(), len(calls)), folder / name / f"process_{process_rank()}.pt")
     out, right = folder / "stopped", train_sft.update
     train_sft.update = stop_in_step(2)
     try:
         train("SFT", out)
-    except train_sft.Interrupted:
-        torch.save(load_state(out / "sft_state.pt")["step"], out / f"stopped_{rank()}.pt")
+    except runtime.errors.Interrupted:
+        torch.save(load_state(out / "sft_state.pt")["step"], out / f"stopped_{process_rank()}.pt")
     train_sft.update = right
     model = train("SFT", out, resume=True)
-    torch.save((model.state_dict(), 0), out / f"process_{rank()}.pt")
+    torch.save((model.state_dict(), 0), out / f"process_{process_rank()}.pt")
     train_sft.main([*SFT, "--out", str(folder / "commands")])
     train_dpo.main([*DPO, "--out", str(folder / "commands")])
 
@@ -173,7 +182,7 @@ def test_metrics_are_those_of_all_processes(pair, tmp_path, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_gradients_travel_once_a_step(pair, name):
-    """Not once for each micro-batch. A model as small as this is one bucket."""
+    """Not once for each micro-batch."""
     for process in (0, 1):
         _, calls = torch.load(pair / name / f"process_{process}.pt", weights_only=True)
         assert calls == STEPS
@@ -258,39 +267,42 @@ def test_bad_input_under_torchrun_is_said_once_by_the_script():
 
 
 def test_fewer_prompts_than_processes_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(train_sft, "world_size", lambda: 3)
-    items, args = [Encoded([1], [[2]], [])] * 2, argparse.Namespace(accumulate=1, row_length=8)
+    monkeypatch.setattr(data, "world_size", lambda: 3)
+    items = [Encoded([1], [[2]], [])] * 2
     with pytest.raises(UserError, match="a batch of 2 prompts for 3 processes"):
-        next(train_sft.micro_batches(items, args, GPT(GPTConfig(8, 4, 1, 1, 4))))
+        next(data.micro_batches(items, 1, 8, GPT(GPTConfig(8, 4, 1, 1, 4))))
 
 
 def test_a_batch_that_is_too_small_in_some_step_is_refused_before_the_first(tmp_path, monkeypatch):
-    """13 pairs of prompts with three each are parts of 5 prompts, or of 6."""
-    monkeypatch.setattr(train_sft, "world_size", lambda: 6)
+    """13 pairs of prompts with three each come from 5 prompts, or from 6."""
+    monkeypatch.setattr(runtime.run, "world_size", lambda: 6)
     items = [Encoded([1], [[2], [3], [4]], [(0, 1), (0, 2), (1, 2)])] * 7
     args = train_dpo.parse_args(["--batch", "13"])
     with pytest.raises(UserError, match="--batch 13 is 5 prompts in some step, and there are 6"):
-        train_sft.Run(tmp_path / "state.pt", args, GPT(GPTConfig(8, 8, 1, 1, 8)),
-                      Batches(items, 13, 0), [], None, None, None)
+        state = runtime.run.TrainingState(tmp_path / "state.pt", args, GPT(GPTConfig(8, 8, 1, 1, 8)),
+                                          None, None, None, Batches(items, 13, 0), [])
+        state.begin()
 
 
 def test_what_is_no_tensor_of_a_gpu_goes_by_way_of_the_cpu(monkeypatch, tmp_path):
     """PyTorch's own choice of a backend is that of the accelerator alone, which can't carry a
     number that lies on the CPU."""
     asked = []
-    monkeypatch.setattr(train_sft.dist, "init_process_group", lambda *a, **k: asked.append(a[0]))
+    monkeypatch.setattr(runtime.parallel.dist, "init_process_group", lambda *a, **k: asked.append(a[0]))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", asked.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
     for device, expected in (("cuda", "cuda:1"), ("cpu", "cpu")):
         args = train_dpo.parse_args(["--device", device])
-        assert settle(args) == torch.device(expected)
-    assert asked == [torch.device("cuda:1"), "cpu:gloo,cuda:nccl", "gloo"]
+        assert set_up(args) == torch.device(expected)
+    assert asked == [1, "cpu:gloo,cuda:nccl", "gloo"]
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="more processes than the 2 CUDA devices"):
-        settle(train_dpo.parse_args([]))
+    with pytest.raises(UserError, match="more processes than the 2 cuda devices"):
+        set_up(train_dpo.parse_args([]))
 
 
 @pytest.mark.gpu
@@ -315,21 +327,13 @@ def test_a_batch_is_dealt_out_whole_and_evenly(lengths, processes, accumulate):
     """Every prompt is in one part of one process. Dealt by length, no two parts differ by more
     tokens than the longest prompt has."""
     items = [Encoded([1], [[2] * n], [], [float(i)]) for i, n in enumerate(lengths)]
-    args, dealt = argparse.Namespace(accumulate=accumulate, row_length=64), []
-    model = GPT(GPTConfig(64, 4, 1, 1, 4))
-    model.logps = argparse.Namespace(parallel=argparse.Namespace())
+    dealt, model = [], GPT(GPTConfig(64, 4, 1, 1, 4))
     with pytest.MonkeyPatch.context() as patch:
-        for number in range(processes):
-            patch.setattr(train_sft, "rank", lambda: number)
-            patch.setattr(train_sft, "world_size", lambda: processes)
-            if len(items) < processes:
-                continue
-            seen = []
-            for part in train_sft.micro_batches(items, args, model):
-                dealt.append(part)
-                seen.append(getattr(model.logps.parallel, "require_backward_grad_sync", None))
-            assert seen == ([None] * len(seen) if processes == 1 else
-                            [False] * (len(seen) - 1) + [True])
+        for process in range(processes):
+            patch.setattr(data, "process_rank", lambda: process)
+            patch.setattr(data, "world_size", lambda: processes)
+            if len(items) >= processes:
+                dealt += data.micro_batches(items, accumulate, 64, model)
     if len(items) >= processes:
         found = sorted(int(i) for part in dealt for i in part.ref_logps)
         assert found == list(range(len(items)))
@@ -340,17 +344,17 @@ def test_a_batch_is_dealt_out_whole_and_evenly(lengths, processes, accumulate):
 
 @given(st.integers(0, 30), st.integers(1, 5))
 def test_what_was_dealt_out_comes_back_in_its_order(n, processes):
-    """`gathered` of things[rank::world_size] is things, for any number of either."""
-    import model
+    """`all_gather` of things[rank::world_size] is things, for any number of either."""
+    parallel = runtime.parallel
     things = list(range(n))
     with pytest.MonkeyPatch.context() as patch:
         def exchange(parts, mine):
             parts[:] = [things[number::processes] for number in range(processes)]
-        patch.setattr(model, "world_size", lambda: processes)
-        patch.setattr(model.dist, "all_gather_object", exchange)
-        assert model.gathered(things[:]) == things
+        patch.setattr(parallel, "world_size", lambda: processes)
+        patch.setattr(parallel.dist, "all_gather_object", exchange)
+        assert parallel.all_gather(things[:]) == things
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train_sft.command(lambda argv: work(Path(argv[0])))(sys.argv[1:])
+    runtime.cli.command(lambda argv: work(Path(argv[0])))(sys.argv[1:])

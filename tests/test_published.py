@@ -18,14 +18,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data as data_py
 import sample
+import runtime.files
+import tasks.tokenizers
 import train_dpo
 import train_sft
-from data import (ASSISTANT, HUMAN, Preference, Skipped, as_prompt, encode, encode_all,
-                  get_tokenizer, load_comparisons, load_preferences, load_summaries, pack,
-                  tldr_prompt)
-from model import GPT, GPTConfig, UserError, load_checkpoint
+from data import Preference, encode, encode_all, load_preferences, pack
+from model import GPT, GPTConfig
+from runtime.checkpoint import load_checkpoint
+from runtime.errors import UserError
+from runtime.rows import ASSISTANT, HUMAN, Skipped, tldr_prompt
+from tasks import hh, own_file, reviews, tldr
+from tasks.tldr import load_comparisons, load_summaries
+from tasks.tokenizers import get_tokenizer
 
 TOKENIZER = get_tokenizer("reviews")
 EOT = TOKENIZER.eot_token
@@ -242,35 +247,35 @@ def folder(tmp_path):
 
 def test_hh_is_split_as_it_was_published(folder):
     skipped = Skipped()
-    training = load_comparisons("hh", folder, False, skipped)
-    held_out = load_comparisons("hh", folder, True, skipped)
+    training = hh.load_file("train", folder, skipped)
+    held_out = hh.load_file("test", folder, skipped)
     assert (len(training), len(held_out)) == (20, 10) and skipped["empty answer"] == 1
     assert not {p.prompt for p in training} & {p.prompt for p in held_out}
 
 
 def test_tldr_trains_on_batches_3_to_10_and_holds_out_the_validation_splits(folder):
     """9 files with a row of each split; batch 11 is read for its validation rows alone."""
-    training = load_comparisons("tldr", folder, False, Skipped())
+    training = load_comparisons(False, folder, Skipped())
     assert [p.answers[0] for p in training] == [f" a car {100 + i}" for i in range(3, 11)]
-    held_out = load_comparisons("tldr", folder, True, Skipped())
+    held_out = load_comparisons(True, folder, Skipped())
     assert [p.answers[0] for p in held_out] == [f" a car {i}" for i in range(3, 12)]
 
 
 def test_tldr_has_its_own_summaries_for_sft(folder):
     skipped = Skipped()
-    training = load_summaries(folder, False, skipped)
+    training = load_summaries(False, folder, skipped)
     assert len(training) == 6 and skipped["empty answer"] == 1
     assert training[0] == Preference(
         "SUBREDDIT: r/tifu\n\nTITLE: T 0\n\nPOST: I fell.\n\nTL;DR:", [" train 0 fell."], [])
-    assert [p.answers[0] for p in load_summaries(folder, True, Skipped())][0] == " valid 0 fell."
+    assert [p.answers[0] for p in load_summaries(True, folder, Skipped())][0] == " valid 0 fell."
 
 
 def test_held_out_rows_beyond_so_many_are_counted(folder, monkeypatch):
-    monkeypatch.setattr(data_py, "MOST_HELD_OUT", 4)
+    monkeypatch.setattr(tldr, "MOST_HELD_OUT", 4)
     skipped = Skipped()
-    assert len(load_comparisons("tldr", folder, True, skipped)) == 4
+    assert len(load_comparisons(True, folder, skipped)) == 4
     assert skipped["held-out row beyond the first 4"] == 9 - 4
-    assert len(load_comparisons("tldr", folder, False, Skipped())) == 8     # training is not
+    assert len(load_comparisons(False, folder, Skipped())) == 8     # training is not
 
 
 def test_a_file_that_is_not_there_is_fetched_from_where_it_was_published(tmp_path, monkeypatch):
@@ -280,13 +285,13 @@ def test_a_file_that_is_not_there_is_fetched_from_where_it_was_published(tmp_pat
     def download(url, path, sha256=None):
         asked.append((url, path, bool(sha256)))
         raise UserError("no network")
-    monkeypatch.setattr(data_py, "download", download)
-    for task, held_out in [("hh", False), ("hh", True), ("tldr", False)]:
+    for module in (hh, tldr):
+        monkeypatch.setattr(module, "download", download)
+    for load, what, folder in [(hh.load_file, "train", tmp_path), (hh.load_file, "test", tmp_path),
+                               (load_comparisons, False, tmp_path), (load_summaries, False, None)]:
         with pytest.raises(UserError):
-            load_comparisons(task, tmp_path, held_out, Skipped())
-    with pytest.raises(UserError):
-        load_summaries(None, False, Skipped())
-    hub, blob = "https://huggingface.co/datasets/Anthropic/hh-rlhf", data_py.TLDR
+            load(what, folder, Skipped())
+    hub, blob = "https://huggingface.co/datasets/Anthropic/hh-rlhf", tldr.URL
     assert asked == [
         (f"{hub}/resolve/main/helpful-base/train.jsonl.gz",
          tmp_path / "helpful-base/train.jsonl.gz", True),
@@ -294,16 +299,16 @@ def test_a_file_that_is_not_there_is_fetched_from_where_it_was_published(tmp_pat
          tmp_path / "helpful-base/test.jsonl.gz", True),
         (f"{blob}/dataset/comparisons/batch3.json", tmp_path / "comparisons/batch3.json", False),
         (f"{blob}/datasets/tldr_3_filtered/train.jsonl",
-         data_py.cache() / "tldr_3_filtered/train.jsonl", False)]
+         runtime.files.cache_folder() / "tldr_3_filtered/train.jsonl", False)]
 
 
 def test_what_a_person_types_gets_the_form_that_the_model_has_read():
-    assert as_prompt("Why?", "hh") == "\n\nHuman: Why?\n\nAssistant:"
-    assert as_prompt(dialogue("Why?") + ASSISTANT, "hh") == dialogue("Why?") + ASSISTANT
-    assert as_prompt("The plot", "reviews") == as_prompt("The plot", None) == "The plot"
+    assert hh.as_prompt("Why?") == "\n\nHuman: Why?\n\nAssistant:"
+    assert hh.as_prompt(dialogue("Why?") + ASSISTANT) == dialogue("Why?") + ASSISTANT
+    assert reviews.as_prompt("The plot") == own_file.as_prompt("The plot") == "The plot"
     whole = tldr_prompt({"subreddit": "tifu", "title": "T", "post": "P"})
-    assert as_prompt(whole, "tldr") == whole
-    assert as_prompt("I fell.", "tldr").endswith("POST: I fell.\n\nTL;DR:")
+    assert tldr.as_prompt(whole) == whole
+    assert tldr.as_prompt("I fell.").endswith("POST: I fell.\n\nTL;DR:")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -317,7 +322,7 @@ def gpt2(tmp_path, monkeypatch):
     no file is needed: as many ids and the same end-of-text, but text becomes bytes. (The other ids
     stand for three bytes each, which no merge ever reaches.)"""
     ranks = {i.to_bytes(1 if i < 256 else 3, "big"): i for i in range(50256)}
-    bytes_only = tiktoken.Encoding("gpt2", pat_str=data_py.GPT2_PATTERN, mergeable_ranks=ranks,
+    bytes_only = tiktoken.Encoding("gpt2", pat_str=tasks.tokenizers.GPT2_PATTERN, mergeable_ranks=ranks,
                                    special_tokens={"<|endoftext|>": 50256})
     monkeypatch.setattr(train_sft, "get_tokenizer", lambda name: bytes_only)
     torch.manual_seed(0)
@@ -365,7 +370,7 @@ def test_a_learning_rate_far_above_the_papers_earns_one_line(folder, gpt2, tmp_p
         train_dpo.main([*hh, "--sft", str(gpt2), "--lr", lr, "--out", str(tmp_path / lr)])
         assert capsys.readouterr().err.count("warning: --lr") == warned
     train_sft.main([*hh[:-2], "--init", str(gpt2), "--lr", "3e-3", "--out", str(tmp_path / "a")])
-    assert "warning: --lr 0.003 is 150 times the 2e-05" in capsys.readouterr().err
+    assert "warning: --lr 0.003 is 150 times the usual 2e-05" in capsys.readouterr().err
     small = "--n-layer 1 --n-head 1 --n-embd 4 --init random".split()
     train_sft.main([*hh[:-2], *small, "--lr", "3e-3", "--out", str(tmp_path / "b")])
     train_dpo.main([*hh, "--lr", "3e-3", "--out", str(tmp_path / "b")])

@@ -1,4 +1,4 @@
-"""Measuring: what every number of --evaluate and --best-of says, and how wrong flags are refused.
+"""Measuring: what every number of --evaluate and of best of N says, and how wrong flags are refused.
 
     pytest tests/test_sample.py
 """
@@ -14,9 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments import best_of as best_of_py
 import sample
-from data import Encoded, Preference, encode, get_tokenizer, is_held_out, pack
-from model import GPT, GPTConfig, save_checkpoint
+from data import Encoded, Preference, encode, is_held_out, pack
+from model import GPT, GPTConfig
+from runtime.checkpoint import save_checkpoint
+from runtime.report import names_of, side_by_side, table
+from tasks.tokenizers import get_tokenizer
 
 TOKENIZER = get_tokenizer("reviews")
 for_all = settings(deadline=None, max_examples=50, derandomize=True)
@@ -104,7 +108,7 @@ def test_best_of_n_is_the_mean_over_every_subset_of_n_answers(m, data):
     picks = [max(subset, key=lambda i: scores[i]) for subset in itertools.combinations(range(m), n)]
     columns = {"score": torch.tensor([scores, scores]).double(),
                "worth": torch.tensor([worth, worth], dtype=torch.float64)}
-    found = sample.best_of(columns, [n], "score")[f"N = {n}"]
+    found = best_of_py.best_of(columns, [n], "score")[f"N = {n}"]
     assert found["worth"] == pytest.approx(sum(worth[i] for i in picks) / len(picks), abs=1e-9)
     assert found["score"] == pytest.approx(sum(scores[i] for i in picks) / len(picks), abs=1e-9)
 
@@ -112,7 +116,7 @@ def test_best_of_n_is_the_mean_over_every_subset_of_n_answers(m, data):
 def test_best_of_n_has_the_expectation_of_the_maximum_of_n_fresh_draws():
     """The maximum of N uniform numbers has mean N / (N + 1); 2,000 prompts with 8 draws each."""
     draws = torch.rand(2000, 8, generator=torch.Generator().manual_seed(0)).double()
-    for n, measures in zip((1, 2, 5, 8), sample.best_of({"r": draws}, [1, 2, 5, 8], "r").values()):
+    for n, measures in zip((1, 2, 5, 8), best_of_py.best_of({"r": draws}, [1, 2, 5, 8], "r").values()):
         assert measures["r"] == pytest.approx(n / (n + 1), abs=4 * measures["r_se"])
         assert measures["r_se"] < 0.01
 
@@ -120,7 +124,7 @@ def test_best_of_n_has_the_expectation_of_the_maximum_of_n_fresh_draws():
 def test_the_kl_bound_is_log_n_minus_n_minus_1_over_n():
     """Best of 1 is the model itself. For a continuous score the bound is exact: the density of the
     best at quantile u is N u^(N - 1), and KL = integral of N u^(N - 1) log(N u^(N - 1))."""
-    found = sample.best_of({"r": torch.zeros(2, 128).double()}, [1, 4, 128], "r")
+    found = best_of_py.best_of({"r": torch.zeros(2, 128).double()}, [1, 4, 128], "r")
     u = (torch.arange(10**6).double() + 0.5) / 10**6
     for n in (1, 4, 128):
         density = n * u ** (n - 1)
@@ -131,14 +135,14 @@ def test_the_kl_bound_is_log_n_minus_n_minus_1_over_n():
 @for_all
 @given(m=st.integers(1, 200), data=st.data())
 def test_shares_of_best_sum_to_one_and_favour_the_better(m, data):
-    shares = sample.shares_of_best(m, data.draw(st.integers(1, m)))
+    shares = best_of_py.shares_of_best(m, data.draw(st.integers(1, m)))
     assert shares.sum().item() == pytest.approx(1) and (shares.diff() >= 0).all()
 
 
 def test_answers_are_judged_by_the_log_ratio_and_stay_with_their_prompt():
     """draw_answers' implicit rewards are beta (log judge - log model), answer by answer."""
     model, judge, prompts = small_gpt(0), small_gpt(1), ["The plot", "I liked"]
-    columns = sample.draw_answers(model, prompts, TOKENIZER, 3, 5, 0, reward=len,
+    columns = best_of_py.draw_answers(model, prompts, TOKENIZER, 3, 5, 0, reward=len,
                                   judge=judge, beta=0.5)
     ids = [[TOKENIZER.eot_token] + TOKENIZER.encode_ordinary(p) for p in prompts]
     drawn = sample.sample(model, [i for i in ids for _ in range(3)], 5, 0, TOKENIZER.eot_token)
@@ -259,7 +263,7 @@ def test_asking_for_more_tokens_than_fit_makes_no_smaller_batches(monkeypatch):
 
 def test_of_a_long_dialogue_the_end_is_shown():
     """The first is shown whole, of the other the last 300 letters."""
-    shown = sample.side_by_side(["a" * 300, "b" * 10 + "c" * 300], {"dpo": ["d", "e"]})
+    shown = side_by_side(["a" * 300, "b" * 10 + "c" * 300], {"dpo": ["d", "e"]})
     assert "'" + "a" * 300 + "'" in shown and "'... " + "c" * 300 + "'" in shown
     assert "b" not in shown
 
@@ -269,7 +273,7 @@ def test_the_table_shows_every_number_once_and_keeps_within_its_width():
                 "dpo": {"reward": 0.75, "reward_se": 0.125, "win_rate": 0.625, "win_rate_se": 0.1,
                         "win_rate_95": (0.5, 0.75), "margin": 1.5}}
     for width in (100, 60, 10):
-        text = sample.table(measures, width)
+        text = table(measures, width)
         words = text.split()
         for word in ("0.250", "+-0.500", "0.750", "+-0.125", "0.625", "0.500-0.750", "1.500", "-"):
             assert words.count(word) == 1, (word, width)
@@ -312,32 +316,34 @@ def test_reference_and_baseline_are_those_that_are_named(run):
 
 
 def test_best_of_writes_a_row_for_each_n_and_best_of_1_is_the_model_itself(run, capsys):
-    sample.main(["--out", str(run), *FLAGS, "--best-of", "4,1,2"])
-    results = evaluation(run)
+    best_of_py.main(["--out", str(run), *FLAGS, "--numbers", "4,1,2"])
+    results = json.loads((run / "best_of.json").read_text())
     assert list(results["best_of"]) == ["N = 1", "N = 2", "N = 4"] and results["judge"] == "reward"
     rewards = [measures["reward"] for measures in results["best_of"].values()]
     assert rewards == sorted(rewards)
-    assert "the best of N answers" in capsys.readouterr().out and "policies" not in results
+    assert "the best of N answers" in capsys.readouterr().out
 
 
 def test_the_trained_policys_implicit_reward_can_judge(run):
-    sample.main(["--out", str(run), *FLAGS, "--best-of", "1,4", "--judge", "implicit"])
-    first = evaluation(run)
+    flags = ["--out", str(run), *FLAGS, "--numbers", "1,4", "--judge", "implicit"]
+    best_of_py.main(flags)
+    first = json.loads((run / "best_of.json").read_text())
     picked = [m["implicit_reward"] for m in first["best_of"].values()]
     assert first["judge"] == "implicit" and picked[0] < picked[1]
     assert {"reward", "well_formed", "length"} <= set(first["best_of"]["N = 4"])
-    sample.main(["--out", str(run), *FLAGS, "--best-of", "1,4", "--judge", "implicit",
-                 "--checkpoint", str(run / "other.pt")])
-    assert evaluation(run)["best_of"] != first["best_of"]
+    best_of_py.main([*flags, "--checkpoint", str(run / "other.pt")])
+    assert json.loads((run / "best_of.json").read_text())["best_of"] != first["best_of"]
 
 
 def test_a_preference_file_is_measured_without_a_reward(run, capsys):
     flags = ["--data", str(run / "pairs.jsonl"), "--out", str(run), *FLAGS]
-    sample.main([*flags, "--evaluate", "--best-of", "1,2"])
+    sample.main([*flags, "--evaluate"])
     results = evaluation(run)
-    assert "reward" not in results["policies"]["dpo"] and results["judge"] == "implicit"
+    assert "reward" not in results["policies"]["dpo"]
     assert {"kl", "accuracy", "logp_accuracy", "margin"} <= set(results["policies"]["dpo"])
     assert "win rate" not in capsys.readouterr().out
+    best_of_py.main([*flags, "--numbers", "1,2"])
+    assert json.loads((run / "best_of.json").read_text())["judge"] == "implicit"
 
 
 def test_a_published_task_is_measured_on_the_file_that_is_held_out(run, tmp_path, capsys):
@@ -348,11 +354,13 @@ def test_a_published_task_is_measured_on_the_file_that_is_held_out(run, tmp_path
         for i in range(5):
             start = f"\n\nHuman: Film {i}?\n\nAssistant:"
             file.write(json.dumps({"chosen": start + " good", "rejected": start + " dull"}) + "\n")
-    sample.main(["--task", "hh", "--data-dir", str(tmp_path), "--out", str(run), *FLAGS,
-                 "--evaluate", "--best-of", "1,2"])
+    flags = ["--task", "hh", "--data-dir", str(tmp_path), "--out", str(run), *FLAGS]
+    sample.main([*flags, "--evaluate"])
     results = evaluation(run)
-    assert (results["task"], results["prompts"], results["judge"]) == ("hh", 5, "implicit")
+    assert (results["task"], results["prompts"]) == ("hh", 5)
     assert "hh, held out: 5 rows" in capsys.readouterr().out
+    best_of_py.main([*flags, "--numbers", "1,2"])
+    assert json.loads((run / "best_of.json").read_text())["prompts"] == 5
     assert {"kl", "accuracy", "logp_accuracy"} <= set(results["policies"]["dpo"])
 
 
@@ -377,14 +385,14 @@ def test_without_preferences_accuracy_is_left_out_and_said(run, tmp_path, capsys
 def test_two_files_of_one_name_are_told_apart_and_one_file_is_opened_once(run, tmp_path):
     other = tmp_path / "sft.pt"
     save_checkpoint(other, small_gpt(5), tokenizer="reviews")
-    names = sample.names_of([run / "sft.pt", other, run / "dpo.pt", run / "." / "sft.pt"])
+    names = names_of([run / "sft.pt", other, run / "dpo.pt", run / "." / "sft.pt"])
     assert names == {run / "sft.pt": str(run / "sft.pt"), other: str(other), run / "dpo.pt": "dpo"}
 
 
-def refused(argv, capsys):
+def refused(argv, capsys, main=sample.main):
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        sample.main([str(word) for word in argv])
+        main([str(word) for word in argv])
     message = capsys.readouterr().err
     assert caught.value.code == 2 and message.count("\n") == 1 and "Traceback" not in message
     return message
@@ -392,21 +400,28 @@ def refused(argv, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     (["--evaluate", "--temperature", "0.5"], "--temperature is not for --evaluate"),
-    (["--best-of", "1", "--prompt", "a"], "--prompt is not for --evaluate"),
+    (["--evaluate", "--prompt", "a"], "--prompt is not for --evaluate"),
     (["--evaluate", "-n", "2"], "-n is not for"),
     (["--evaluate", "--top-k", "1"], "--top-k is not for"),
     (["--evaluate", "--compare"], "--compare is not for"),
     (["--reference", "a.pt"], "--reference is for --evaluate"),
-    (["--best-of", "1", "--baseline", "a.pt"], "--baseline is for"),
-    (["--evaluate", "--judge", "reward"], "--judge is for"),
-    (["--data", "a.jsonl", "--best-of", "1", "--judge", "reward"], "--judge reward"),
+    (["--baseline", "a.pt"], "--baseline is for"),
     (["--data", "a.jsonl", "--evaluate", "--baseline", "a.pt"], "--baseline: a win rate needs"),
-    (["--best-of", "1,x"], "--best-of"), (["--best-of", "0"], "--best-of"),
-    (["--best-of", ""], "--best-of"), (["--eval-prompts", "1"], "--eval-prompts"),
+    (["--eval-prompts", "1"], "--eval-prompts"),
     (["--evaluate", "no.pt"], "no.pt: "),
 ])
 def test_flags_that_contradict_or_that_nothing_would_read_are_refused(flags, words, capsys):
     assert words in refused(flags, capsys)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--checkpoint", "a.pt"], "--checkpoint is for --judge implicit"),
+    (["--data", "a.jsonl", "--judge", "reward"], "--judge reward"),
+    (["--numbers", "1,x"], "--numbers"), (["--numbers", "0"], "--numbers"),
+    (["--numbers", ""], "--numbers"), (["--reference", "no.pt"], "no.pt: "),
+])
+def test_flags_of_best_of_that_make_no_sense_are_refused(flags, words, capsys):
+    assert words in refused(flags, capsys, best_of_py.main)
 
 
 def test_checkpoints_that_cannot_be_measured_together_are_refused(run, tmp_path, capsys):

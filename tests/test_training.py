@@ -6,11 +6,9 @@ The runs here are real, on models of a few thousand parameters; what they learn 
 that is what `python train_dpo.py` shows.
 """
 
-import argparse
 import ast
 import copy
 import csv
-import gzip
 import json
 import math
 import os
@@ -27,12 +25,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
+import runtime.memory
+import runtime.run
 import sample
 import train_dpo
 import train_sft
-from data import Batches, Encoded, get_tokenizer, pack, prefixes
-from model import GPT, GPTConfig, UserError, load_checkpoint, save_checkpoint
-from train_sft import Log, grad_scaler, micro_batches, prepare, update, warmup
+from data import Batches, Encoded, micro_batches, pack
+from model import GPT, GPTConfig
+from runtime.checkpoint import load_checkpoint, set_precision
+from runtime.errors import UserError
+from runtime.run import Log
+from tasks.tokenizers import get_tokenizer
+from train_sft import grad_scaler, update, warmup
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 128 --steps 3 --reviews 100 "
@@ -318,7 +323,8 @@ def test_only_float16_gradients_are_scaled(precision):
 @pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16", "float16"])
 def test_parameters_stay_float32_in_every_precision(precision):
     """bfloat16 weights lose updates of DPO's size: 1 + 0.001 is 1 again."""
-    model = prepare(small_gpt().float(), argparse.Namespace(precision=precision))
+    model = small_gpt().float()
+    set_precision(model, precision)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     if precision != "auto":
         assert model.precision == (None if precision == "float32" else getattr(torch, precision))
@@ -328,7 +334,7 @@ def test_only_on_cuda_is_the_vocabulary_padded():
     """Elsewhere it costs a copy of the embedding each step and gains nothing."""
     for device, multiple in (("cpu", 1), ("cuda", 64)):
         model = SimpleNamespace(device=torch.device(device))
-        prepare(model, argparse.Namespace(precision="float32"))
+        set_precision(model, "float32")
         assert model.vocab_multiple == multiple
 
 
@@ -355,19 +361,18 @@ def test_each_number_on_the_screen_is_the_sum_of_its_column():
 
 
 def test_micro_batches_hold_every_prompt_once():
-    items, args = ranked_items(7), argparse.Namespace(row_length=32, accumulate=3)
-    parts = list(micro_batches(items, args, small_gpt()))
-    assert [part.n_answers for part in parts] == [9, 6, 6]          # 3, 2 and 2 prompts
-    assert sum(len(part.winners) for part in parts) == 21
+    batches = list(micro_batches(ranked_items(7), 3, 32, small_gpt()))
+    assert [batch.n_answers for batch in batches] == [9, 6, 6]      # 3, 2 and 2 prompts
+    assert sum(len(batch.winners) for batch in batches) == 21
 
 
 def test_rows_are_as_long_as_costs_least_but_of_one_length_where_they_are_compiled():
     """Three prompts of 20 tokens, 8 channels: apart they cost 3 x 20 x (6 x 8 + 20) = 4,080, in one
     row of 60, with its hidden keys, 60 x (6 x 8 + 60) = 6,480. A graph is for one length."""
     items, model = [Encoded([1] * 10, [[2] * 10], [])] * 3, small_gpt()
-    assert train_sft.packed(items, 64, model).tokens.shape == (3, 20)
+    assert data.pack_for_model(items, 64, model).tokens.shape == (3, 20)
     model.compiled = True
-    assert train_sft.packed(items, 64, model).tokens.shape == (1, 64)
+    assert data.pack_for_model(items, 64, model).tokens.shape == (1, 64)
 
 
 @given(st.integers(1, 3), st.integers(1, 2), st.sampled_from([32, 64, 128]),
@@ -389,7 +394,7 @@ def test_the_estimate_of_memory_is_above_what_a_step_keeps_and_not_by_much(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         graph = model.logps(batch).sum()
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    estimate = train_sft.bytes_of_step(config, batch.tokens.numel(), len(batch.target))
+    estimate = runtime.memory.bytes_of_step(config, batch.tokens.numel(), len(batch.target))
     assert graph.requires_grad and estimate / 3 <= found <= estimate
 
 
@@ -401,14 +406,14 @@ def test_micro_batches_are_as_few_as_fit_in_the_memory_that_is_free(monkeypatch,
     parts 49,280, in four 25,280. Free is that over 0.8, and 12 bytes for each weight."""
     model = GPT(GPTConfig(16, 20, 1, 2, 8))
     free = room / 0.8 + 12 * sum(weight.numel() for weight in model.parameters())
-    monkeypatch.setattr(train_sft, "free_memory", lambda device: free)
+    monkeypatch.setattr(runtime.memory, "free_memory", lambda device: free)
     items = [Encoded([1, 2], [[3] * 5, [4] * 5], [(0, 1)])] * 30
     batches = Batches(items, 8, seed=0)
-    assert train_sft.fewest_micro_batches(model, batches, 16) == expected
+    assert runtime.memory.fewest_micro_batches(model, batches, 16) == expected
 
 
 def test_free_memory_is_more_than_a_megabyte_and_less_than_there_is():
-    free = train_sft.free_memory(torch.device("cpu"))
+    free = runtime.memory.free_memory(torch.device("cpu"))
     assert 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -455,7 +460,7 @@ def cuda_never_waits():
 def steps_under(guard, loop, model, items, args, monkeypatch):
     """Run a loop, each step after the first under the guard, from its data to its update. Returns
     how many of them there were."""
-    guarded, micro_batches, watch, first = 0, loop.micro_batches, train_sft.Run.watch, True
+    guarded, micro_batches, end_step, first = 0, loop.micro_batches, Log.end_step, True
     with ExitStack() as stack:
         def from_here(*arguments):
             if not first:
@@ -464,11 +469,11 @@ def steps_under(guard, loop, model, items, args, monkeypatch):
 
         def to_here(*arguments):
             nonlocal guarded, first
-            watch(*arguments)
+            end_step(*arguments)
             stack.close()
             guarded, first = guarded + (not first), False
         monkeypatch.setattr(loop, "micro_batches", from_here)
-        monkeypatch.setattr(train_sft.Run, "watch", to_here)
+        monkeypatch.setattr(Log, "end_step", to_here)
         loop.train(model, items, [], args)
     return guarded
 
@@ -478,7 +483,8 @@ LOOPS = [(train_sft, {}), (train_dpo, {}), (train_dpo, {"loss": "plackett_luce"}
 
 
 def watched_steps(guard, loop, changes, device, precision, tmp_path, monkeypatch):
-    model = prepare(small_gpt().float().to(device), argparse.Namespace(precision=precision))
+    model = small_gpt().float().to(device)
+    set_precision(model, precision)
     items = ranked_items(8, model.cpu())
     if loop is train_sft:
         items = [Encoded(item.prompt, item.answers[:1], []) for item in items]
@@ -524,9 +530,11 @@ def test_log_means_are_sums_over_counts_since_the_last_line(tmp_path, capsys):
     log = Log(tmp_path / "log.csv", {"loss": ".4f", "lr": ".1e"})
     log.add(2, loss=torch.tensor(2.0))
     log.add(1, loss=torch.tensor(7.0))
-    log.write(0, lr=0.5)
+    log.end_step(0, torch.tensor(1.0), lr=0.5)
+    log.write(0)
     log.add(1, loss=5.0)
-    log.write(1, lr=0.25)
+    log.end_step(1, torch.tensor(1.0), lr=0.25)
+    log.write(1)
     assert (tmp_path / "log.csv").read_text() == "step,loss,lr\n0,3,0.5\n1,5,0.25\n"
     assert "3.0000" in capsys.readouterr().out
 
@@ -552,6 +560,7 @@ def test_an_evaluation_stands_in_the_line_of_its_own_step(run, tmp_path):
 def test_a_number_that_is_not_finite_stops_the_run(tmp_path, bad):
     log = Log(tmp_path / "log.csv", {"loss": ".4f"})
     log.add(1, loss=torch.tensor(bad))
+    log.end_step(5, torch.tensor(1.0), lr=0.5)
     with pytest.raises(UserError, match="step 5: the loss is"):
         log.write(5)
 
@@ -653,7 +662,8 @@ SCRIPTS = {"train_sft": train_sft, "train_dpo": train_dpo, "sample": sample}
 
 def test_every_flag_is_read():
     """A flag that nothing reads is a promise that nothing keeps."""
-    sources = "\n".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
+    files = [*ROOT.glob("*.py"), *ROOT.glob("runtime/*.py"), *ROOT.glob("tasks/*.py")]
+    sources = "\n".join(path.read_text() for path in files)
     flags = {node.args[0].value for node in ast.walk(ast.parse(sources))
              if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "add"
              and isinstance(node.args[0], ast.Constant)}

@@ -22,7 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model as model_py
-from model import GPT, GPTConfig, UserError, download, read_weights
+import runtime.hub
+from model import GPT, GPTConfig
+from runtime.errors import UserError
+from runtime.files import download
+from runtime.hub import read_weights
 
 for_all = settings(deadline=None, max_examples=25, derandomize=True)
 
@@ -148,7 +152,7 @@ def test_the_files_have_the_names_and_shapes_of_the_hub(tmp_path):
 
 def as_the_hub(model):
     """A state dict as old files of the hub have it: no prefix, the causal masks, no head."""
-    state = {name: model_py.transposed(name, value).clone() for name, value in
+    state = {name: runtime.hub.transpose_matrix(name, value).clone() for name, value in
              model.state_dict().items()}
     for layer in range(model.config.n_layer):
         state[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
@@ -221,7 +225,7 @@ def test_a_weight_that_is_missing_or_too_much_is_named(tmp_path, name):
     value = state.pop(name)
     assert f"{name} is missing" in refusal(written(tmp_path, state))
     state |= {name: value, "h.2.ln_1.bias": value}
-    assert "h.2.ln_1.bias is no weight of a GPT-2 of this size" in refusal(written(tmp_path, state))
+    assert "h.2.ln_1.bias is not a weight of a GPT-2 of this size" in refusal(written(tmp_path, state))
 
 
 def test_a_head_of_its_own_is_refused(tmp_path):
@@ -393,8 +397,8 @@ def test_gpt2_is_downloaded_by_name_and_kept(server, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "there")
     name = "/openai-community/gpt2-medium/resolve/main/model.safetensors"
     server.files[name] = (tmp_path / "there/model.safetensors").read_bytes()
-    monkeypatch.setattr(model_py, "HUB", server.url)
-    monkeypatch.setitem(model_py.RELEASED, "gpt2-medium", sizes)
+    monkeypatch.setattr(runtime.hub, "HUB", server.url)
+    monkeypatch.setitem(runtime.hub.RELEASED, "gpt2-medium", sizes)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     for _ in range(2):
         loaded = GPT.from_pretrained("gpt2-medium")
@@ -412,7 +416,7 @@ def test_the_released_sizes_have_as_many_parameters_as_their_names_say():
     for name, millions in [("gpt2", 124.4), ("gpt2-medium", 354.8), ("gpt2-large", 774.0),
                            ("gpt2-xl", 1557.6)]:
         with torch.device("meta"):
-            model = GPT(GPTConfig(**model_py.RELEASED[name]))
+            model = GPT(GPTConfig(**runtime.hub.RELEASED[name]))
         C, L = model.config.n_embd, model.config.n_layer
         n = 50257 * C + 1024 * C + L * (12 * C * C + 13 * C) + 2 * C
         assert sum(p.numel() for p in model.parameters()) == n

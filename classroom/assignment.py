@@ -1,9 +1,9 @@
 """For a class: a student's copy of this repository, and the grader.
 
-    python tests/assignment.py --list                           # the exercises
-    python tests/assignment.py --out DIR [--exercises 1,3,5]    # a copy without the answers
-    python tests/assignment.py --grade DIR [--exercises 1,3,5]  # points; writes results.json
-    python tests/assignment.py --check                          # is every claim true, and needed?
+    python -m classroom.assignment --list                           # the exercises
+    python -m classroom.assignment --out DIR [--exercises 1,3,5]    # a copy without the answers
+    python -m classroom.assignment --grade DIR [--exercises 1,3,5]  # points; writes results.json
+    python -m classroom.assignment --check                          # is every claim true, and needed?
 
 A copy has the bodies of the chosen functions replaced by `raise NotImplementedError`, in the five
 files and in the README's code, and a sheet, EXERCISES.md; the guide for teachers and the tests of
@@ -15,7 +15,7 @@ edited tests change nothing; the tests run in a process of their own (sandbox.py
 network, little memory, a time limit, and nowhere our own version of the exercise. A claim is a
 test; an exercise's points are shared among its claims. results.json is what Gradescope reads.
 
-Left out on purpose: style, plagiarism, and protection against real malice; tests/ASSIGNMENTS.md
+Left out on purpose: style, plagiarism, and protection against real malice; classroom/GUIDE.md
 says how far it goes.
 """
 
@@ -31,20 +31,19 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from tqdm import tqdm
 
-from tqdm import tqdm                                                               # noqa: E402
-
-import sandbox                                                                      # noqa: E402
-from exercises import (EXERCISES, SLOW, body_lines, claims, functions,              # noqa: E402
-                       is_unwritten, message, sentence, with_functions, without_bodies)
-from model import UserError                                                         # noqa: E402
-from train_sft import Parser, command, number                                       # noqa: E402
+from classroom import sandbox
+from classroom.exercises import (EXERCISES, ROOT, SLOW, body_lines, claims, functions,
+                                 is_unwritten, message, path_of, sentence, split_target,
+                                 with_functions, without_bodies)
+from runtime.cli import Parser, command, number_type
+from runtime.errors import UserError
 
 POINTS = 10.0                       # of each exercise
 SHEET = "EXERCISES.md"
-FOR_TEACHERS = "ASSIGNMENTS.md"
+FOR_TEACHERS = "GUIDE.md"
+COPIED = ("assets", "classroom", "docs", "experiments", "runtime", "tasks", "tests")
 # Not in a copy: the guide, the tests of these tools, and those of the benchmark and of torchrun:
 # they run the loop in other processes, where an unwritten function can't be told from a broken one.
 LEFT_OUT = (FOR_TEACHERS, "test_classroom.py", "test_benchmark.py", "test_processes.py")
@@ -57,7 +56,7 @@ LARGEST_SOURCE = 1 << 20
 
 
 def our_source(module):
-    return (ROOT / f"{module}.py").read_text(encoding="utf-8")
+    return path_of(module).read_text(encoding="utf-8")
 
 
 def by_module(exercises):
@@ -66,15 +65,14 @@ def by_module(exercises):
     chosen = {}
     for exercise in exercises:
         for target in exercise.functions:
-            module, name = target.split(".", 1)
+            module, name = split_target(target)
             chosen.setdefault(module, {})[name] = exercise
     for module, names in chosen.items():
-        path = ROOT / f"{module}.py"
-        found = functions(our_source(module)) if path.exists() else {}
+        found = functions(our_source(module)) if path_of(module).exists() else {}
         for name, exercise in names.items():
             if name not in found or ast.get_docstring(found[name]) is None:
                 raise UserError(f"{module}.{name}, of exercise {exercise.number}, is no longer "
-                                "there, or has no docstring: tests/exercises.py names it")
+                                "there, or has no docstring: classroom/exercises.py names it")
             if is_unwritten(found[name]):
                 raise UserError(f"{module}.{name} is not written here: this is a student's copy, "
                                 "and only a whole repository can make or grade one")
@@ -94,22 +92,23 @@ def make_copy(folder, exercises):
     folder.mkdir(parents=True, exist_ok=True)
     ignored = shutil.ignore_patterns("__pycache__", ".*", "out", *LEFT_OUT)
     for path in sorted(ROOT.iterdir()):
-        if path.is_dir() and path.name in ("tests", "assets", "experiments"):
+        if path.is_dir() and path.name in COPIED:
             shutil.copytree(path, folder / path.name, ignore=ignored)
         elif path.suffix in (".py", ".md", ".txt") or path.name in ("LICENSE", ".gitignore"):
             shutil.copy(path, folder)
     for module, names in chosen.items():
         text = without_bodies(our_source(module), {n: message(e) for n, e in names.items()})
-        (folder / f"{module}.py").write_text(text, encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (folder / "README.md").write_text(without_answers(readme, chosen), encoding="utf-8")
+        (folder / path_of(module).relative_to(ROOT)).write_text(text, encoding="utf-8")
+    for page in [folder / "README.md", *(folder / "docs").glob("*.md")]:
+        text = without_answers(page.read_text(encoding="utf-8"), chosen)
+        page.write_text(text, encoding="utf-8")
     (folder / SHEET).write_text(sheet(exercises), encoding="utf-8")
-    (folder / "tests" / FOR_TEACHERS).write_text(
+    (folder / "classroom" / FOR_TEACHERS).write_text(
         "The guide for teachers is not part of a student's copy.\n", encoding="utf-8")
 
 
 def without_answers(markdown, chosen):
-    """The README shows some functions, whole or a few lines of them; in a copy it shows the message
+    """A page shows some functions, whole or a few lines of them; in a copy it shows the message
     that stands in their place."""
     removed = {}                            # {line of a body: what stands there instead}
     for module, names in chosen.items():
@@ -183,7 +182,7 @@ def read_submission(path):
 
 def submitted(folder, module, name):
     """The text of one submitted function. Raises UserError with what is wrong with it."""
-    text = read_submission(folder / f"{module}.py")
+    text = read_submission(folder / path_of(module).relative_to(ROOT))
     try:
         node = functions(text).get(name)
         if node is None:
@@ -250,13 +249,13 @@ def clean_copy(folder, exercise, texts):
     missing = [test for test in exercise.tests if test not in known]
     if missing:
         raise UserError(f"{missing[0]}, of exercise {exercise.number}, is no longer there: "
-                        "tests/exercises.py names it")
+                        "classroom/exercises.py names it")
     sandbox.copy_sources(folder, {known[test][0] for test in exercise.tests})
     for module, names in by_module([exercise]).items():
         text = without_bodies(our_source(module), {name: message(exercise) for name in names})
         text = with_functions(text, {name: texts[f"{module}.{name}"] for name in names
                                      if f"{module}.{name}" in texts})
-        (folder / f"{module}.py").write_text(text, encoding="utf-8")
+        (folder / path_of(module).relative_to(ROOT)).write_text(text, encoding="utf-8")
     return [f"tests/{known[test][0]}::{test}" for test in exercise.tests]
 
 
@@ -265,7 +264,7 @@ def grade_exercise(exercise, folder, seconds):
     texts, problems = {}, []
     for target in exercise.functions:
         try:
-            texts[target] = submitted(folder, *target.split(".", 1))
+            texts[target] = submitted(folder, *split_target(target))
         except UserError as error:
             problems.append(str(error))
     outcome = sandbox.Outcome({}, "")
@@ -396,9 +395,9 @@ def parse_args(argv):
         help="only these (default: all); grade the ones that you set")
     add("--results", type=Path, default=Path("results.json"), metavar="FILE",
         help="where --grade writes (default results.json)")
-    add("--seconds", type=number(float, 1), default=120.0,
+    add("--seconds", type=number_type(float, 1), default=120.0,
         help="limit of one exercise; a single claim has a quarter of it (default 120)")
-    add("--jobs", type=number(int, 1), default=os.cpu_count(),
+    add("--jobs", type=number_type(int, 1), default=os.cpu_count(),
         help="exercises graded at a time (default: one a processor)")
     args = parser.parse_args(argv)
     args.exercises = chosen_exercises(args.exercises)

@@ -1,6 +1,6 @@
-"""python data.py: what it prints is what is trained on.
+"""experiments.packed_row: what it prints is what is trained on.
 
-    pytest tests/test_look.py
+    pytest tests/test_packed_row.py
 """
 
 import gzip
@@ -10,12 +10,14 @@ import random
 import re
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
-from data import Encoded, Preference, encode, get_tokenizer, pack, show_counts, show_row
+import tasks.reviews
+from data import Encoded, Preference, encode, pack
+from experiments import packed_row
+from experiments.packed_row import show_counts, show_row
+from tasks.tokenizers import get_tokenizer
 
 TOKENIZER = get_tokenizer("reviews")
 for_all = settings(deadline=None, max_examples=50, derandomize=True)
@@ -47,8 +49,8 @@ def test_the_example_at_the_top_of_the_module_is_printed_as_it_stands_there():
 @given(seed=st.integers(0, 999), width=st.integers(60, 200))
 def test_every_token_position_and_answer_of_the_row_is_shown_in_order(seed, width):
     rng = random.Random(seed)
-    items = [encode(Preference(data.write_review(rng)[:rng.randint(1, 30)],
-                               [data.write_review(rng) for _ in range(2)], [(0, 1)]),
+    items = [encode(Preference(tasks.reviews.write_review(rng)[:rng.randint(1, 30)],
+                               [tasks.reviews.write_review(rng) for _ in range(2)], [(0, 1)]),
                     TOKENIZER, 128) for _ in range(rng.randint(1, 3))]
     batch = pack(items, 128)
     for row in range(len(batch.tokens)):
@@ -105,7 +107,7 @@ def test_a_large_mask_is_shown_small():
     item = Encoded([1] * 100, [[2] * 90, [3] * 66], [(0, 1)])
     text = show_row(pack([item], 256), 0, TOKENIZER, width=100)
     picture = text.splitlines()[-32:]
-    assert "4 tokens a character across and 8 down" in text
+    assert "4 tokens per character across and 8 down" in text
     assert {len(line) for line in picture} == {10 + 64}
     assert picture[0].strip() == "##" + "." * 62
     last = picture[-1].strip()                  # sees the prompt, not its sibling, then itself
@@ -119,13 +121,13 @@ def test_the_command_prints_the_first_row_of_the_first_batch(tmp_path, capsys,
         rows = [{"prompt": f"The plot {i}", "chosen": " was good.", "rejected": " was dull."}
                 for i in range(40)] + [{"prompt": "The", "chosen": " ", "rejected": "a"}]
         (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    data.main(["--out", str(tmp_path)])
+    packed_row.main(["--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert ("1 x empty answer" in out) == folder_has_preferences
-    assert ("this is what train_sft.py reads" in out) != folder_has_preferences
+    assert ("this is what train_sft.py trains on" in out) != folder_has_preferences
     assert len(lines_of(out, "tokens")) == len(lines_of(out, "position")) > 50
-    assert "mask: who (down) sees whom (across)" in out and "\033" not in out
-    data.main(["--out", str(tmp_path), "--seed", "5"])
+    assert "mask: which token (down) attends to which (across)" in out and "\033" not in out
+    packed_row.main(["--out", str(tmp_path), "--seed", "5"])
     assert capsys.readouterr().out != out
 
 
@@ -137,7 +139,7 @@ def test_a_published_task_is_shown(tmp_path, capsys):
             for i in range(20):
                 start = f"\n\nHuman: Film {i}?\n\nAssistant:"
                 file.write(json.dumps({"chosen": start + " a", "rejected": start + " b"}) + "\n")
-    data.main(["--task", "hh", "--data-dir", str(tmp_path), "--tokenizer", "reviews"])
+    packed_row.main(["--task", "hh", "--data-dir", str(tmp_path), "--tokenizer", "reviews"])
     out = capsys.readouterr().out
     assert "20 pairs" in out and "hh, training: 20 rows" in out and "mask: " in out
 
@@ -147,15 +149,15 @@ def test_a_published_task_is_shown(tmp_path, capsys):
     (["--row-length", "1"], "--row-length"), (["--task", "chess"], "--task")])
 def test_bad_input_is_one_sentence(flags, words, capsys):
     with pytest.raises(SystemExit) as caught:
-        data.main(flags)
+        packed_row.main(flags)
     message = capsys.readouterr().err
-    assert caught.value.code == 2 and message.startswith("data.py: ") and words in message
+    assert caught.value.code == 2 and message.startswith("packed_row.py: ") and words in message
     assert message.count("\n") == 1
 
 
 @pytest.mark.skipif("DPO_HH_FILE" not in os.environ, reason="DPO_HH_FILE names no file")
 def test_real_dialogues_are_shown(tmp_path, capsys):
-    data.main(["--data", os.environ["DPO_HH_FILE"], "--out", str(tmp_path), "--tokenizer",
+    packed_row.main(["--data", os.environ["DPO_HH_FILE"], "--out", str(tmp_path), "--tokenizer",
                "reviews", "--row-length", "1024"])
     out = capsys.readouterr().out
     assert "4 x empty answer" in out and "pairs" in out and "H" in lines_of(out, "tokens")

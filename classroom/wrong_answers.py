@@ -1,9 +1,9 @@
 """The wrong answers: broken variants of our own functions, and the test that catches each.
 
-    python tests/mutants.py                      # the suite against each; all must be caught
-    python tests/mutants.py mean_for_sum         # only these
-    python tests/mutants.py --all                # go on after the first catch: every failing test
-    python tests/mutants.py --tests my_tests.py  # how many do the tests of a student catch?
+    python -m classroom.wrong_answers                      # the suite against each; all must be caught
+    python -m classroom.wrong_answers mean_for_sum         # only these
+    python -m classroom.wrong_answers --all                # go on after the first catch: every failing test
+    python -m classroom.wrong_answers --tests my_tests.py  # how many do the tests of a student catch?
 
 Nearly all are mistakes that public DPO code really made; the line under a name says where. Each
 replaces one function while the suite runs, and is a few lines around the right one (`right`) where
@@ -27,16 +27,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-import torch                                                                        # noqa: E402
-import torch.nn.functional as F                                                     # noqa: E402
-from tqdm import tqdm                                                               # noqa: E402
-
-import sandbox                                                                      # noqa: E402
-from exercises import SLOW, claims                                                      # noqa: E402
-from model import UserError                                                         # noqa: E402
-from train_sft import Parser, command, number                                       # noqa: E402
+from classroom import sandbox
+from classroom.exercises import SLOW, claims, split_target
+from runtime.cli import Parser, command, number_type
+from runtime.errors import UserError
 
 Mutant = namedtuple("Mutant", "name target test who wrong")
 MUTANTS = {}
@@ -269,7 +267,7 @@ def decay_on_everything(right, self, lr, weight_decay=0.0, **named):
     return optimizer
 
 
-@replaces("model.save_checkpoint", "test_a_checkpoint_brings_back_sizes_weights_and_facts")
+@replaces("runtime.checkpoint.save_checkpoint", "test_a_checkpoint_brings_back_sizes_weights_and_facts")
 def compiled_names_in_the_checkpoint(right, path, model, **facts):
     """nanoGPT #325: keys that begin with _orig_mod. load nowhere else."""
     weights = {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}
@@ -345,14 +343,14 @@ def pairs_of_equal_answers_kept(right, preference, tokenizer, row_length, *more,
     return item
 
 
-@replaces("data._preference", "test_a_row_that_cannot_teach_is_left_out_and_counted")
+@replaces("runtime.rows.parse_preference", "test_a_row_that_cannot_teach_is_left_out_and_counted")
 def dialogues_split_each_at_its_own_end(right, row):
     """Official, PR #86: HH dialogues that part earlier get one prompt, and it is not theirs."""
     found, turn = right(row), "\n\nAssistant:"
     if isinstance(found, str) and "differ" in found:
         (prompt, chosen), (_, rejected) = (row[key].rsplit(turn, 1)
                                            for key in ("chosen", "rejected"))
-        return sys.modules["data"].Preference(prompt + turn, [chosen, rejected], [(0, 1)])
+        return prompt + turn, [chosen, rejected], [0, 1]
     return found
 
 
@@ -363,7 +361,7 @@ def held_out_by_pythons_hash(right, prompt):
     return hash(prompt) % 10 == 0
 
 
-@replaces("train_sft.load_training", "test_held_out_prompts_are_never_trained_on")
+@replaces("tasks.own_file.read_split", "test_held_out_prompts_are_never_trained_on")
 def held_out_prompts_trained_on(right, *arguments):
     """Held-out numbers that are training numbers."""
     training, held_out = right(*arguments)
@@ -375,7 +373,7 @@ def held_out_prompts_trained_on(right, *arguments):
 # ------------------------------------------------------------------------------------------------
 
 
-@replaces("data.rank", "test_of_answers_that_tie_the_first_stands_for_all")
+@replaces("data.rank_answers", "test_of_answers_that_tie_the_first_stands_for_all")
 def ties_as_wins(right, prompt, answers, rewards):
     """sorted() puts tied answers in some order, and some order is then what is learned."""
     if len(set(rewards)) < 2:
@@ -384,7 +382,7 @@ def ties_as_wins(right, prompt, answers, rewards):
             "ranking": sorted(range(len(answers)), key=lambda i: -rewards[i])}
 
 
-@replaces("data.rank", "test_four_answers_with_four_rewards_make_six_pairs_best_first")
+@replaces("data.rank_answers", "test_four_answers_with_four_rewards_make_six_pairs_best_first")
 def worst_first(right, prompt, answers, rewards):
     """sorted() without the minus: the policy learns what people like least."""
     row = right(prompt, answers, rewards)
@@ -403,7 +401,7 @@ def chosen_and_rejected_swapped(right, ranking):
     return [(l, w) for w, l in right(ranking)]
 
 
-@replaces("data.reward", "test_writing_the_same_again_gains_nothing")
+@replaces("tasks.reviews.reward", "test_writing_the_same_again_gains_nothing")
 def reward_is_a_sum(right, text):
     """A sum over sentences, so the policy writes more of them."""
     return right(text) * max(1, text.count(". "))
@@ -497,7 +495,7 @@ def pairs_not_renumbered(right, encoded, row_length):
                    losers=batch.losers.new_tensor([l for _, l in pairs]))
 
 
-@replaces("data.take", "test_taking_one_pair_of_a_ranking_takes_its_two_answers")
+@replaces("data.select_pairs", "test_taking_one_pair_of_a_ranking_takes_its_two_answers")
 def reference_of_another_answer(right, item, numbers):
     """Open-instruct #1144: cached reference log-probs by the wrong index."""
     part = right(item, numbers)
@@ -557,34 +555,35 @@ def scaler_with_bfloat16(right, model):
     return torch.amp.GradScaler(model.device.type, enabled=model.precision is not None)
 
 
-@replaces("train_sft.prepare", "test_parameters_stay_float32_in_every_precision")
-def weights_in_half_precision(right, model, args):
+@replaces("runtime.parallel.set_precision", "test_parameters_stay_float32_in_every_precision")
+def weights_in_half_precision(right, model, precision):
     """bfloat16 weights lose DPO-sized updates: at 5e-7, a hundred steps of Adam move one in a
     hundred of them."""
-    model = right(model, args)
-    return model.to(model.precision) if model.precision else model
+    right(model, precision)
+    if model.precision:
+        model.to(model.precision)
 
 
-@replaces("train_sft.micro_batches", "test_micro_batches_hold_every_prompt_once")
-def last_micro_batch_dropped(right, items, args, model):
+@replaces("data.micro_batches", "test_micro_batches_hold_every_prompt_once")
+def last_micro_batch_dropped(right, *arguments):
     """minimind, OpenRLHF #1350: len // n of n parts, and the rest is never seen."""
-    *parts, last = right(items, args, model)
-    return parts or [last]
+    *others, last = right(*arguments)
+    return others or [last]
 
 
-@replaces("train_sft.in_batches", "test_evaluation_counts_every_held_out_pair_once")
+@replaces("data.batches_in_order", "test_evaluation_counts_every_held_out_pair_once")
 def last_evaluation_batch_dropped(right, items, row_length, model, size=32):
     """OpenRLHF #1332: drop_last, in an evaluation."""
     return right(items[:max(size, len(items) // size * size)], row_length, model, size)
 
 
-@replaces("train_sft.Log.add", "test_log_means_are_sums_over_counts_since_the_last_line")
+@replaces("runtime.run.Log.add", "test_log_means_are_sums_over_counts_since_the_last_line")
 def mean_of_means(right, self, count, **sums):
     """OpenRLHF #1336: a small batch counts as much as a large one."""
     return right(self, 1, **{name: value / count for name, value in sums.items()})
 
 
-@replaces("train_sft.Log.add", "test_log_means_are_sums_over_counts_since_the_last_line")
+@replaces("runtime.run.Log.add", "test_log_means_are_sums_over_counts_since_the_last_line")
 def last_micro_batch_alone_is_logged(right, self, count, **sums):
     """torchtune: what is shown for a step is what its last part had."""
     for name in sums:
@@ -592,12 +591,12 @@ def last_micro_batch_alone_is_logged(right, self, count, **sums):
     return right(self, count, **sums)
 
 
-@replaces("train_sft.Log.write", "test_a_number_that_is_not_finite_stops_the_run")
-def nan_becomes_zero(right, self, step, **values):
+@replaces("runtime.run.Log.write", "test_a_number_that_is_not_finite_stops_the_run")
+def nan_becomes_zero(right, self, step):
     """smol-course #61: "loss 0.0", and training goes on, on weights that are gone."""
     for name, value in self.sums.items():
         self.sums[name] = value if math.isfinite(value) else 0.0
-    return right(self, step, **values)
+    return right(self, step)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -853,22 +852,24 @@ def ties_counted_for_the_policy(right, *arguments, reward=None, **named):
 
 def find(target):
     """(owner, name, value) of "module.function" or "module.Class.method". Raises UserError."""
-    module, *path, name = target.split(".")
+    module, path = split_target(target)
+    *path, name = path.split(".")
     try:
         owner = importlib.import_module(module)
         for part in path:
             owner = getattr(owner, part)
         return owner, name, vars(owner)[name]
     except (ImportError, AttributeError, KeyError):
-        raise UserError(f"{target} is no longer there: tests/mutants.py and tests/assignment.py "
-                        "name it") from None
+        raise UserError(f"{target} is no longer there: classroom/wrong_answers.py and "
+                        "classroom/exercises.py name it") from None
 
 
 def apply(name):
     """Put the mutant in the place of its function, in every module that has imported it."""
-    mutant = MUTANTS[name]
-    for path in sandbox.ROOT.glob("*.py"):
-        importlib.import_module(path.stem)
+    mutant, modules = MUTANTS[name], []
+    for path in sandbox.source_files("runtime", "tasks", "experiments"):
+        dotted = ".".join(path.relative_to(sandbox.ROOT).with_suffix("").parts)
+        modules.append(importlib.import_module(dotted.removesuffix(".__init__")))
     owner, name, right = find(mutant.target)
 
     @functools.wraps(right)
@@ -876,7 +877,7 @@ def apply(name):
         return mutant.wrong(right, *arguments, **named)
     del wrong.__wrapped__
     setattr(owner, name, wrong)
-    for module in [sys.modules[path.stem] for path in sandbox.ROOT.glob("*.py")]:
+    for module in modules:
         for key, value in list(vars(module).items()):
             if value is right:
                 setattr(module, key, wrong)
@@ -921,8 +922,7 @@ def against_our_tests(name, every=False):
 
 def is_broken(words):
     """A wrong answer gives wrong numbers. These errors say that it no longer fits its function."""
-    return any(line.startswith(("TypeError", "AttributeError", "NameError", "ImportError",
-                                "model.UserError: model."))
+    return any(line.startswith(("TypeError", "AttributeError", "NameError", "ImportError"))
                or "is no longer there" in line for line in words.splitlines())
 
 
@@ -941,7 +941,7 @@ def against_their_tests(path, names, jobs):
     """({name: (caught, what to print)}, {test that fails on the right code: words})."""
     with tempfile.TemporaryDirectory() as folder:
         copy, test = Path(folder) / "copy", f"tests/{path.name}"
-        sandbox.copy_sources(copy, ["mutants.py"])
+        sandbox.copy_sources(copy, tools=["wrong_answers.py"])
         if (copy / test).exists() or not path.name.isidentifier:
             raise UserError(f"--tests {path}: choose another name for this file")
         shutil.copy(path, copy / test)
@@ -972,7 +972,7 @@ def parse_args(argv):
     add("--all", action="store_true", help="go on after the first failing test")
     add("--tests", type=Path, metavar="FILE", help="grade this test file instead of our own tests")
     add("--list", action="store_true", help="print each mutant with what it is, and stop")
-    add("--jobs", type=number(int, 1), default=os.cpu_count(),
+    add("--jobs", type=number_type(int, 1), default=os.cpu_count(),
         help="how many to run at a time (default: one a processor)")
     args = parser.parse_args(argv)
     for name in args.names:

@@ -1,11 +1,11 @@
 """How fast a DPO step is, and what makes it so: a ladder of measured rungs, and TRL beside it.
 
-    python tests/benchmark.py                           # HH-like pairs, GPT-2 124M, all rungs
-    python tests/benchmark.py --workload hh tldr c1 --json result.json
-    python tests/benchmark.py --data pairs.jsonl        # your own pairs, in GPT-2's tokens
-    python tests/benchmark.py --rungs shared trl shared trl-best shared --warmup 1 --steps 2
-    python tests/benchmark.py --against trl             # all rungs, and TRL where installed
-    python tests/benchmark.py --n-layer 2 --n-head 2 --n-embd 64 --pairs 4      # a look
+    python -m experiments.benchmark                           # HH-like pairs, GPT-2 124M, all rungs
+    python -m experiments.benchmark --workload hh tldr c1 --json result.json
+    python -m experiments.benchmark --data pairs.jsonl        # your own pairs, in GPT-2's tokens
+    python -m experiments.benchmark --rungs shared trl shared trl-best shared --warmup 1 --steps 2
+    python -m experiments.benchmark --against trl             # all rungs, and TRL where installed
+    python -m experiments.benchmark --n-layer 2 --n-head 2 --n-embd 64 --pairs 4      # a look
 
 Each rung adds one idea to the one above it and computes the same loss on the same pairs:
 
@@ -64,13 +64,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data import (Batch, Batches, Encoded, Skipped, best_row_length, encode_all, get_tokenizer,
-                  load_preferences, pack)
-from model import GPT, GPTConfig, UserError
+from data import Batch, Batches, Encoded, best_row_length, encode_all, load_preferences, pack
+from model import GPT, GPTConfig
+from runtime.cli import Parser, command, number_type
+from runtime.errors import UserError
+from runtime.parallel import allow_any_size, compiled_logps, set_precision
+from runtime.rows import Skipped
+from tasks.tokenizers import get_tokenizer
 from train_dpo import describe, dpo_loss
-from train_sft import Parser, command, compile_logps, grad_scaler, number, prepare, update
+from train_sft import grad_scaler, update
 
 BETA, LR, CLIP = 0.1, 1e-6, 1.0     # Appendix B's, and TRL's defaults
 
@@ -199,7 +201,9 @@ def collate(items, rung, config, row_length=None, accumulate=1):
 def log_probs(model, batch, rung):
     """(N,) log pi(y|x) of each answer, the way the rung computes it."""
     if rung.layout != "padded":
-        return model.logps(batch)
+        if model.compiled:
+            allow_any_size(batch)
+        return compiled_logps(model)(batch)
     if rung.logits == "all":
         logits = model(batch.tokens).flatten(0, 1)                              # (B T, V)
         token_logps = logits.log_softmax(-1)[batch.source, batch.target]        # (S,)
@@ -306,7 +310,8 @@ def add_reference(model, steps, row_length=None):
         start = time.perf_counter()
         with torch.no_grad():
             logps = iter([logp for batch in collate(items, Rung("shared"), model.config, row_length)
-                          for logp in model.logps(batch.to(model.device)).tolist()])
+                          for logp in log_probs(model, batch.to(model.device),
+                                                Rung("shared")).tolist()])
         for item in items:
             item.ref_logps = [next(logps) for _ in item.answers]
         seconds.append(time.perf_counter() - start)
@@ -317,13 +322,13 @@ def measure_rung(name, args, config):
     """Time the steps of one of our rungs. Returns what is written of it."""
     rung, steps = rungs(args.device)[name], load_steps(args, config)
     torch.manual_seed(args.seed)
-    model = prepare(GPT(config).to(args.device), argparse.Namespace(
-        precision="bfloat16" if rung.bf16 else "float32"))
+    model = GPT(config).to(args.device)
+    set_precision(model, "bfloat16" if rung.bf16 else "float32")
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
     length = args.row_length
     if rung.compile:
-        compile_logps(model, argparse.Namespace(compile="on"))
+        model.compiled = True
         length = length or best_row_length([item for items in steps for item in items],
                                            config.block_size, config.n_embd)
     reference = copy.deepcopy(model) if rung.reference == "each step" else None
@@ -468,9 +473,10 @@ def trl_trainer(name, steps, args, folder):
 
 def run_apart(argv, workload, rung):
     """One rung in a process of its own: what it measured, or why there is nothing, as a dict."""
-    command_line = [sys.executable, __file__, *argv, "--workload", workload, "--rungs", rung,
-                    "--one-process"]
-    done = subprocess.run(command_line, stdout=subprocess.PIPE, text=True)
+    command_line = [sys.executable, "-m", "experiments.benchmark", *argv, "--workload", workload,
+                    "--rungs", rung, "--one-process"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run(command_line, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     reason = "out of memory" if done.returncode == -9 else f"exit code {done.returncode}"
@@ -549,24 +555,24 @@ def parse_args(argv):
         help="measure TRL's DPOTrainer too, where it is installed: trl at its defaults, trl-best "
              "with the reference computed before and no gradient checkpointing")
     add("--compile-trl", action="store_true", help="and trl-best-compile, the same compiled")
-    add("--pairs", type=number(int, 1), help="pairs a step (default 8 on CPU, 64 on CUDA)")
-    add("--accumulate", type=number(int, 1), default=1,
+    add("--pairs", type=number_type(int, 1), help="pairs a step (default 8 on CPU, 64 on CUDA)")
+    add("--accumulate", type=number_type(int, 1), default=1,
         help="micro-batches of a step, for every rung and TRL; more need less memory (default 1)")
-    add("--warmup", type=number(int, 1), default=2, help="steps not counted (default 2)")
-    add("--steps", type=number(int, 1), default=5, help="steps counted, a round (default 5)")
-    add("--rounds", type=number(int, 1), default=1,
+    add("--warmup", type=number_type(int, 1), default=2, help="steps not counted (default 2)")
+    add("--steps", type=number_type(int, 1), default=5, help="steps counted, a round (default 5)")
+    add("--rounds", type=number_type(int, 1), default=1,
         help="how often all rungs are gone through (default 1)")
-    add("--row-length", type=number(int, 2),
+    add("--row-length", type=number_type(int, 2),
         help="tokens of a packed row (default: what is best for each batch; compiled, for all of "
              "them together)")
-    add("--n-layer", type=number(int, 1), default=12, help="default 12, GPT-2 124M's")
-    add("--n-head", type=number(int, 1), default=12, help="default 12")
-    add("--n-embd", type=number(int, 1), default=768, help="default 768")
+    add("--n-layer", type=number_type(int, 1), default=12, help="default 12, GPT-2 124M's")
+    add("--n-head", type=number_type(int, 1), default=12, help="default 12")
+    add("--n-embd", type=number_type(int, 1), default=768, help="default 768")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    add("--threads", type=number(int, 1), help="CPU threads (default: torch's own choice)")
-    add("--peak-tflops", type=number(float, 0, above=True),
+    add("--threads", type=number_type(int, 1), help="CPU threads (default: torch's own choice)")
+    add("--peak-tflops", type=number_type(float, 0, above=True),
         help="the machine's peak, for MFU (default: measured with matrix products)")
-    add("--seed", type=number(int, 0), default=0, help="of lengths, ids and weights (default 0)")
+    add("--seed", type=number_type(int, 0), default=0, help="of lengths, ids and weights (default 0)")
     add("--json", type=Path, help="write all that was measured here")
     add("--one-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

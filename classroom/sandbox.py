@@ -1,4 +1,4 @@
-"""Tests in a process of their own, with limits: what mutants.py and assignment.py grade with.
+"""Tests in a process of their own, with limits: what wrong_answers.py and assignment.py grade with.
 
     outcome = run(folder, ["tests/test_model.py"], seconds=60)
     outcome.claims      {"tests/test_model.py::test_x": ("passed" | "failed" | ..., words)}
@@ -45,15 +45,15 @@ class Outcome:
 def run(folder, tests, seconds, guarded=False, **job):
     """Run tests (node ids, relative to folder) for at most so many seconds.
 
-    job: what `child` reads: mutant, a name in mutants.py; stop, at the first failure; skip, names
+    job: what `child` reads: mutant, a name in wrong_answers.py; stop, at the first failure; skip, names
     of tests to leave out; claim_seconds, the limit of a single test.
     """
     nonce = secrets.token_hex(16)
     job |= {"tests": list(tests), "seconds": seconds, "guarded": guarded, "nonce": nonce}
     with tempfile.TemporaryFile() as results, tempfile.TemporaryDirectory() as scratch:
         job["results"] = results.fileno()
-        command = [*(isolation() if guarded else []), sys.executable, "-B", "-s",
-                   str(Path("tests") / Path(__file__).name)]
+        command = [*(isolation() if guarded else []), sys.executable, "-B", "-s", "-m",
+                   "classroom.sandbox"]
         process = subprocess.Popen(
             command, cwd=folder, env=environment(scratch), stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[results.fileno()],
@@ -117,13 +117,26 @@ def how_it_ended(code):
         return f"exit code {code}"
 
 
-def copy_sources(folder, tests=()):
-    """The modules at the top of the repository, and of the tests only these, to an empty folder."""
-    (folder / "tests").mkdir(parents=True)
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder)
-    for name in {"conftest.py", "exercises.py", Path(__file__).name, *tests}:
-        shutil.copy(ROOT / "tests" / name, folder / "tests")
+def source_files(*packages):
+    """The paths of the five files at the top and of the modules in these folders."""
+    paths = [*ROOT.glob("*.py")]
+    for package in packages:
+        paths += (ROOT / package).glob("*.py")
+    return sorted(paths)
+
+
+def copy_sources(folder, tests=(), tools=()):
+    """Copy the five files and what they import, some tests, and what it takes to run them (with
+    these further tools) to an empty folder."""
+    for path in source_files("runtime", "tasks"):
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    for package, names in [("tests", {"conftest.py", *tests}),
+                           ("classroom", {"__init__.py", "exercises.py", "sandbox.py", *tools})]:
+        (folder / package).mkdir()
+        for name in names:
+            shutil.copy(ROOT / package / name, folder / package)
 
 
 # -- the child -----------------------------------------------------------------------------------
@@ -249,8 +262,8 @@ def child():
     if job["guarded"]:
         guard(folder, os.environ["TMPDIR"])
     if job.get("mutant"):
-        import mutants
-        mutants.apply(job["mutant"])
+        from classroom import wrong_answers
+        wrong_answers.apply(job["mutant"])
     plugins = [Recorder(send, job)]
     if job.get("claim_seconds"):
         plugins.append(limited_calls(job["claim_seconds"]))

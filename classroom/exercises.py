@@ -121,7 +121,7 @@ EXERCISES = {exercise.number: exercise for exercise in [
          "test_a_longer_row_changes_nothing_but_padding"]),
     Exercise(
         8, "from sampled answers to ranked pairs", "C.1: K answers make K (K - 1) / 2 pairs",
-        ["data.rank", "data.ranking_to_pairs"], [],
+        ["data.rank_answers", "data.ranking_to_pairs"], [],
         "C.1 of the paper; the forms of a preference that load_preferences reads",
         ["test_a_ranking_of_three_is_three_pairs",
          "test_four_answers_with_four_rewards_make_six_pairs_best_first",
@@ -200,13 +200,27 @@ def unwritten_message(text):
     return re.match(r"NotImplementedError\(['\"]Exercise \d+: ", text) is not None
 
 
+def split_target(target):
+    """"module.function" or "package.module.Class.method" to (module, the rest); the module is the
+    longest one that is a file."""
+    words = target.split(".")
+    for n in range(len(words) - 1, 0, -1):
+        if path_of(".".join(words[:n])).exists():
+            return ".".join(words[:n]), ".".join(words[n:])
+    return words[0], ".".join(words[1:])
+
+
+def path_of(module):
+    return ROOT / f"{module.replace('.', '/')}.py"
+
+
 @functools.cache
 def is_a_students_copy():
     """Whether some function of an exercise is not written here."""
     for target in {target for exercise in EXERCISES.values() for target in exercise.functions}:
-        module, name = target.split(".", 1)
+        module, name = split_target(target)
         try:
-            node = functions((ROOT / f"{module}.py").read_text(encoding="utf-8")).get(name)
+            node = functions(path_of(module).read_text(encoding="utf-8")).get(name)
         except (OSError, SyntaxError):          # pytest will say it better
             continue
         if node and is_unwritten(node):

@@ -1,0 +1,83 @@
+"""Checkpoints: sft.pt and dpo.pt hold a model's weights and sizes, and facts about it: tokenizer,
+stage, the weights and the data it was trained from."""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+from runtime.errors import UserError
+from runtime.files import reading, replacing
+from runtime.parallel import set_precision
+from tasks.tokenizers import TOKENIZERS, get_tokenizer
+
+
+def save_checkpoint(path, model, **facts):
+    """Write weights, sizes and facts (plain values: tokenizer, stage, seed, ...) to one file."""
+    with replacing(path) as file:
+        torch.save({"config": asdict(model.config), "facts": facts, "model": model.state_dict()},
+                   file)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Returns (model, facts) of a file that save_checkpoint wrote. Raises UserError for others."""
+    with reading(path, "a checkpoint of train_sft.py or train_dpo.py"):
+        saved = torch.load(path, map_location=device, weights_only=True)
+        model = GPT(GPTConfig(**saved["config"])).to(device)
+        model.load_state_dict(saved["model"])
+        return model, saved["facts"]
+
+
+def open_checkpoint(path, device, args):
+    """(model ready for use, tokenizer, facts) of a checkpoint, or of a folder in the layout of the
+    Hugging Face hub, which has GPT-2's tokenizer. Raises UserError."""
+    if path.is_dir():
+        model = GPT.from_pretrained(path).to(device)
+        facts = {"tokenizer": "gpt2", "init": str(path.resolve())}
+    else:
+        model, facts = load_checkpoint(path, device)
+    name = facts.get("tokenizer") if isinstance(facts, dict) else None
+    if name not in TOKENIZERS:
+        raise UserError(f"{path}: a checkpoint that does not say which tokenizer it is for")
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"{path}: some of its weights are NaN or infinite")
+    tokenizer = get_tokenizer(name)
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise UserError(f"{path}: made for {model.config.vocab_size} ids, but the {name} tokenizer "
+                        f"has {tokenizer.n_vocab}")
+    set_precision(model, args.precision)
+    return model, tokenizer, facts
+
+
+def data_source(args):
+    """What a run trains on, for its checkpoint: the task, or the file's name and a digest of its
+    content. Raises UserError."""
+    if not args.data:
+        return {"source": args.task}
+    try:
+        digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{args.data}: cannot be read: {error.strerror}") from error
+    return {"source": args.data.name, "digest": digest}
+
+
+def check_sft_checkpoint(path, model, facts, args):
+    """Raise UserError if the SFT model at `path` does not fit the flags of train_dpo.py."""
+    if args.tokenizer not in (None, facts["tokenizer"]):
+        raise UserError(f"{path} was trained with --tokenizer {facts['tokenizer']}, "
+                        f"not {args.tokenizer}")
+    wanted = data_source(args)
+    if not args.sft and {name: facts.get(name) for name in wanted} != wanted:
+        other = "other content of " if facts.get("source") == wanted["source"] else ""
+        raise UserError(f"{path} was trained on {other}{facts.get('source')}, not on "
+                        f"{args.data or args.task}: name it with --sft to start from it anyway, or "
+                        "train a new one with --fresh")
+    init = facts.get("init", "random")
+    if args.init and init not in (args.init, str(Path(args.init).resolve())):
+        raise UserError(f"{path} was trained from {init} weights, not {args.init}: train a new one "
+                        "with --fresh")
+    if args.task == "reviews" and model.config.block_size < 64:
+        raise UserError(f"{path}: a block size of {model.config.block_size} has no room for "
+                        "reviews; train SFT with --block-size 64 or more")

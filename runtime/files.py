@@ -1,0 +1,147 @@
+"""Files that are complete or absent, text that is cached under a key, and downloads."""
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import torch
+
+from runtime.errors import UserError
+from runtime.parallel import barrier, first_process_first, process_rank
+
+
+@contextmanager
+def replacing(path):
+    """Open a binary file for writing in a with block. The file is complete or unchanged: the block
+    writes to a temporary file beside it, which is flushed to disk and renamed to `path` (or to the
+    file that a link at `path` points to). With several processes, only the first one writes, and
+    all wait for it. Raises UserError if the disk is full or the file cannot be written."""
+    if process_rank() > 0:
+        with open(os.devnull, "wb") as file:
+            yield file
+        barrier()
+        return
+    path = Path(os.path.realpath(path))
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):      # torch.save hides an OSError behind its own error
+            raise
+        raise UserError(f"{path}: cannot be written: {cause.strerror or cause}; what was there "
+                        "before is kept") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    barrier()
+
+
+def write_json(path, content):
+    """Write content as indented JSON."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+@contextmanager
+def reading(path, what):
+    """A with block that reads a file of PyTorch's or safetensors' and reports any error as one
+    sentence. No file can run code: every reader here loads weights only."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise                       # the file may be fine
+    except Exception as error:      # a foreign or damaged file may raise anything in its reader
+        raise UserError(f"{path}: not {what}, or a damaged one") from error
+
+
+def make_folder(path):
+    """Create the run's folder if needed. Raises UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot make this folder: {error.strerror}") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# Results that are computed once
+# ------------------------------------------------------------------------------------------------
+
+
+def write_cached(path, key, text):
+    """Write a text file, and beside it a .key file: a digest of the text and of the key, which says
+    what the text was computed from. `read_cached` returns the text until either changes."""
+    for where, content in [(path, text), (path.with_suffix(".key"), digest_of(key, text))]:
+        with replacing(where) as file:
+            file.write(content.encode())
+
+
+def read_cached(path, key):
+    """The text that `write_cached` wrote to `path` under this key, else None."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        digest = path.with_suffix(".key").read_text()
+    except (OSError, ValueError):
+        return None
+    return text if digest == digest_of(key, text) else None
+
+
+def digest_of(key, text):
+    return hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------
+# Downloads
+# ------------------------------------------------------------------------------------------------
+
+
+def cache_folder():
+    """Where downloads are kept: beside those of torch.hub (TORCH_HOME moves both)."""
+    return Path(torch.hub.get_dir()) / "dpo"
+
+
+def download(url, path, sha256=None):
+    """Download url to path with a progress bar, unless the file exists. Returns the path.
+
+    torch.hub writes to a partial file and compares the checksum if there is one. It takes a broken
+    connection for the end of the file and a proxy's error page for its content, so the length and
+    the first bytes are checked here before the file is renamed. Raises UserError, which says what
+    to download by hand and where to put it.
+    """
+    with first_process_first():
+        if not path.exists():
+            download_now(url, path, sha256)
+    return path
+
+
+def download_now(url, path, sha256):
+    """The part of `download` that uses the network."""
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {url} to {path}")
+        with urlopen(Request(url, method="HEAD"), timeout=60) as reply:
+            length = reply.headers["Content-Length"]
+        torch.hub.download_url_to_file(url, str(partial), hash_prefix=sha256)
+        size = partial.stat().st_size
+        with open(partial, "rb") as file:
+            start = file.read(64).lstrip().lower()
+        if length is not None and size != int(length):
+            raise OSError(f"the connection broke after {size:,} of {int(length):,} bytes")
+        if start.startswith((b"<!doctype", b"<html")):
+            raise OSError("the answer is a web page, not the file")
+        os.replace(partial, path)
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:
+        raise UserError(f"{path}: not there, and it could not be downloaded ({error}); fetch {url} "
+                        "by hand and put it there") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,161 @@
+"""GPT-2's weights in the layout of the Hugging Face hub: config.json and model.safetensors.
+
+`read_pretrained` and `write_pretrained` serve GPT.from_pretrained and GPT.save_pretrained. Names
+are those of our own modules, with "transformer." in front in the files.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from runtime.errors import UserError
+from runtime.files import cache_folder, download, reading, replacing, write_json
+
+HUB = "https://huggingface.co"
+RELEASED = {"gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+            "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+            "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+            "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
+SHA256 = {"gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"}
+
+# What config.json says about the network besides its sizes. Any other value is another network.
+GPT2_CONFIG = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+               "n_inner": None, "scale_attn_weights": True,
+               "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
+               "add_cross_attention": False, "tie_word_embeddings": True}
+
+
+def locate(name_or_dir):
+    """(sizes, path of the weights) of a released GPT-2, which is downloaded once, or of a folder.
+    sizes are keyword arguments of GPTConfig. Raises UserError."""
+    if name_or_dir in RELEASED:
+        url = f"{HUB}/openai-community/{name_or_dir}/resolve/main/model.safetensors"
+        path = cache_folder() / name_or_dir / "model.safetensors"
+        return RELEASED[name_or_dir], download(url, path, SHA256.get(name_or_dir))
+    folder = Path(name_or_dir)
+    sizes = read_config(folder / "config.json")
+    path = folder / "model.safetensors"
+    return sizes, path if path.exists() else folder / "pytorch_model.bin"
+
+
+def write_pretrained(folder, config, state):
+    """Write a GPTConfig and a state dict as config.json and model.safetensors."""
+    eot = config.vocab_size - 1
+    facts = GPT2_CONFIG | {
+        "architectures": ["GPT2LMHeadModel"], "n_layer": config.n_layer,
+        "n_head": config.n_head, "n_embd": config.n_embd, "n_positions": config.block_size,
+        "n_ctx": config.block_size, "vocab_size": config.vocab_size,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+        "bos_token_id": eot, "eos_token_id": eot, "torch_dtype": "float32"}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "model.safetensors") as file:
+        write_safetensors(file, {f"transformer.{name}": transpose_matrix(name, weight.cpu())
+                                 for name, weight in state.items()})
+    write_json(folder / "config.json", facts)
+
+
+def read_config(path):
+    """The sizes in config.json of a GPT-2, as keyword arguments of GPTConfig. Raises UserError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {ours: found[theirs] for ours, theirs in [
+            ("block_size", "n_positions"), ("vocab_size", "vocab_size"), ("n_layer", "n_layer"),
+            ("n_head", "n_head"), ("n_embd", "n_embd")]}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; expected one of "
+                        f"{', '.join(RELEASED)}, or a folder with config.json and "
+                        "model.safetensors or pytorch_model.bin") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path}: expected the config.json of a GPT-2, with n_positions, "
+                        "vocab_size, n_layer, n_head and n_embd") from error
+    for key, needed in GPT2_CONFIG.items():
+        value = found.get(key, needed)
+        if value != needed and (key, value) != ("n_inner", 4 * found["n_embd"]):
+            raise UserError(f"{path}: {key} is {json.dumps(value)}; this GPT-2 has "
+                            f"{json.dumps(needed)}")
+    return sizes
+
+
+def transpose_matrix(name, weight):
+    """Convert a weight from our layout to that of the files, or back. GPT-2's files store matrices
+    for x @ W, but nn.Linear computes x @ W.T, so a block's four matrices are transposed."""
+    matrix = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+    return weight.t() if matrix else weight
+
+
+def from_hub_layout(weights, wanted, path):
+    """Convert the tensors of a weights file to a state dict of ours, in float32.
+
+    weights: {name: tensor}, names with or without "transformer." in front. wanted: our state dict,
+    for its names and shapes. Dropped are the causal mask, which early versions stored as attn.bias,
+    and the output head, which is tied to the token embedding. Raises UserError, naming the tensor.
+    """
+    found = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()
+             if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    head = found.pop("lm_head.weight", None)
+    if head is not None and "wte.weight" in found and not torch.equal(head, found["wte.weight"]):
+        raise UserError(f"{path}: lm_head.weight is not wte.weight; GPT-2's head is tied to it")
+    for name in sorted(wanted.keys() ^ found.keys()):
+        raise UserError(f"{path}: " + (f"{name} is missing" if name in wanted else
+                                       f"{name} is not a weight of a GPT-2 of this size"))
+    state = {}
+    for name, tensor in found.items():
+        shape, expected = tuple(tensor.shape), tuple(transpose_matrix(name, wanted[name]).shape)
+        if shape != expected:
+            raise UserError(f"{path}: {name} has shape {shape}, expected {expected}")
+        state[name] = transpose_matrix(name, tensor).to(
+            torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return state
+
+
+def read_weights(path):
+    """{name: tensor} of model.safetensors or pytorch_model.bin. Raises UserError."""
+    with reading(path, "a file of weights"):
+        found = (read_safetensors(path) if path.suffix == ".safetensors" else
+                 torch.load(path, map_location="cpu", weights_only=True))
+        if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+            raise ValueError("expected names and tensors, and nothing else")
+        return found
+
+
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+                     "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """Read a safetensors file as {name: tensor}. The file has three parts:
+
+        8 bytes    n, the length of the header, little-endian
+        n bytes    JSON: {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
+        the rest   the tensors' bytes, at their offsets, without gaps
+
+    Raises ValueError, KeyError and the like for any other file, or for a truncated one.
+    """
+    raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    n = int.from_bytes(raw[:8].numpy().tobytes(), "little")
+    header = json.loads(raw[8:8 + n].numpy().tobytes())
+    header.pop("__metadata__", None)
+    data, tensors, end = raw[8 + n:], {}, 0
+    for name, facts in header.items():
+        first, last = facts["data_offsets"]
+        tensor = data[first:last].clone().view(SAFETENSORS_TYPES[facts["dtype"]])
+        tensors[name], end = tensor.view(facts["shape"]), max(end, last)
+    if end != len(data):
+        raise ValueError(f"{len(data)} bytes of tensors, expected {end}")
+    return tensors
+
+
+def write_safetensors(file, tensors):
+    """Write {name: float32 tensor on the CPU} to an open binary file."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape),
+                        "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                     # align the tensors
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(tensor.contiguous().numpy().data)

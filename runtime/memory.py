@@ -1,0 +1,53 @@
+"""How many micro-batches a training step needs to fit in the free memory."""
+
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import count_tokens
+from runtime.parallel import all_reduce, world_size
+
+
+def bytes_of_step(config, tokens, scored):
+    """An estimate of the peak memory of forward and backward, besides weights, gradients and
+    optimizer: twenty floats per token, layer and channel; the logits of each scored token, their
+    log-softmax and its gradient; and the gradient of the embedding twice. Measured in float32; half
+    precision and compiled code need less."""
+    L, C, V = config.n_layer, config.n_embd, config.vocab_size
+    return 4 * (20 * L * C * tokens + 3 * V * scored + 2 * V * C)
+
+
+def free_memory(device):
+    """Bytes that this process may still allocate on a device. On a CPU, its share of what Linux
+    reports as available (which does not know about a container's limit)."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:
+        return math.inf
+    free = 1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo)[1])
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def fewest_micro_batches(model, batches, row_length):
+    """The smallest power of two of micro-batches per process with which every step of an epoch fits
+    in 80 % of the free memory, by `bytes_of_step`, if a fifth of each row is padding."""
+    steps = batches.first_epoch()
+    tokens = max(sum(map(count_tokens, items)) for items in steps)
+    scored = max(sum(len(answer) for item in items for answer in item.answers) for items in steps)
+    weights = sum(weight.numel() for weight in model.parameters())
+    room = 0.8 * (free_memory(model.device) - 12 * weights)     # gradients and Adam's moments
+
+    def peak(n):
+        share = n * world_size()
+        return bytes_of_step(model.config, max(row_length, 1.25 * tokens / share), scored / share)
+    n = 1
+    while n < batches.size and peak(n) > room:
+        n *= 2
+    return int(all_reduce([n], dist.ReduceOp.MAX)[0])

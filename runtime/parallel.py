@@ -1,0 +1,156 @@
+"""Several processes under torchrun, and the choice of a device, precision and compilation.
+
+Every process runs the same code on its own share of a batch. With one process, the functions that
+communicate return their argument and do nothing else. Numbers and objects travel between CPUs;
+only gradients travel from device to device.
+
+Left out on purpose: DistributedDataParallel, which overlaps the sum of the gradients with the
+backward pass. It would have to wrap the model, and `policy.logps` would no longer be a plain call.
+"""
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from runtime.errors import UserError
+
+# ------------------------------------------------------------------------------------------------
+# Processes
+# ------------------------------------------------------------------------------------------------
+
+
+def join_processes(device):
+    """Connect to the other processes if torchrun started this one."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return
+    # Gradients travel over NCCL on GPUs, everything else over gloo. The timeout is long because the
+    # first process may spend hours on a download; if one process dies, torchrun ends the others.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
+
+
+def process_rank():
+    """The index of this process among those of the run, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(numbers, operation=dist.ReduceOp.SUM):
+    """A list of numbers, each summed over all processes (or its maximum, with ReduceOp.MAX)."""
+    if world_size() == 1:
+        return numbers
+    tensor = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(tensor, operation)
+    return tensor.tolist()
+
+
+def barrier():
+    """Wait until every process has reached this line."""
+    all_reduce([0])
+
+
+def all_gather(mine):
+    """Reassemble a list of which process r holds every world_size()-th item, starting from r. Every
+    process gets the whole list."""
+    if world_size() == 1:
+        return mine
+    shares = [None] * world_size()
+    dist.all_gather_object(shares, mine)
+    whole = [None] * sum(map(len, shares))
+    for r, share in enumerate(shares):
+        whole[r::len(shares)] = share
+    return whole
+
+
+@contextmanager
+def first_process_first():
+    """A with block that the first process completes before the others enter it, so that they find
+    the file it downloaded."""
+    if process_rank() > 0:
+        barrier()
+    yield
+    if process_rank() == 0:
+        barrier()
+
+
+def sum_gradients(model):
+    """Add up the gradients of all processes, in place. A sum, not a mean: each process has already
+    divided its losses by the size of the whole batch."""
+    if world_size() == 1:
+        return
+    pending = [dist.all_reduce(weight.grad, async_op=True) for weight in model.parameters()]
+    for work in pending:
+        work.wait()
+
+
+# ------------------------------------------------------------------------------------------------
+# Device, precision, compilation
+# ------------------------------------------------------------------------------------------------
+
+
+def choose_device(name):
+    """The torch.device for --device: "auto" is CUDA where there is a card, else the CPU; any other
+    name must be an accelerator that PyTorch sees. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None or found.type != name:
+        raise UserError(f"--device {name}: PyTorch finds no such device on this machine; it finds "
+                        f"{'cpu' if found is None else f'cpu and {found.type}'}")
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+    if index >= count:
+        raise UserError(f"more processes than the {count} {name} devices of this machine: use a "
+                        "smaller --nproc_per_node, or --device cpu")
+    torch.accelerator.set_device_index(index)
+    return torch.device(name, index)
+
+
+def set_precision(model, precision):
+    """Set the precision of a model's matrix products from --precision; its parameters stay float32.
+    "auto" is bfloat16 on CUDA, float16 where the card has no bfloat16, and float32 elsewhere."""
+    cuda = model.device.type == "cuda"
+    # Tensor cores want rows that are multiples of 16 bytes, and 50257 is odd. The padding costs a
+    # copy of the embedding, so only CUDA gets it.
+    model.vocab_multiple = 64 if cuda else 1
+    if cuda and precision != "float32":
+        torch.set_float32_matmul_precision("high")      # TF32 for products outside of autocast
+    if precision == "auto" and cuda:
+        has_bf16 = torch.cuda.get_device_capability() >= (8, 0)     # older cards only emulate it
+        precision = "bfloat16" if has_bf16 else "float16"
+    if precision in ("auto", "float32"):
+        model.precision = None
+    else:
+        model.precision = getattr(torch, precision)
+
+
+def set_compiled(model, choice):
+    """Decide from --compile whether the training loops compile model.logps. "auto" compiles on CUDA
+    from 10M parameters on: for smaller models, compiling takes longer than it saves."""
+    large = sum(weight.numel() for weight in model.parameters()) >= 10_000_000
+    model.compiled = choice == "on" or (
+        choice == "auto" and model.device.type == "cuda" and large)
+
+
+def allow_any_size(batch):
+    """Tell torch.compile that the first dimension of every tensor of a Batch (rows, scored tokens,
+    answers, ...) varies. All steps then share one graph, and those without gradients another; only
+    a dimension of size 1 needs its own. The row length stays fixed."""
+    for tensor in vars(batch).values():
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def compiled_logps(model):
+    """What the training loops call for log pi(y|x): model.logps, through torch.compile if the model
+    is to be compiled. Policy, reference and evaluation use it alike. (torch.compile keeps its code
+    by function, so calling this twice compiles once.)"""
+    return torch.compile(model.logps) if model.compiled else model.logps

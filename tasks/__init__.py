@@ -1,0 +1,46 @@
+"""The tasks: where texts, preferences and, for one of them, the reward come from.
+
+    reviews     a grammar writes film reviews; C.1 in miniature, and the default
+    hh          Anthropic's helpful dialogues
+    tldr        summaries of Reddit posts
+    own_file    your own preferences, --data
+
+A task is a module of plain functions with the same names; adding a task means writing such a module
+and naming it in the table below. `args` are the parsed flags of a script.
+
+    sft_examples(args)        (training, held-out) lists of Preference, one answer each and no pairs
+    preferences(args)         (training, held-out) lists of Preference
+    held_out(args)            the second of these alone
+    prompts(items, tokenizer, args)
+                              at most --eval-prompts held-out prompts, as texts; items are the
+                              held-out preferences, a list of Encoded
+    name(args)                what the printed lines and error messages call these preferences
+    as_prompt(text)           what a user typed, in the form of the task's prompts
+    reward(text)              the ground-truth reward of prompt + answer; None if there is none
+    well_formed(text)         whether a grammar accepts prompt + answer; None if there is none
+"""
+
+from data import encode_all
+from runtime.errors import UserError
+from runtime.rows import read_and_report
+from tasks import hh, own_file, reviews, tldr
+
+TASKS = {"reviews": reviews, "hh": hh, "tldr": tldr}
+
+
+def task_of(args):
+    """The module of --task, or of --data."""
+    return own_file if args.data else TASKS[args.task]
+
+
+def encode_splits(splits, name, tokenizer, args):
+    """Encode (training, held-out) lists of Preference for rows of args.row_length and print how
+    many were kept. Returns two lists of Encoded. Raises UserError if nothing is left to train on.
+    """
+    training, held_out = [
+        read_and_report(f"{name}, {split}", args.strict, encode_all, rows, tokenizer,
+                        args.row_length)
+        for split, rows in zip(["training", "held out"], splits)]
+    if not training:
+        raise UserError(f"{name}: no row is left to train on")
+    return training, held_out

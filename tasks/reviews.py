@@ -1,0 +1,197 @@
+"""The reviews task: C.1 in miniature. A grammar writes film reviews, half of them favourable.
+
+    review   = [opener] sentence sentence verdict
+    sentence = clause "." | clause ", and" clause "." | clause ", but" clause "."
+    clause   = "The plot was" quality | "I" feeling "the plot"
+    opener   = "We saw it on Sunday."
+    verdict  = "A very good film." | "I would not recommend it." | "I would watch it again." | ...
+
+A quality is "good", "very good", "not good", ...; a feeling is "liked", "really liked", "did not
+like", ... Verbs agree with their nouns, and "a" or "an" with the next word. `well_formed` checks
+this and no more. What the grammar writes also makes sense: "and" joins two clauses of the same
+sign, "but" two of opposite signs; most clauses have the sign of the review, and the verdict always
+has. So a model can keep to the grammar and still be judged by `reward`, which is exact.
+"""
+
+import random
+import re
+
+from data import Preference, is_held_out
+from runtime.errors import UserError
+from tasks import own_file
+
+SINGULAR = "acting plot music script ending pacing dialogue humour photography story".split()
+PLURAL = "actors jokes songs effects characters costumes".split()
+WHO = ["I", "We", "My sister and I", "My friends and I"]
+WHEN = ["last night", "on Sunday", "on a plane", "at home", "in May", "twice", "by chance"]
+
+# Every phrase that carries an opinion, and its value in [-1, 1].
+WORDS = {"superb": 0.8, "lovely": 0.7, "great": 0.6, "impressive": 0.6, "good": 0.4,
+         "enjoyable": 0.4, "awful": -0.8, "poor": -0.7, "dull": -0.6, "annoying": -0.6,
+         "weak": -0.4, "uneven": -0.4}
+DEGREES = {"rather": 0.75, "very": 1.15, "extremely": 1.25}
+NOT = -0.5      # negation flips and softens: "not superb" is mildly bad, "not awful" mildly good
+FILM_QUALITIES = WORDS | {f"{degree} {word}": factor * value
+                          for degree, factor in DEGREES.items() for word, value in WORDS.items()}
+QUALITIES = FILM_QUALITIES | {f"not {word}": NOT * value for word, value in WORDS.items()}
+FEELINGS = {}
+for verb, past, value in [("love", "loved", 0.8), ("enjoy", "enjoyed", 0.6), ("like", "liked", 0.4),
+                          ("dislike", "disliked", -0.6), ("hate", "hated", -0.8)]:
+    FEELINGS |= {past: value, f"really {past}": 1.25 * value, f"did not {verb}": NOT * value}
+VERDICTS = {f"{'An' if quality[0] in 'aeiou' else 'A'} {quality} film": value
+            for quality, value in FILM_QUALITIES.items()}
+VERDICTS |= {"I would recommend it": 0.8, "I would not recommend it": NOT * 0.8,
+             "I would watch it again": 0.6, "I would not watch it again": NOT * 0.6}
+
+
+# ------------------------------------------------------------------------------------------------
+# The reward, and whether a text is well-formed
+# ------------------------------------------------------------------------------------------------
+
+
+def any_of(phrases):
+    return "(?:" + "|".join(phrases) + ")"
+
+
+# An opinion anywhere in a text, well-formed or not.
+OPINION = re.compile(
+    rf"(?P<but>, but )?(?:[Tt]he (?P<subject>{any_of(SINGULAR + PLURAL)}) (?:was|were) "
+    rf"(?P<quality>{any_of(QUALITIES)})|I (?P<feeling>{any_of(FEELINGS)}) the "
+    rf"(?P<object>{any_of(SINGULAR + PLURAL)})|(?P<verdict>{any_of(VERDICTS)}))\b"
+    rf"(?P<next>(?=, but ))?")
+# A whole review, as the grammar writes it.
+CLAUSE = (rf"(?:[Tt]he (?:{any_of(SINGULAR)} was|{any_of(PLURAL)} were) {any_of(QUALITIES)}"
+          rf"|I {any_of(FEELINGS)} the {any_of(SINGULAR + PLURAL)})")
+SENTENCE = rf"(?=[TI]){CLAUSE}(?:, (?:and|but) (?=[tI]){CLAUSE})?\. "
+REVIEW = re.compile(rf"(?:{any_of(WHO)} (?:saw|watched) (?:it|this film) {any_of(WHEN)}\. )?"
+                    rf"{SENTENCE}{SENTENCE}{any_of(VERDICTS)}\.")
+
+
+def reward(text):
+    """The ground-truth reward: how favourable a review is, in [-1, 1]. 0 without any opinion.
+
+    It is the weighted mean of the opinions in the text. In "A, but B" the emphasis is on B: A has
+    weight 0.5 and B 1.5. A verdict on the film has weight 2, any other clause 1. Because it is a
+    mean, a policy gains nothing by writing more.
+    """
+    total = total_weight = 0.0
+    for opinion in OPINION.finditer(text):
+        if opinion["verdict"]:
+            weight = 2.0
+        elif opinion["but"]:
+            weight = 1.5
+        elif opinion["next"] is not None:
+            weight = 0.5
+        else:
+            weight = 1.0
+        total += weight * opinion_value(opinion)
+        total_weight += weight
+    if total_weight == 0:
+        return 0.0
+    return round(total / total_weight, 6)       # rounded, so that equal sums tie in any order
+
+
+def opinion_value(opinion):
+    """The value of one match of OPINION, in [-1, 1]."""
+    return (QUALITIES.get(opinion["quality"]) or FEELINGS.get(opinion["feeling"])
+            or VERDICTS.get(opinion["verdict"]))
+
+
+def well_formed(text):
+    """Whether the grammar could have written a review, to the letter."""
+    return REVIEW.fullmatch(text) is not None
+
+
+# ------------------------------------------------------------------------------------------------
+# The grammar
+# ------------------------------------------------------------------------------------------------
+
+
+def write_review(rng):
+    """Write a review with a random.Random. A coin toss decides whether it is favourable."""
+    tone = rng.choice([1, -1])
+    while True:
+        text = write_sentences(rng, tone)
+        if reward(text) * tone > 0:
+            return text
+
+
+def write_sentences(rng, tone):
+    """An opener, perhaps, two sentences and a verdict, mostly of sign `tone`."""
+    aspects = rng.sample(SINGULAR + PLURAL, 4)
+    text = ""
+    if rng.random() < 0.3:
+        text = (f"{rng.choice(WHO)} {rng.choice(['saw', 'watched'])} "
+                f"{rng.choice(['it', 'this film'])} {rng.choice(WHEN)}. ")
+    for _ in range(2):
+        sign = tone if rng.random() < 0.93 else -tone
+        sentence = write_clause(rng, aspects.pop(), sign)
+        if rng.random() < 0.6:
+            joint = rng.choice(["and", "and", "but"])
+            sign = sign if joint == "and" else -sign
+            sentence += f", {joint} " + write_clause(rng, aspects.pop(), sign)
+        text += sentence[0].upper() + sentence[1:] + ". "
+    return text + pick(rng, VERDICTS, tone) + "."
+
+
+def write_clause(rng, aspect, sign):
+    if rng.random() < 0.3:
+        return f"I {pick(rng, FEELINGS, sign)} the {aspect}"
+    verb = "was" if aspect in SINGULAR else "were"
+    return f"the {aspect} {verb} {pick(rng, QUALITIES, sign)}"
+
+
+def pick(rng, phrases, sign):
+    """A random phrase of this sign."""
+    return rng.choice([phrase for phrase, value in phrases.items() if value * sign > 0])
+
+
+def prefixes(count, held_out, tokenizer, seed):
+    """`count` distinct beginnings of new reviews, 2 to 8 tokens long, as texts. Either all of them
+    are held out or none is (data.is_held_out), so training and evaluation share no prompt. Raises
+    UserError if there are not that many."""
+    rng, found, draws = random.Random(f"prefixes {seed}"), {}, 0
+    while len(found) < count:
+        draws += 1
+        if draws > 1000 * (len(found) + 100):
+            raise UserError(f"the reviews have hardly {count:,} different beginnings; lower "
+                            f"{'--eval-prompts' if held_out else '--prefixes'}")
+        ids = tokenizer.encode_ordinary(write_review(rng))[:rng.randint(2, 8)]
+        text = tokenizer.decode(ids)
+        if is_held_out(text) == held_out:
+            found[text] = None
+    return list(found)
+
+
+# ------------------------------------------------------------------------------------------------
+# What every task offers; see tasks/__init__.py
+# ------------------------------------------------------------------------------------------------
+
+
+def sft_examples(args):
+    """Whole reviews, after an empty prompt."""
+    rng = random.Random(f"reviews {args.seed}")
+    reviews = [Preference("", [write_review(rng)], []) for _ in range(args.reviews + 256)]
+    return reviews[:args.reviews], reviews[args.reviews:]
+
+
+def preferences(args):
+    """What train_dpo.py sampled."""
+    return own_file.read_split(name(args), args)
+
+
+def held_out(args):
+    return preferences(args)[1]
+
+
+def prompts(items, tokenizer, args):
+    """Beginnings of new reviews; held-out preferences (items) are not needed."""
+    return prefixes(args.eval_prompts, True, tokenizer, args.seed + 1)
+
+
+def name(args):
+    return args.out / "preferences.jsonl"
+
+
+def as_prompt(text):
+    return text
