@@ -40,8 +40,15 @@ from tqdm import tqdm
 
 from data import Encoded, batches_in_order, encode_all
 from runtime.checkpoint import open_checkpoint
-from runtime.cli import (Parser, add_measuring_flags, add_shared_flags, choose_task, command,
-                         number_type, set_up)
+from runtime.cli import (
+    Parser,
+    add_measuring_flags,
+    add_shared_flags,
+    choose_task,
+    command,
+    number_type,
+    set_up,
+)
 from runtime.errors import UserError
 from runtime.files import make_folder, write_json
 from runtime.parallel import all_gather, compiled_logps, process_rank, world_size

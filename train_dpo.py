@@ -26,11 +26,20 @@ import torch.nn.functional as F
 
 import train_sft
 from data import Batches, batches_in_order, micro_batches, rank_answers
-from runtime.checkpoint import (check_sft_checkpoint, data_source, open_checkpoint,
-                                save_checkpoint)
-from runtime.cli import (Parser, add_measuring_flags, add_shared_flags, add_training_flags,
-                         check_row_length, choose_task, command, flags_for_sft, number_type,
-                         set_up, warn_of_large_lr)
+from runtime.checkpoint import check_sft_checkpoint, data_source, open_checkpoint, save_checkpoint
+from runtime.cli import (
+    Parser,
+    add_measuring_flags,
+    add_shared_flags,
+    add_training_flags,
+    check_row_length,
+    choose_task,
+    command,
+    flags_for_sft,
+    number_type,
+    set_up,
+    warn_of_large_lr,
+)
 from runtime.errors import UserError
 from runtime.files import make_folder, read_cached, write_cached, write_json
 from runtime.parallel import compiled_logps, set_compiled, sum_gradients
@@ -82,10 +91,9 @@ def dpo_loss(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
     Returns (losses (P,), rewards (N,)); the rewards are detached. (Appendix B writes B for N and T
     for P.)
     """
-    pi_logratios = pi_logps[yw_idxs] - pi_logps[yl_idxs]
-    ref_logratios = ref_logps[yw_idxs] - ref_logps[yl_idxs]
-    losses = -F.logsigmoid(beta * (pi_logratios - ref_logratios))
-    return losses, implicit_reward(pi_logps, ref_logps, beta).detach()
+    rewards = implicit_reward(pi_logps, ref_logps, beta)            # (N,)
+    losses = -bradley_terry(rewards[yw_idxs], rewards[yl_idxs])     # (P,)
+    return losses, rewards.detach()
 
 
 def plackett_luce(rewards, ranking):

@@ -19,8 +19,17 @@ import torch
 from data import Batches, batches_in_order, micro_batches
 from model import GPT, GPTConfig
 from runtime.checkpoint import data_source, save_checkpoint
-from runtime.cli import (Parser, add_shared_flags, add_training_flags, check_row_length,
-                         choose_task, command, number_type, set_up, warn_of_large_lr)
+from runtime.cli import (
+    Parser,
+    add_shared_flags,
+    add_training_flags,
+    check_row_length,
+    choose_task,
+    command,
+    number_type,
+    set_up,
+    warn_of_large_lr,
+)
 from runtime.errors import UserError
 from runtime.files import make_folder
 from runtime.hub import RELEASED

@@ -20,13 +20,20 @@ from pathlib import Path
 import torch
 
 from data import Encoded
-from runtime.cli import (Parser, add_measuring_flags, add_shared_flags, choose_task, command,
-                         set_up)
+from runtime.cli import Parser, add_measuring_flags, add_shared_flags, choose_task, command, set_up
 from runtime.errors import UserError
 from runtime.files import make_folder, write_json
 from runtime.report import names_of, table
-from sample import (common_block_size, decode_answer, encode_prompt, held_out_pairs, means,
-                    open_policies, sample, score)
+from sample import (
+    common_block_size,
+    decode_answer,
+    encode_prompt,
+    held_out_pairs,
+    means,
+    open_policies,
+    sample,
+    score,
+)
 from tasks import task_of
 
 

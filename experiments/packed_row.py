@@ -28,8 +28,7 @@ LABELS = ("tokens", "position", "answer")
 
 def show_row(batch, row, tokenizer, width=100, colour=False):
     """One row of a Batch as text: tokens, positions and answers below each other, then its mask as
-    a small picture. colour: dim prompts, and answers (the tokens that are scored) in bright colours.
-    """
+    a small picture. colour: dim prompts, and answers (which are scored) in bright colours."""
     filled = int((batch.group[row] >= 0).sum())
     group = batch.group[row, :filled].tolist()
     answer = batch.answer[row, :filled].tolist()

@@ -14,8 +14,14 @@ batches 3 to 10, split "train"; held out are the validation splits, also of batc
 
 from data import Preference, to_preference
 from runtime.files import cache_folder, download
-from runtime.rows import (parse_preference, read_and_report, read_rows, string_at, tldr_answer,
-                          tldr_prompt)
+from runtime.rows import (
+    parse_preference,
+    read_and_report,
+    read_rows,
+    string_at,
+    tldr_answer,
+    tldr_prompt,
+)
 from tasks import own_file
 
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"

@@ -1,0 +1,106 @@
+"""The layout of the repository: which module may import which, and what the five files are about.
+
+    pytest tests/test_layout.py
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Every module of a line may import those of earlier lines, and of its own line those before it.
+ORDER = [
+    "runtime.errors runtime.parallel runtime.files runtime.hub",
+    "model",
+    "runtime.rows data",
+    "tasks.own_file tasks.reviews tasks.hh tasks.tldr tasks tasks.tokenizers",
+    "runtime.checkpoint runtime.memory runtime.run runtime.report runtime.cli",
+    "train_sft",
+    "sample",
+    "train_dpo",
+    "experiments.plot experiments.best_of experiments.packed_row experiments.curves "
+    "experiments.frontier experiments.win_rate experiments.benchmark",
+    "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers",
+]
+MODULES = [module for line in ORDER for module in line.split()]
+FIVE = ["model", "data", "train_sft", "train_dpo", "sample"]
+
+
+def path_of(module):
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def imports_of(tree):
+    """The modules of this repository that a syntax tree imports, with the nodes that do it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            members = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [member if member in MODULES else node.module for member in members]
+        else:
+            continue
+        for name in names:
+            if name in MODULES:
+                yield name, node
+
+
+def test_the_order_lists_every_module():
+    """A new module has to be given its place."""
+    folders = ["runtime", "tasks", "experiments", "classroom"]
+    paths = [*ROOT.glob("*.py"), *(path for folder in folders
+                                   for path in (ROOT / folder).glob("*.py"))]
+    empty = {ROOT / folder / "__init__.py" for folder in ("runtime", "experiments", "classroom")}
+    assert {path_of(module) for module in MODULES} == set(paths) - empty
+    for path in empty:
+        if path.exists():               # a docstring at most
+            assert len(ast.parse(path.read_text()).body) <= 1
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module):
+    """So there is no cycle, and the five files need nothing from experiments or classroom. (The
+    next test is about imports inside functions.)"""
+    tree = ast.parse(path_of(module).read_text(encoding="utf-8"))
+    for name, node in imports_of(tree):
+        if node not in tree.body:
+            continue
+        assert MODULES.index(name) < MODULES.index(module), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_of_ours_is_imported_inside_a_function(module):
+    """That would hide a cycle. (The sandbox sets its limits before it imports what it limits.)"""
+    tree = ast.parse(path_of(module).read_text(encoding="utf-8"))
+    inside = [name for name, node in imports_of(tree) if node not in tree.body]
+    assert inside == (["classroom.wrong_answers"] if module == "classroom.sandbox" else [])
+
+
+def test_nobody_imports_the_plumbing_of_train_sft():
+    """Others import its update, or run it as a command."""
+    allowed = {"warmup", "update", "grad_scaler"}
+    for module in MODULES:
+        for node in ast.walk(ast.parse(path_of(module).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "train_sft":
+                assert {alias.name for alias in node.names} <= allowed, module
+
+
+@pytest.mark.parametrize("module", FIVE)
+def test_functions_of_the_five_files_fit_on_a_screen(module):
+    """At most 60 lines with the docstring; lists of flags may be longer."""
+    for node in ast.walk(ast.parse(path_of(module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and node.name != "parse_args":
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= 60, f"{module}.{node.name} has {lines} lines"
+
+
+def test_names_that_could_mean_two_things_are_not_used():
+    """`rank` of a process or of an answer, `source` of a token or of a run, `number` a type or a
+    number, `read` a file or a prompt."""
+    defined = {node.name for module in MODULES
+               for node in ast.parse(path_of(module).read_text(encoding="utf-8")).body
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert not {"rank", "source", "number", "parts", "keep", "take", "settle", "read"} & defined
