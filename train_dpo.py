@@ -91,8 +91,8 @@ def dpo_loss(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
     Returns (losses (P,), rewards (N,)); the rewards are detached. (Appendix B writes B for N and T
     for P.)
     """
-    rewards = implicit_reward(pi_logps, ref_logps, beta)            # (N,)
-    losses = -bradley_terry(rewards[yw_idxs], rewards[yl_idxs])     # (P,)
+    rewards = implicit_reward(pi_logps, ref_logps, beta)
+    losses = -bradley_terry(rewards[yw_idxs], rewards[yl_idxs])
     return losses, rewards.detach()
 
 
