@@ -1,6 +1,6 @@
 """Data for preference learning: preferences, the packed row, batches.
 
-The one idea: a preference is one row. A prompt and all its answers share a row of tokens,
+The one idea: a prompt is stored once, followed by all its answers, in a row of tokens,
 
     tokens     <eot> The acting was | great !  <eot> | dull .  <eot> |  next prompt ...
     position     0    1    2     3  |   4   5    6   |   4  5    6   |  0 ...
@@ -8,19 +8,22 @@ The one idea: a preference is one row. A prompt and all its answers share a row 
 
 The positions of each answer restart right after the prompt. An answer attends to its prompt and to
 itself, never to the other answers. So the prompt is computed once, only the ends of rows are
-padded, and pairs, rankings of K answers and plain supervised text all make the same kind of batch.
+padded, and pairs, rankings of K answers and plain text (one answer, no pairs) all make the same
+kind of batch.
 
     preference = Preference("The acting was", [" great!", " dull."], [(0, 1)])    # text
     encoded = encode(preference, tokenizer, row_length)                           # ids
     batch = pack([encoded, ...], row_length)                                      # tensors
 
 `python -m experiments.packed_row` prints such a row and its mask. Letters: B rows, T tokens of a
-row, N answers, P pairs, G prompts, K answers of one prompt, S scored tokens.
+row, N answers, P pairs, G prompts, K answers of one prompt, S scored tokens. C.1 and the other
+sections and equations named in the code are those of the DPO paper, arXiv 2305.18290.
 
 Left out on purpose: worker processes and streaming. Preference data fits in memory, and packing a
 batch takes a few milliseconds.
 """
 
+import math
 import zlib
 from collections import Counter, namedtuple
 from dataclasses import dataclass, fields
@@ -30,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 from runtime.errors import UserError
+from runtime.packing import best_row_length, count_tokens, cut_into_pieces, first_fit
 from runtime.parallel import allow_any_size, process_rank, world_size
 from runtime.rows import Skipped, parse_preference, read_rows
 
@@ -37,7 +41,8 @@ from runtime.rows import Skipped, parse_preference, read_rows
 # Preferences: text
 # ------------------------------------------------------------------------------------------------
 
-# A prompt, its answers, and which answer is better than which: pairs of (winner, loser) indices.
+# A prompt, its answers, and which answer is better than which: pairs of (winner, loser) indices,
+# those of the best answer first. A text for SFT is a Preference with one answer and no pairs.
 Preference = namedtuple("Preference", "prompt answers pairs")
 
 
@@ -52,27 +57,26 @@ def load_preferences(path, skipped=None):
         {"info": {"subreddit": "...", "title": "...", "post": "..."},             (OpenAI's TL;DR)
          "summaries": [{"text": "..."}, {"text": "..."}], "choice": 1}
 
-    Returns a list of Preference. Rows that teach nothing are left out and counted by reason in
-    `skipped`, a Skipped. Raises UserError, with the line, for a malformed row, and if no row is
-    left.
+    Returns a list of Preference. Rows without a usable comparison (empty or equal answers, say) are
+    left out and counted by reason in `skipped`, a runtime.rows.Skipped. Raises UserError, with the
+    line, for a malformed row, and if no row is left.
     """
     skipped = Skipped() if skipped is None else skipped
     rows = read_rows(path, parse_preference, skipped)
     if not rows:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in skipped.items())
         raise UserError(f"{path}: no usable row ({reasons or 'the file is empty'})")
-    return [to_preference(row) for row in rows]
+    return [to_preference(*row) for row in rows]
 
 
-def to_preference(row):
-    """A parsed row (prompt, answers, ranking) as a Preference."""
-    prompt, answers, ranking = row
+def to_preference(prompt, answers, ranking):
+    """A Preference with all pairs of a ranking, which lists indices of answers, best first."""
     return Preference(prompt, answers, ranking_to_pairs(ranking))
 
 
 def ranking_to_pairs(ranking):
-    """All pairs of a ranking, which lists indices of answers, best first: [2, 0, 1] becomes
-    [(2, 0), (2, 1), (0, 1)]."""
+    """All (winner, loser) pairs of a ranking, which lists indices of answers, best first: [2, 0, 1]
+    becomes [(2, 0), (2, 1), (0, 1)]."""
     return [(w, l) for i, w in enumerate(ranking) for l in ranking[i + 1:]]
 
 
@@ -80,8 +84,8 @@ def rank_answers(prompt, answers, rewards):
     """C.1: rank sampled answers by their rewards, best first. Returns a row for a preferences file
     (a dict), or None if all rewards are equal.
 
-    There is no preference between answers of equal reward, so only the first of them is kept. K
-    answers make K (K - 1) / 2 pairs (six for C.1's four) unless two of them tie.
+    If several answers have the same reward, the first is kept and the others are dropped. K answers
+    make K (K - 1) / 2 pairs (six for C.1's four) unless some of them tie.
     """
     first = {}
     for answer, reward in zip(answers, rewards):
@@ -95,14 +99,15 @@ def rank_answers(prompt, answers, rewards):
 
 
 def best_answers(preferences):
-    """What SFT learns from: the best answer of each preference, as a Preference without pairs."""
+    """What SFT learns from: each prompt with its best answer, as a Preference without pairs."""
     return [Preference(p.prompt, [p.answers[p.pairs[0][0]]], []) for p in preferences]
 
 
 def is_held_out(prompt):
     """Whether a prompt is kept for evaluation; one in ten is. The prompt alone decides, so neither
     DPO nor SFT on a preference file ever trains on it, whatever the seed and the order of the file.
-    (SFT on reviews trains on whole reviews, some of which begin like a held-out prompt.)"""
+    (SFT on reviews trains on whole reviews, some of which begin like a held-out prompt. Published
+    tasks have held-out files of their own.)"""
     return zlib.crc32(prompt.encode("utf-8", "replace")) % 10 == 0
 
 
@@ -113,8 +118,9 @@ def is_held_out(prompt):
 
 @dataclass
 class Encoded:
-    """A Preference in ids. The prompt begins with end-of-text. Each answer ends with end-of-text
-    unless it was cut. ref_logps: log pi_ref(y|x) of each answer, once it has been computed."""
+    """A Preference in ids. The prompt begins with end-of-text, as GPT-2's training texts did, so an
+    empty prompt is possible. Each answer ends with end-of-text unless it was cut. ref_logps: log
+    pi_ref(y|x) of each answer, once it has been computed."""
 
     prompt: list
     answers: list
@@ -123,12 +129,13 @@ class Encoded:
 
 
 def encode(preference, tokenizer, row_length, skipped=None):
-    """Encode a Preference. Returns an Encoded, or None if it teaches nothing.
+    """Encode a Preference. Returns an Encoded, or None if no comparison is left.
 
     Prompt and answers are encoded separately and their ids joined, as in sampling, so no token
-    merges across the boundary. Text that looks like a control token stays text. An answer may have
-    row_length - len(prompt) tokens. A longer one is cut and gets no end-of-text, which would teach
-    the model to stop mid-sentence. `skipped`, a Skipped, counts what was left out or cut.
+    merges across the boundary. Text that looks like a special token stays text. An answer may have
+    row_length - len(prompt) tokens. A longer one is cut and does not get an end-of-text, because
+    that would teach the model to stop mid-sentence. `skipped`, a Skipped, counts what was left out
+    or cut; under --strict it raises UserError instead.
     """
     skipped = Skipped() if skipped is None else skipped
     where = f"the prompt {preference.prompt[:40]!r}"
@@ -153,7 +160,7 @@ def encode(preference, tokenizer, row_length, skipped=None):
 
 
 def encode_all(preferences, tokenizer, row_length, skipped):
-    """Encode a list of Preference, without those that teach nothing."""
+    """Encode a list of Preference, without those that have no comparison left."""
     encoded = [encode(preference, tokenizer, row_length, skipped)
                for preference in tqdm(preferences, "encoding", delay=1)]
     return [item for item in encoded if item is not None]
@@ -173,11 +180,6 @@ def select_pairs(item, indices):
                    [(new_index[w], new_index[l]) for w, l in pairs], ref_logps)
 
 
-def count_tokens(item):
-    """The number of tokens of a prompt and all its answers."""
-    return len(item.prompt) + sum(map(len, item.answers))
-
-
 # ------------------------------------------------------------------------------------------------
 # The packed row: tensors
 # ------------------------------------------------------------------------------------------------
@@ -188,28 +190,30 @@ class Batch:
     """Packed rows: B rows of T tokens hold G prompts and their N answers, at most K to a prompt.
     S tokens are scored and P pairs compared.
 
-    Answers are numbered in the order they were given to `pack`. A place is row * T + column.
+    Answers are numbered in the order they were given to `pack`. `source` holds flat indices into
+    the B * T tokens.
     """
 
     tokens: torch.Tensor        # (B, T) ids
     positions: torch.Tensor     # (B, T) from 0 in each prompt, continued in each of its answers
-    group: torch.Tensor         # (B, T) which prompt a token belongs to; -1 = padding
-    answer: torch.Tensor        # (B, T) which of its answers: 1, 2, ...; 0 = the prompt itself
-    source: torch.Tensor        # (S,) place that predicts a scored token: that of the token before
+    group: torch.Tensor         # (B, T) one number per prompt with its answers; -1 = padding
+    answer: torch.Tensor        # (B, T) 1, 2, ... in each group; 0 = prompt or padding
+    source: torch.Tensor        # (S,) flat index of the token whose logits predict a scored token
     target: torch.Tensor        # (S,) id of the scored token
     owner: torch.Tensor         # (S,) answer it belongs to, in [0, N - 1]
     winners: torch.Tensor       # (P,) answers in [0, N - 1]
     losers: torch.Tensor        # (P,)
-    rankings: torch.Tensor      # (G, K) each prompt's answers, best first, then -1s
+    rankings: torch.Tensor      # (G, K) each prompt's answers, best first, padded with -1
     ref_logps: torch.Tensor     # (N,) float32, zeros until they have been computed
 
     @property
     def n_answers(self):
-        """N. (Read off a tensor, because compiled code may treat a stored number as constant.)"""
+        """N. (Not a field, because torch.compile would take a number for a constant.)"""
         return len(self.ref_logps)
 
     def mask(self):
-        """(B, T, T) bool: True where a token (second dimension) may attend to another (third)."""
+        """(B, T, T) bool: True where a token (second dimension) may attend to another (third).
+        Padding attends to padding, so that no row of attention is empty."""
         T, group, answer = self.tokens.size(1), self.group, self.answer
         causal = torch.ones(T, T, dtype=torch.bool, device=group.device).tril()
         same_group = group[:, :, None] == group[:, None, :]
@@ -217,7 +221,7 @@ class Batch:
         return causal & same_group & visible
 
     def to(self, device):
-        """A copy on a device. To CUDA it is copied from pinned memory, without waiting."""
+        """A copy on a device. Copies to CUDA start from pinned memory and do not block."""
         def move(tensor):
             if tensor is None:
                 return None
@@ -227,131 +231,71 @@ class Batch:
         return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
 
-# A prompt with as many of its answers as fit in a row, as ids. owners: the numbers of those answers
-# in the batch. length: the number of tokens.
-Piece = namedtuple("Piece", "prompt answers owners length")
-
-
 def pack(encoded, row_length):
-    """Pack a list of Encoded into a Batch, in as few rows as first-fit (longest first) needs.
+    """Pack a list of Encoded into a Batch by first-fit decreasing bin packing.
 
-    A prompt whose answers do not fit in one row together is repeated in as many rows as it takes,
-    which changes no result, because answers do not see each other. Raises ValueError if a single
-    answer does not fit.
+    If a prompt and all its answers do not fit in one row, the prompt is repeated in several rows
+    with some of the answers each. That changes no result, because answers do not see each other.
+    Raises ValueError if a single answer does not fit.
     """
     pieces = cut_into_pieces(encoded, row_length)
     pieces.sort(key=lambda piece: piece.length, reverse=True)
-    places = first_fit([piece.length for piece in pieces], row_length)
-    return Batch(*write_rows(pieces, places, row_length), *number_pairs(encoded))
+    starts = first_fit([piece.length for piece in pieces], row_length)
+    return Batch(**write_rows(pieces, starts, row_length), **number_pairs(encoded))
 
 
-def cut_into_pieces(encoded, row_length):
-    """Split prompts whose answers do not fit in one row. Returns a list of Piece, in the order
-    given. Raises ValueError if a single answer does not fit."""
-    pieces, n = [], 0                                   # n: answers of the prompts before this one
-    for item in encoded:
-        prompt, answers = item.prompt, item.answers
-        first, length = 0, len(prompt)                  # of the piece under way
-        for i, answer in enumerate(answers):
-            if len(prompt) + len(answer) > row_length:
-                raise ValueError(f"a prompt of {len(prompt)} tokens and an answer of "
-                                 f"{len(answer)} do not fit in a row of {row_length}")
-            if length + len(answer) > row_length:
-                pieces.append(Piece(prompt, answers[first:i], range(n + first, n + i), length))
-                first, length = i, len(prompt)
-            length += len(answer)
-        pieces.append(Piece(prompt, answers[first:], range(n + first, n + len(answers)), length))
-        n += len(answers)
-    return pieces
+def write_rows(pieces, starts, row_length):
+    """The fields of a Batch from `tokens` to `owner`.
 
-
-def first_fit(lengths, row_length):
-    """Put each piece into the first row with room for it. Returns a list of (row, column)."""
-    shortest = min(lengths)
-    n_rows, places = 0, []
-    ends = {}                       # {row: its first empty column}, of rows that are not full
-    for length in lengths:
-        row = next((r for r, end in ends.items() if end + length <= row_length), n_rows)
-        start = ends.get(row, 0)
-        places.append((row, start))
-        ends[row] = start + length
-        n_rows = max(n_rows, row + 1)
-        if ends[row] + shortest > row_length:
-            del ends[row]
-    return places
-
-
-def write_rows(pieces, places, row_length):
-    """The first seven fields of a Batch, from tokens to owner."""
-    shape = (1 + max(row for row, _ in places), row_length)
+    pieces: prompts with some of their answers, as runtime.packing.Piece. starts: (row, column) at
+    which each begins.
+    """
+    shape = (1 + max(row for row, _ in starts), row_length)
     tokens = np.zeros(shape, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
     group = np.full(shape, -1)
     answer_of = np.zeros(shape, dtype=np.int64)
-    sources, targets, owners = [], [], []
-    for g, (piece, (row, start)) in enumerate(zip(pieces, places)):
+    source, target, owner = [], [], []                  # an array for each answer
+    for g, (piece, (row, start)) in enumerate(zip(pieces, starts)):
         n = len(piece.prompt)
-        at = start + n                                  # the column after the prompt
-        tokens[row, start:at] = piece.prompt
-        positions[row, start:at] = np.arange(n)
-        last_of_prompt = row * row_length + at - 1
-        for k, (answer, owner) in enumerate(zip(piece.answers, piece.owners), 1):
-            end = at + len(answer)
-            tokens[row, at:end] = answer
-            answer_of[row, at:end] = k
-            positions[row, at:end] = np.arange(n, n + len(answer))
-            source = row * row_length + np.arange(at - 1, end - 1)
-            source[0] = last_of_prompt                  # the prompt predicts the first token
-            sources.append(source)
-            targets.append(answer)
-            owners.append(np.full(len(answer), owner))
-            at = end
-        group[row, start:at] = g
-    arrays = [tokens, positions, group, answer_of, np.concatenate(sources),
-              np.concatenate(targets), np.concatenate(owners)]
-    return [torch.from_numpy(array) for array in arrays]
+        column = start + n                              # the first after the prompt
+        tokens[row, start:column] = piece.prompt
+        positions[row, start:column] = np.arange(n)
+        last_of_prompt = row * row_length + column - 1
+        for k, (answer, number) in enumerate(zip(piece.answers, piece.owners), 1):
+            end = column + len(answer)
+            tokens[row, column:end] = answer
+            answer_of[row, column:end] = k
+            positions[row, column:end] = np.arange(n, n + len(answer))
+            # A token is predicted at the one before it. Before the first token of an answer stands
+            # the last token of the prompt, wherever the answer is in the row.
+            predicted_at = row * row_length + np.arange(column - 1, end - 1)
+            predicted_at[0] = last_of_prompt
+            source.append(predicted_at)
+            target.append(answer)
+            owner.append(np.full(len(answer), number))
+            column = end
+        group[row, start:column] = g
+    arrays = {"tokens": tokens, "positions": positions, "group": group, "answer": answer_of,
+              "source": np.concatenate(source), "target": np.concatenate(target),
+              "owner": np.concatenate(owner)}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def number_pairs(encoded):
-    """The last four fields of a Batch, from winners to ref_logps, with answers numbered over the
-    whole batch."""
-    first = np.cumsum([0] + [len(item.answers) for item in encoded])
-    pairs = [(f + w, f + l) for f, item in zip(first, encoded) for w, l in item.pairs]
-    pairs = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+    """The fields of a Batch from `winners` to `ref_logps`, with answers numbered over the batch."""
+    first = np.cumsum([0] + [len(item.answers) for item in encoded])    # answer of each prompt
+    pairs, ref_logps = [], []
     rankings = torch.full((len(encoded), max(len(item.answers) for item in encoded)), -1)
     for g, item in enumerate(encoded):
+        pairs += [(first[g] + w, first[g] + l) for w, l in item.pairs]
+        ref_logps += item.ref_logps or [0.0] * len(item.answers)
         wins = Counter(w for w, _ in item.pairs)
         best_first = sorted(range(len(item.answers)), key=lambda i: -wins[i])
         rankings[g, :len(best_first)] = first[g] + torch.tensor(best_first)
-    ref_logps = [logp for item in encoded for logp in item.ref_logps or [0.0] * len(item.answers)]
-    return [pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), rankings, torch.tensor(ref_logps)]
-
-
-def best_row_length(encoded, longest, n_embd):
-    """The row length, at most `longest`, at which packing these Encoded costs a model of n_embd
-    channels the fewest multiplications. Found by counting, without packing.
-
-    B rows of T tokens cost a constant times B T (6 C + T): each place meets the 12 C^2 weights of a
-    block and, because the mask is dense, all T places of its row, twice over C channels. Long rows
-    have less padding; short ones mask fewer places, but may repeat a prompt. Tried are `longest`
-    and the multiples of 16 below it (above 1024, of `longest` / 64), each shortened to its fullest
-    row. Raises ValueError if a single answer does not fit.
-    """
-    totals = [count_tokens(item) for item in encoded]
-    shortest = max(len(item.prompt) + max(map(len, item.answers)) for item in encoded)
-    unit = max(16, longest // 64)
-    found, limit = [], longest
-    while limit >= shortest or not found:
-        split = [item for item, total in zip(encoded, totals) if total > limit]
-        lengths = [total for total in totals if total <= limit]
-        lengths += [piece.length for piece in cut_into_pieces(split, limit)]
-        lengths.sort(reverse=True)
-        places = first_fit(lengths, limit)
-        B = 1 + max(row for row, _ in places)
-        T = max(column + length for (_, column), length in zip(places, lengths))
-        found.append((B * T * (6 * n_embd + T), T))
-        limit = (T - 1) // unit * unit      # limits in between give the same rows
-    return min(found)[1]
+    pairs = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+    return {"winners": pairs[:, 0].contiguous(), "losers": pairs[:, 1].contiguous(),
+            "rankings": rankings, "ref_logps": torch.tensor(ref_logps)}
 
 
 def pack_for_model(items, row_length, model):
@@ -360,7 +304,7 @@ def pack_for_model(items, row_length, model):
     """
     if model.compiled:
         batch = pack(items, row_length).to(model.device)
-        allow_any_size(batch)
+        allow_any_size(batch)               # of any number of rows, answers and pairs
         return batch
     return pack(items, best_row_length(items, row_length, model.config.n_embd)).to(model.device)
 
@@ -374,8 +318,8 @@ class Batches:
     """Endless batches of exactly `size` units: batches[step] depends only on the seed and the step.
 
     A unit is a pair, or with whole=True a whole Encoded (a text or a ranking). Each epoch has a new
-    order, in which the pairs of one prompt stay together, so that its answers are computed once. If
-    a prompt straddles two batches, each gets some of its pairs.
+    order, in which the pairs of one prompt stay together, so that a step computes its answers once.
+    If a prompt straddles two batches, each gets some of its pairs.
     """
 
     def __init__(self, encoded, size, seed, whole=False):
@@ -410,16 +354,16 @@ class Batches:
 
     def first_epoch(self):
         """The batches of the first epoch, a list."""
-        return [self[step] for step in range(-(-self.per_epoch // self.size))]
+        return [self[step] for step in range(math.ceil(self.per_epoch / self.size))]
 
 
 def micro_batches(items, n, row_length, model):
-    """Cut a batch, a list of Encoded, into n micro-batches per process to save memory. Yields this
-    process's, packed, on the model's device.
+    """Cut a batch, a list of Encoded, into n micro-batches per process to save memory. Yields those
+    of this process, packed, on the model's device.
 
-    Each loss is divided by the size of the whole batch, so the gradients of all micro-batches add
-    up to the gradient of the batch. Prompts are dealt out by length, so that all micro-batches take
-    about as long. Raises UserError if there are fewer prompts than processes.
+    The caller divides each loss by the size of the whole batch, so that the gradients of all
+    micro-batches add up to the gradient of the batch. Prompts are dealt out by length, so that all
+    micro-batches take about as long. Raises UserError if there are fewer prompts than processes.
     """
     if len(items) < world_size():
         raise UserError(f"a batch of {len(items)} prompts for {world_size()} processes: use a "
@@ -433,6 +377,7 @@ def micro_batches(items, n, row_length, model):
 
 def batches_in_order(items, row_length, model, size=32):
     """All items in order, `size` prompts at a time, packed, on the model's device. With several
-    processes, each yields its share of these batches; `all_gather` reassembles the results."""
+    processes, each yields every world_size()-th of these batches; runtime.parallel.all_gather puts
+    the results together again."""
     for start in range(process_rank() * size, len(items), world_size() * size):
         yield pack_for_model(items[start:start + size], row_length, model)

@@ -3,7 +3,7 @@
     model = GPT(GPTConfig())                     # random weights, or
     model = GPT.from_pretrained("gpt2")          # the released ones
     logits = model(tokens)                       # (B, T) ids -> (B, T, V)
-    logps = model.logps(batch)                   # (N,) log pi(y|x), one per answer of a batch
+    logps = model.logps(batch)                   # (N,) log pi(y|x) of answers y to prompts x
     answers = model.generate(prompts, 64)        # new ids for each of a list of prompts
 
 The network: token plus learned position embeddings, then n_layer blocks of
@@ -15,9 +15,9 @@ then a last layer norm, and the token embedding again as the output head. Letter
 B rows, T tokens of a row, C channels, V vocabulary, H heads, D = C / H channels of a head,
 N answers, S scored tokens.
 
-Left out on purpose: dropout. DPO compares the log-probs of the same answer under two models. If
-both are deterministic, their difference is exactly zero before the first update; and a single pass
-over the data hardly overfits.
+Left out on purpose: dropout. DPO compares the log-probs of the same answer under two models, and
+dropout would make them differ by noise. The data is seen once or a few times, so there is little
+overfitting to prevent.
 """
 
 import math
@@ -63,8 +63,8 @@ class Attention(nn.Module):
         """(B, T, C) to (B, T, C).
 
         mask: (B, 1, T, keys) bool, True where a token may attend; None is plain causal attention.
-        cache: a KeyValueCache of the tokens before x, to which those of x are added. Without a
-        mask, a token that continues a cache may attend to all of it.
+        cache: a KeyValueCache of the tokens before x, to which those of x are added. With tokens in
+        the cache and no mask, x must be a single token, which attends to all of them.
         """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
@@ -100,7 +100,7 @@ class Block(nn.Module):
 
 
 class KeyValueCache:
-    """Keys and values of one layer for the tokens seen so far, in memory allocated once."""
+    """Keys and values of one layer for the tokens seen so far, with room for those to come."""
 
     def __init__(self, capacity):
         """capacity: the largest number of tokens that a row will hold."""
@@ -128,8 +128,9 @@ class KeyValueCache:
 
 
 # GPT.generate checks which answers are finished only every CHECK_EVERY tokens, because on a GPU the
-# check waits for all work under way. Finished rows leave the batch once at most MOST_GOING of it
-# is unfinished: copying the caches of the other rows costs about as much as a token.
+# check waits for all work under way. It drops the rows of finished answers when at most MOST_GOING
+# of all rows are unfinished. Sooner does not pay: dropping copies the caches, at about the cost of
+# a token.
 CHECK_EVERY, MOST_GOING = 8, 0.75
 
 
@@ -140,9 +141,10 @@ class GPT(nn.Module):
         """init_std: standard deviation of the initial weights; GPT-2 uses 0.02 for 768 channels."""
         super().__init__()
         self.config = config
+        # Set by runtime.parallel.set_precision and set_compiled:
         self.precision = None       # autocast to torch.bfloat16 or torch.float16; None is float32
-        self.compiled = False       # the training loops compile logps, and rows keep one length
         self.vocab_multiple = 1     # logps pads the vocabulary to a multiple of this; see head
+        self.compiled = False       # training compiles logps, so all packed rows have one length
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -163,8 +165,8 @@ class GPT(nn.Module):
     # -- forward ---------------------------------------------------------------------------------
 
     def hidden(self, tokens, positions=None, mask=None, caches=None):
-        """(B, T) ids to the (B, T, C) that the output head reads. Arguments as in forward;
-        caches: one KeyValueCache per layer."""
+        """(B, T) ids to the final hidden states, (B, T, C). positions as in forward; mask: (B, T,
+        keys), with caches, one KeyValueCache per layer, where keys counts all tokens so far."""
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)
         if mask is not None:
@@ -176,9 +178,9 @@ class GPT(nn.Module):
             return self.ln_f(x)
 
     def head(self, hidden, multiple=1):
-        """(..., C) to logits (..., V), by the token embedding. Never under autocast: GPT-2's logits
-        lie around -100, where bfloat16 has a resolution of one half, and the log-prob of an answer
-        would be off by more than a nat.
+        """Logits: (..., C) to (..., V), by the transposed token embedding. Never under autocast:
+        GPT-2's logits lie around -100, where bfloat16 has a resolution of one half, and the
+        log-prob of an answer would be off by more than a nat.
 
         multiple: pad V to a multiple of this. The added columns belong to no token, so they are
         -inf; zero would be a huge logit beside -100.
@@ -191,8 +193,9 @@ class GPT(nn.Module):
         return F.linear(hidden.to(weight.dtype), weight, bias)
 
     def autocast(self):
-        """The precision of matrix products, set in one place for training, reference, sampling and
-        evaluation. If policy and reference differed in precision, DPO would not start at log 2."""
+        """A with block in which matrix products have self.precision: the same for training,
+        reference, sampling and evaluation. If policy and reference differed in it, their log-probs
+        would differ before the first update."""
         return torch.autocast(self.device.type, self.precision,
                               enabled=self.precision is not None)
 
@@ -207,9 +210,10 @@ class GPT(nn.Module):
     def logps(self, batch):
         """log pi(y|x) = sum over the tokens of y of log pi(token | all before it), for each answer.
 
-        batch: a packed data.Batch. Returns (N,), in float32 also under autocast. The model predicts
-        a token at the place *before* it, so only those S places go through the output head, which
-        is a third of the arithmetic of the smallest GPT-2.
+        batch: a packed data.Batch: source are the S flat indices at which a scored token is
+        predicted (that of the token *before* it), target the ids of those tokens, owner the answer
+        each belongs to. Only these S positions go through the output head, which is a third of the
+        arithmetic of the smallest GPT-2. Returns (N,), in float32 also under autocast.
         """
         hidden = self.hidden(batch.tokens, batch.positions, batch.mask())        # (B, T, C)
         hidden = hidden.flatten(0, 1).index_select(0, batch.source)              # (S, C)
@@ -224,12 +228,13 @@ class GPT(nn.Module):
                  generator=None):
         """Continue each of a list of prompts (non-empty lists of ids, of any lengths).
 
-        temperature: 0 always takes the most likely token. top_k: sample from the k most likely
-        tokens. top_p: sample from the fewest most likely tokens whose probabilities add up to p.
+        max_new_tokens: also limited by the block size, for each prompt. temperature: 0 always takes
+        the most likely token. top_k: sample from the k most likely tokens. top_p: sample from the
+        fewest most likely tokens whose probabilities add up to at least p.
         eot: the id that ends an answer. generator: a torch.Generator on the model's device, so that
         sampling does not advance the generator of training. Returns a list of lists: the new ids of
         each prompt, eot included if it was reached. Equal prompts are computed once and continued
-        independently. Raises ValueError for an empty prompt, or one that fills the block.
+        independently. Raises ValueError for an empty prompt, or one of block_size tokens or more.
         """
         T, shortest = max(map(len, prompts)), min(map(len, prompts))
         block_size = self.config.block_size
@@ -271,9 +276,9 @@ class GPT(nn.Module):
         """Compute the prompts that generate continues, each distinct one once.
 
         Prompts are padded on the left, so that they end in the same column and every step adds one
-        column. The padding is masked and takes no positions. Returns hidden (B, C) of the last
-        tokens, padding (B,), the number of padded columns, and one KeyValueCache of `capacity`
-        tokens per layer.
+        column. Padding is masked, and position 0 is the first real token. Returns hidden (B, C) of
+        the last tokens, padding (B,), the number of padded columns, and one KeyValueCache of
+        `capacity` tokens per layer.
         """
         row_of = {}                                                 # U distinct prompts
         copies = [row_of.setdefault(tuple(prompt), len(row_of)) for prompt in prompts]
@@ -316,7 +321,7 @@ class GPT(nn.Module):
         model.safetensors or pytorch_model.bin. Returns the model in float32 on the CPU. Raises
         UserError if a file is missing, damaged, or not a GPT-2's.
         """
-        sizes, path = hub.locate(name_or_dir)
+        sizes, path = hub.find_or_download(name_or_dir)
         try:
             config = GPTConfig(**sizes)
         except ValueError as error:
@@ -342,14 +347,15 @@ def choose(logits, temperature, top_k, top_p, generator):
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)
-        beyond = probs.cumsum(-1) - probs >= top_p              # those before it add up to p
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
+        beyond = probs.cumsum(-1) - probs >= top_p              # those before add up to p
+        beyond = beyond.scatter(-1, order, beyond)              # back in order of ids
+        logits = logits.masked_fill(beyond, -math.inf)
     # Inverse transform sampling: one uniform number per row, and the token whose interval of the
-    # cumulative distribution contains it. (torch.multinomial draws V numbers per row.) Intervals
-    # are narrow, so in float64, which the GPU of a Mac lacks.
+    # cumulative distribution contains it. (torch.multinomial draws V numbers per row.) Rare tokens
+    # have tiny intervals, so the sum is in float64 (float32 on Apple's GPUs, which lack float64).
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     ends = logits.softmax(-1).cumsum(-1, dtype=dtype)                               # (B, V)
     u = torch.rand(len(ends), 1, dtype=dtype, device=ends.device, generator=generator)

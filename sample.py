@@ -10,8 +10,9 @@ train_dpo.py ends with `evaluate`: for each policy, over answers to held-out pro
 temperature 1,
 
     reward       mean ground-truth reward of prompt + answer, if the task has one
-    kl           mean of log pi(y|x) - log pi_ref(y|x) over answers y ~ pi: an unbiased estimate
-                 of KL(pi || pi_ref) in nats, from the very ids that were sampled
+    kl           mean of log pi(y|x) - log pi_ref(y|x) over answers y ~ pi, scored on the sampled
+                 ids: an unbiased estimate of KL(pi || pi_ref) in nats, for answers that are cut
+                 at --max-new-tokens
     win_rate     share of prompts on which the answer has a higher reward than the baseline's; ties
                  count as half; with Wilson's 95 % interval
     well_formed  share of texts that the task's grammar accepts
@@ -20,11 +21,11 @@ temperature 1,
 --evaluate adds
 
     distinct_n     distinct n-grams as a share of all n-grams of all answers: low if a policy
-                   repeats itself. It falls with the number of prompts, so compare equal numbers
+                   repeats itself. It falls as prompts are added, so compare equal numbers of them
     accuracy       share of held-out pairs whose chosen answer has the higher implicit reward
                    beta (log pi - log pi_ref); ties count as half
-    logp_accuracy  the same without the reference: whose chosen answer has the higher log pi. Often
-                   reported as "accuracy", though the reference has such an accuracy too
+    logp_accuracy  share of those pairs whose chosen answer has the higher log pi. Papers often call
+                   this accuracy. It is not 50 % for the reference, so compare it with that
     margin         mean implicit reward of chosen minus rejected held-out answers
 
 Left out on purpose: beam search. DPO trains a distribution, so we look at samples of it.
@@ -32,27 +33,19 @@ Left out on purpose: beam search. DPO trains a distribution, so we look at sampl
 
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data import Encoded, batches_in_order, encode_all
-from runtime.checkpoint import open_checkpoint
-from runtime.cli import (
-    Parser,
-    add_measuring_flags,
-    add_shared_flags,
-    choose_task,
-    command,
-    number_type,
-    set_up,
-)
+from runtime.checkpoint import common_block_size, open_checkpoint, open_policies
+from runtime.cli import command, set_up
 from runtime.errors import UserError
 from runtime.files import make_folder, write_json
+from runtime.flags import parse_sample_flags
 from runtime.parallel import all_gather, compiled_logps, process_rank, world_size
-from runtime.report import names_of, side_by_side, table
+from runtime.report import final_report, names_of, side_by_side
 from runtime.rows import read_and_report
 from tasks import task_of
 
@@ -68,8 +61,8 @@ def sample(model, prompts, max_new_tokens, seed, eot, temperature=1.0, top_k=Non
            progress="sampling"):
     """Sample one answer (a list of ids) to each of a list of prompts (lists of ids).
 
-    Prompts of similar length are sampled together, as many as make at most 2^16 tokens. Each such
-    batch has its own generator, so the answers do not depend on the number of processes.
+    Prompts of similar length are sampled together, in batches of at most 2^16 tokens. Each batch
+    has its own generator, so the answers do not depend on the number of processes.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     longest = min(len(prompts[order[-1]]) + max_new_tokens, model.config.block_size)
@@ -135,13 +128,13 @@ def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
                          progress=f"sampling {name}")
         texts[name] = [decode_answer(answer, tokenizer) for answer in answers]
         whole = [prompt + text for prompt, text in zip(prompts, texts[name])]
-        columns[name] = {}                      # {measure: (prompts,) values}
+        columns[name] = {}                      # {measure: one value per prompt}, as in the table
         if reward:
             columns[name]["reward"] = torch.tensor([reward(text) for text in whole],
                                                    dtype=torch.float64)
         columns[name]["kl"] = log_ratios(model, reference, encoded, answers, name)
         if reward:
-            columns[name]["win_rate"] = None    # needs the rewards of all policies, see below
+            columns[name]["win_rate"] = None    # filled in below: it needs the baseline's rewards
         if well_formed:
             columns[name]["well_formed"] = torch.tensor([float(well_formed(t)) for t in whole])
         columns[name]["length"] = torch.tensor([float(len(answer)) for answer in answers])
@@ -179,9 +172,9 @@ def means(columns):
 def wilson(wins, n):
     """(low, high): Wilson's 95 % interval of a share, given wins (a tie is half a win) out of n.
 
-    It contains the rates p that are within 1.96 of their own standard errors of the observed share:
-    |wins / n - p| <= z sqrt(p (1 - p) / n). Unlike the share +- 2 standard errors, it stays within
-    0 and 1 and is not empty if all were won.
+    It contains every rate p with |wins / n - p| <= z sqrt(p (1 - p) / n), where z = 1.96. Unlike
+    the share +- 2 standard errors, it stays within 0 and 1 and does not shrink to a point if all
+    were won.
     """
     share, z2 = wins / n, Z_95**2 / n
     half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4)
@@ -196,19 +189,34 @@ def distinct(texts, tokenizer, n):
     return len(set(n_grams)) / max(1, len(n_grams))
 
 
+def ranked_correctly(margins, tie):
+    """1 for each pair whose margin is positive, 0 if it is negative, 1/2 if it is a tie. So the
+    accuracy of a policy that equals its reference is 50 %, rather than noise from rounding."""
+    decided = margins.abs() > tie
+    return ((margins > 0) & decided) + 0.5 * ~decided
+
+
+def tie_in_nats(precision):
+    """How far apart rounding alone may put two differences of log-probs, which are sums over the
+    tokens of an answer. (For answers of 20 tokens, 1e-5 in float32 and 1.5e-3 in bfloat16.)"""
+    return 2e-4 if precision is None else 0.02
+
+
 def rate_pairs(policies, reference, items, betas):
-    """How policies ({name: model}) rank the pairs of a list of Encoded: {name: measures}, namely
+    """How policies ({name: model}) rank the pairs of a list of Encoded: {name: measures}, which are
     accuracy, logp_accuracy and margin as at the top of this file, over all pairs.
 
-    betas: {name: beta}; a policy without one has no margin. Pairs of one prompt share answers, so
-    the standard errors are clustered by prompt.
+    betas: {name: beta}; a policy without one has no margin. Standard errors are clustered by
+    prompt.
     """
     row_length, measures = reference.config.block_size, {}
     ref_logps = score(reference, items, row_length, "scoring pairs, reference")
-    group = torch.tensor([g for g, item in enumerate(items) for _ in item.pairs])
+    clusters = {}                                       # {prompt: its index}
+    cluster_of = [clusters.setdefault(tuple(item.prompt), len(clusters)) for item in items]
+    cluster_of = torch.tensor([c for c, item in zip(cluster_of, items) for _ in item.pairs])
 
     def differences(logps):
-        """(P,) of the winner minus that of the loser."""
+        """(P,) log-prob of the winner minus that of the loser."""
         return torch.tensor([row[w] - row[l] for row, item in zip(logps, items)
                              for w, l in item.pairs], dtype=torch.float64)
     for name, model in policies.items():
@@ -216,14 +224,16 @@ def rate_pairs(policies, reference, items, betas):
         if model is not reference:
             pi_logps = score(model, items, row_length, f"scoring pairs, {name}")
         pi_logratios, ref_logratios = differences(pi_logps), differences(ref_logps)
-        columns = {"accuracy": ((pi_logratios - ref_logratios).sign() + 1) / 2,
-                   "logp_accuracy": (pi_logratios.sign() + 1) / 2}
+        margins = pi_logratios - ref_logratios                          # in nats
+        columns = {"accuracy": ranked_correctly(margins, tie_in_nats(model.precision)),
+                   "logp_accuracy": ranked_correctly(pi_logratios, 0.0)}
         if name in betas:
-            columns["margin"] = betas[name] * (pi_logratios - ref_logratios)
+            columns["margin"] = betas[name] * margins
         measures[name] = {}
         for measure, values in columns.items():
-            deviations = torch.zeros(len(items), dtype=torch.float64)
-            deviations.index_add_(0, group, values - values.mean())     # (G,) sum of each prompt
+            # Pairs of one prompt are not independent, so their deviations are added up first.
+            deviations = torch.zeros(len(clusters), dtype=torch.float64)
+            deviations.index_add_(0, cluster_of, (values - values.mean()).double())
             measures[name] |= {measure: values.mean().item(),
                                f"{measure}_se": deviations.norm().item() / len(values)}
     return measures
@@ -264,7 +274,7 @@ def talk(paths, device, args):
         try:
             prompt = input("prompt> ")
             print(side_by_side([prompt] * args.n, answer(policies, tokenizer, prompt, args)))
-        except (UserError, UnicodeDecodeError) as error:    # too long, or not text; the next may do
+        except (UserError, UnicodeDecodeError) as error:    # a bad prompt: ask for another
             print(error)
         except EOFError:
             print()
@@ -305,10 +315,8 @@ def measure(paths, device, args):
     if items:
         for name, on_pairs in rate_pairs(policies, pi_ref, items, betas).items():
             measures[name] |= on_pairs
-    print(side_by_side(prompts[:4], texts, task.reward))
     against = f"; win rate against {baseline}, with its 95 % interval" if task.reward else ""
-    print(f"\n{len(prompts):,} held-out prompts, one sample each, mean +- standard error\n"
-          f"KL to {reference}{against}\n{table(measures)}")
+    print(final_report(prompts, texts, measures, task.reward, f"\nKL to {reference}{against}"))
     make_folder(args.out)
     write_json(args.out / "evaluation.json", {
         "task": args.task or args.data.name, "seed": args.seed, "reference": str(reference),
@@ -327,83 +335,8 @@ def held_out_pairs(tokenizer, row_length, args):
                            tokenizer, row_length)
 
 
-def open_policies(paths, device, args):
-    """({name: model}, tokenizer, {name: beta}) of checkpoints; each file is opened once. Raises
-    UserError if they cannot be used together."""
-    policies, betas, tokenizers = {}, {}, set()
-    for path, name in names_of(paths).items():
-        if name in policies:
-            continue
-        policies[name], tokenizer, facts = open_checkpoint(path, device, args)
-        tokenizers.add(facts["tokenizer"])
-        if "beta" in facts:
-            betas[name] = facts["beta"]
-    if len(tokenizers) > 1:
-        raise UserError(f"{' and '.join(map(str, paths))} have different tokenizers")
-    return policies, tokenizer, betas
-
-
-def common_block_size(models):
-    """The block size of models ({name: model}). Raises UserError if they differ."""
-    sizes = sorted({model.config.block_size for model in models.values()})
-    if len(sizes) > 1:
-        raise UserError(f"checkpoints for {' and '.join(map(str, sizes))} tokens: to be measured "
-                        "together they must have one block size")
-    return sizes[0]
-
-
 def parse_args(argv):
-    parser = Parser(__doc__)
-    add_shared_flags(parser)
-    add_measuring_flags(parser)
-    add = parser.add_argument
-    add("--checkpoint", type=Path, help="default: dpo.pt of the run, or sft.pt if there is none")
-    add("--prompt", help="default: ask for prompts until the end of input (Ctrl-D)")
-    add("-n", type=number_type(int, 1), default=1, help="answers to each prompt (default 1)")
-    add("--temperature", type=number_type(float, 0), default=1.0,
-        help="1 samples the trained distribution, 0 takes the most likely token (default 1)")
-    add("--top-k", type=number_type(int, 1), help="sample from the k most likely tokens only")
-    add("--top-p", type=number_type(float, 0, above=True, most=1),
-        help="sample from the fewest most likely tokens whose probabilities add up to p")
-    add("--compare", nargs="*", type=Path, metavar="FILE",
-        help="two checkpoints side by side (default: sft.pt and dpo.pt of the run)")
-    add("--export", type=Path, metavar="FOLDER",
-        help="write the checkpoint's weights in the layout of the Hugging Face hub, and exit")
-    add("--evaluate", nargs="*", type=Path, metavar="FILE",
-        help="measure any number of checkpoints (default: sft.pt and dpo.pt of the run)")
-    add("--reference", type=Path,
-        help="--evaluate: the reference of KL and implicit reward (default sft.pt of the run)")
-    add("--baseline", type=Path,
-        help="--evaluate: what the win rate compares to (default: the first checkpoint)")
-    parser.set_defaults(strict=False)       # rows that teach nothing are counted
-    args = parser.parse_args(argv)
-    choose_task(args)
-    check_flags(args)
-    return args
-
-
-def check_flags(args):
-    """Raise UserError for flags that contradict each other or would have no effect."""
-    comparing, evaluating = args.compare is not None, args.evaluate is not None
-    if comparing and (len(args.compare) not in (0, 2) or args.checkpoint):
-        raise UserError("--compare takes two checkpoints, or none for sft.pt and dpo.pt of the "
-                        "run, and no --checkpoint")
-    if args.export and comparing:
-        raise UserError("--export writes one checkpoint: name it with --checkpoint, not --compare")
-    for_talking = {"--compare": comparing, "--export": args.export,
-                   "--prompt": args.prompt is not None, "-n": args.n != 1,
-                   "--temperature": args.temperature != 1, "--top-k": args.top_k is not None,
-                   "--top-p": args.top_p is not None}
-    for flag, given in for_talking.items():
-        if evaluating and given:
-            raise UserError(f"{flag} is not for --evaluate, which samples answers to held-out "
-                            "prompts at temperature 1")
-    for flag, given in [("--reference", args.reference), ("--baseline", args.baseline)]:
-        if given and not evaluating:
-            raise UserError(f"{flag} is for --evaluate, and has no effect without it")
-    if args.baseline and not task_of(args).reward:
-        raise UserError("--baseline: a win rate needs a reward, which only the reviews task has; "
-                        "python -m experiments.win_rate asks people or a model")
+    return parse_sample_flags(__doc__, argv)
 
 
 if __name__ == "__main__":

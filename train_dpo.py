@@ -1,25 +1,36 @@
-"""Direct Preference Optimization: the mathematics, the step, the loop.
+"""Direct Preference Optimization (DPO): the mathematics, the step, the loop.
 
     python train_dpo.py                           # the reviews task: SFT if needed, then DPO
     python train_dpo.py --task hh                 # GPT-2 on Anthropic's dialogues, or --task tldr
     python train_dpo.py --data pairs.jsonl        # your own preferences
     torchrun --nproc_per_node 8 train_dpo.py --task hh            # on eight GPUs
 
-    loss = -log sigma( beta log pi(y_w|x)/pi_ref(y_w|x) - beta log pi(y_l|x)/pi_ref(y_l|x) )
+People compare two answers to a prompt x and prefer y_w to y_l. RLHF fits a reward model r to such
+pairs and then looks for the policy pi (a language model) that maximizes
 
-People compare two answers to a prompt x and prefer y_w to y_l. RLHF fits a reward model to such
-pairs and then optimizes a policy for that reward. DPO skips the reward model: every policy is the
-optimal one for some reward, its implicit reward, so the policy itself can be fitted to the pairs,
-with the loss above. The reference pi_ref is the SFT model. It never changes, so its log-probs are
-computed once, before training.
+    E[r(x, y)] - beta KL(pi || pi_ref)
+
+where the reference pi_ref is the model to stay close to, here the SFT model. The optimum is known:
+
+    pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x)                     Z(x) makes it sum to 1
+    r(x, y)  = beta log( pi*(y|x) / pi_ref(y|x) ) + beta log Z(x)         solved for r
+
+A preference depends on r(x, y_w) - r(x, y_l) only, in which Z(x) cancels. So DPO needs no reward
+model: it fits the policy itself to the pairs, by maximum likelihood, with sigma the logistic
+function:
+
+    loss = -log sigma( beta log[pi(y_w|x)/pi_ref(y_w|x)] - beta log[pi(y_l|x)/pi_ref(y_l|x)] )
+
+The log-probs under pi_ref never change, so they are computed once, before training.
 
 Writes to out/<task>/: preferences.jsonl (if the task samples its own), reference.json, dpo.pt,
 metrics.csv, results.json. Left out on purpose: the reward model and PPO, which DPO replaces.
+Equations, sections and appendices named here are those of the paper, arXiv 2305.18290. It writes
+preferred and dispreferred, or w and l (winner and loser), for what files call chosen and rejected.
 """
 
 import json
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,38 +38,35 @@ import torch.nn.functional as F
 import train_sft
 from data import Batches, batches_in_order, micro_batches, rank_answers
 from runtime.checkpoint import check_sft_checkpoint, data_source, open_checkpoint, save_checkpoint
-from runtime.cli import (
-    Parser,
-    add_measuring_flags,
-    add_shared_flags,
-    add_training_flags,
-    check_row_length,
-    choose_task,
-    command,
-    flags_for_sft,
-    number_type,
-    set_up,
-    warn_of_large_lr,
-)
+from runtime.cli import choose_row_length, command, set_up, warn_of_large_lr
 from runtime.errors import UserError
-from runtime.files import make_folder, read_cached, write_cached, write_json
-from runtime.parallel import compiled_logps, set_compiled, sum_gradients
-from runtime.report import side_by_side, table
-from runtime.run import Log, TrainingState, fingerprint, is_time
-from sample import decode_answer, encode_prompt, evaluate, sample, score
+from runtime.files import cached, make_folder, write_json
+from runtime.flags import flags_for_sft, needs_sft, parse_dpo_flags
+from runtime.parallel import compiled_logps, sum_gradients
+from runtime.report import final_report
+from runtime.run import Log, TrainingState, cache_key, is_due
+from sample import (
+    decode_answer,
+    encode_prompt,
+    evaluate,
+    ranked_correctly,
+    sample,
+    score,
+    tie_in_nats,
+)
 from tasks import encode_splits, reviews, task_of
 from train_sft import grad_scaler, update, warmup
 
 # Defaults that depend on the task. Appendix B has beta 0.1 (0.5 for TL;DR) and learning rate 1e-6.
 # The model of the reviews is 260 times smaller than the smallest GPT-2, so its few weights have to
-# move further, and beta 0.1 would cost it too much of its grammar.
+# move further; and with beta 0.1 it writes fewer texts that are grammatical.
 PAPER_LR = 1e-6
-BETA = {"reviews": 0.5, "hh": 0.1, "tldr": 0.5, "--data": 0.1}
-LR = {"reviews": 3.5e-5, "hh": PAPER_LR, "tldr": PAPER_LR, "--data": PAPER_LR}
+BETA = {"reviews": 0.5, "hh": 0.1, "tldr": 0.5, "own file": 0.1}
+LR = {"reviews": 3.5e-5, "hh": PAPER_LR, "tldr": PAPER_LR, "own file": PAPER_LR}
 
 
 # ------------------------------------------------------------------------------------------------
-# The mathematics that training uses. Pure functions of log-probabilities.
+# The mathematics. Pure functions of log-probabilities. Training uses these ...
 # ------------------------------------------------------------------------------------------------
 
 
@@ -74,16 +82,16 @@ def bradley_terry(r_w, r_l):
 def implicit_reward(pi_logps, ref_logps, beta):
     """Eq. 17 without beta log Z(x): rhat(x, y) = beta log(pi(y|x) / pi_ref(y|x)).
 
-    The language model is secretly a reward model: pi is optimal for the reward rhat + beta log Z.
-    The second term is the same for all answers to a prompt, so no preference depends on it
-    (Lemma 1).
+    The language model is secretly a reward model: pi is the optimum for the reward rhat(x, y) +
+    beta log Z(x). The second term is the same for all answers to a prompt, so no preference depends
+    on it (Lemma 1).
     """
     return beta * (pi_logps - ref_logps)
 
 
 def dpo_loss(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
-    """Appendix B: the negative log-likelihood of the pairs under the Bradley-Terry model of the
-    implicit rewards, -log sigma(rhat_w - rhat_l).
+    """Eq. 7 and Appendix B: the negative log-likelihood of the pairs under the Bradley-Terry model
+    of the implicit rewards, -log sigma(rhat_w - rhat_l).
 
     pi_logps, ref_logps: (N,) log pi(y|x) of each answer under policy and reference.
     yw_idxs, yl_idxs: (P,) indices of the preferred and the dispreferred answer of each pair.
@@ -101,15 +109,16 @@ def plackett_luce(rewards, ranking):
     first, each with probability proportional to exp(reward) among those that are left.
 
     rewards: (N,) one per answer. ranking: (..., K) indices into rewards, best first; a ranking of
-    fewer than K answers is padded with -1. Returns (...).
+    fewer than K answers is padded with -1. Returns (...), a log-probability for each ranking.
     """
     r = rewards[ranking.clamp(min=0)]                               # (..., K)
-    not_padding = r.masked_fill(ranking < 0, -math.inf)
+    later = r.masked_fill(ranking < 0, -math.inf)                   # padding is never drawn
     logp = torch.zeros_like(r[..., 0])
     for k in range(ranking.size(-1)):
-        # Those that are left: the k-th answer and all after it. A -1 is left alone and adds 0.
-        left = torch.cat([r[..., k:k + 1], not_padding[..., k + 1:]], dim=-1)
-        logp = logp + r[..., k] - left.logsumexp(-1)
+        # The k-th answer is drawn among itself and all later ones. At padding there is only itself,
+        # so the term is r - r = 0.
+        candidates = torch.cat([r[..., k:k + 1], later[..., k + 1:]], dim=-1)
+        logp = logp + r[..., k] - candidates.logsumexp(-1)
     return logp
 
 
@@ -124,16 +133,17 @@ def plackett_luce_loss(pi_logps, ref_logps, rankings, beta):
 
 
 def unlikelihood_loss(pi_logps, yw_idxs, yl_idxs):
-    """C.3: -(log pi(y_w|x) - log pi(y_l|x)), raise one and lower the other.
+    """C.3: -(log pi(y_w|x) - log pi(y_l|x)), which raises one and lowers the other.
 
     The baseline that degenerates: without a sigmoid no pair is ever ranked well enough, and without
-    a reference nothing preserves the language. Returns losses (P,), unbounded below.
+    a reference nothing keeps the policy near fluent text. Returns losses (P,), unbounded below.
+    (Elsewhere, "unlikelihood" is the loss -log(1 - p) of a token.)
     """
     return -(pi_logps[yw_idxs] - pi_logps[yl_idxs])
 
 
 # ------------------------------------------------------------------------------------------------
-# The mathematics behind it, which the tests and experiments use
+# ... and the tests and experiments these
 # ------------------------------------------------------------------------------------------------
 
 
@@ -153,8 +163,9 @@ def optimal_policy(ref_logps, rewards, beta):
 def dpo_gradient(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
     """A.4: d(sum of dpo_loss) / d pi_logps in closed form, (N,).
 
-    Each pair adds -beta sigma(rhat_l - rhat_w) to its winner and the opposite to its loser. The
-    weight is large if the pair is ranked wrongly. (A.4 prints it with w and l swapped.)
+    Each pair adds -beta sigma(rhat_l - rhat_w) to its winner and +beta sigma(rhat_l - rhat_w) to
+    its loser. Sigma is near 1 if the pair is ranked wrongly and near 0 if it is ranked correctly.
+    (A.4 prints it with w and l swapped.)
     """
     rewards = implicit_reward(pi_logps, ref_logps, beta)
     weights = beta * torch.sigmoid(rewards[yl_idxs] - rewards[yw_idxs])     # (P,)
@@ -172,35 +183,38 @@ COLUMNS = {"loss": ".4f", "accuracy": ".1%", "margin": "+.3f", "chosen_reward": 
 
 
 def train(policy, preferences, held_out, args):
-    """DPO on preferences, a list of Encoded with their ref_logps. Trains the policy in place."""
+    """DPO on preferences, a list of Encoded with their ref_logps. Trains the policy in place.
+    held_out: more of them, for evaluation only. args: the flags of parse_args."""
     batches = Batches(preferences, args.batch, args.seed, whole=args.loss == "plackett_luce")
     n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
     optimizer = policy.optimizer(args.lr, args.weight_decay)
     scaler = grad_scaler(policy)
     log = Log(args.out / "metrics.csv", COLUMNS, batches, scaler)
     state = TrainingState(args.out / "dpo_state.pt", args, policy, optimizer, scaler, log, batches,
-                          held_out)
+                          held_out)                                 # for --resume
     logps_of = compiled_logps(policy)                               # policy.logps, perhaps compiled
-    for step in state.steps(n_steps, "DPO"):
-        # One batch: forward and backward, a micro-batch at a time. Gradients add up.
-        for batch in micro_batches(batches[step], state.micro_batches, args.row_length, policy):
+    tie = args.beta * tie_in_nats(policy.precision)                 # a margin that may be rounding
+    for step in state.steps(n_steps, "DPO"):                        # those left, if resumed
+        # One batch, forward and backward in micro-batches, whose gradients add up.
+        for batch in micro_batches(batches[step], state.n_micro_batches, args.row_length, policy):
             logps = logps_of(batch)                                 # (N,) log pi(y|x)
             losses, rewards = objective(logps, batch, args)         # (P,) and (N,)
-            scaler.scale(losses.sum() / args.batch).backward()      # mean over the whole batch
-            log.add(len(losses), loss=losses.detach().sum())
-            log.add(len(batch.winners), **describe(logps.detach(), rewards, batch))
+            loss = losses.sum() / args.batch                        # mean over the whole batch
+            scaler.scale(loss).backward()
+            log.add(len(losses), loss=losses.detach().sum())        # a sum, and of how many
+            log.add(len(batch.winners), **describe(logps.detach(), rewards, batch, tie))
             if step == 0:
                 check_start(logps.detach(), batch, args, policy.precision)
         # One update.
-        sum_gradients(policy)                                       # over all processes
+        sum_gradients(policy)                                       # of all processes
         lr = args.lr * warmup(step, args.warmup)
         grad_norm = update(policy, optimizer, scaler, lr, args.clip)
-        log.end_step(step, grad_norm, lr)
-        # Evaluate on held-out pairs, write a line of the log, save what the next step depends on.
-        evaluating = held_out and is_time(step, n_steps, args.eval_every)
+        log.note_update(step, grad_norm, lr)
+        # At some steps: evaluate on held-out pairs, write a line of the log, save the state.
+        evaluating = held_out and is_due(step, n_steps, args.eval_every)
         if evaluating:
             evaluate_preferences(policy, held_out, args, log)
-        if evaluating or is_time(step, n_steps, args.log_every):
+        if evaluating or is_due(step, n_steps, args.log_every):
             log.write(step)
         state.save_if_due(step)
 
@@ -216,16 +230,12 @@ def objective(logps, batch, args):
     return dpo_loss(logps, batch.ref_logps, batch.winners, batch.losers, args.beta)
 
 
-TIE = 1e-4          # in float32, margins of long answers are not exact to more than this
-
-
-def describe(logps, rewards, batch):
-    """What to log: sums over the pairs of a batch. A tie counts as half right, so the accuracy is
-    50 % before the first update, rather than noise from rounding."""
+def describe(logps, rewards, batch, tie):
+    """Sums over the pairs of a batch, for the log. A margin of at most `tie` counts as a tie."""
     w, l = batch.winners, batch.losers
     margins = rewards[w] - rewards[l]
-    ahead = margins.sign() * (margins.abs() > TIE)                  # 1, 0 or -1
-    return {"accuracy": (ahead + 1).sum() / 2, "margin": margins.sum(),
+    return {"accuracy": ranked_correctly(margins, tie).sum(),
+            "margin": margins.sum(),
             "chosen_reward": rewards[w].sum(), "rejected_reward": rewards[l].sum(),
             "chosen_logp": logps[w].sum(), "rejected_logp": logps[l].sum()}
 
@@ -233,31 +243,35 @@ def describe(logps, rewards, batch):
 def check_start(logps, batch, args, precision):
     """Check that before the first update the policy equals the reference: every reward is 0, and
     the loss is that of equal models (log 2 for DPO). Otherwise the two were computed differently,
-    and every later number would be off. Raises UserError."""
+    and every later number would be off. Raises UserError, also if something is NaN."""
     losses, rewards = objective(logps, batch, args)
     expected, _ = objective(batch.ref_logps, batch, args)
-    tolerance = args.beta * (0.01 if precision is None else 1.0)    # nats, times beta
+    tolerance = args.beta * (0.01 if precision is None else 1.0)    # beta times so many nats
+    largest_reward = rewards.abs().max()
     loss_off = (losses - expected).mean().abs()
     if args.loss == "unlikelihood":                                 # has no reference
         loss_off = 0
-    if not (rewards.abs().max() <= tolerance and loss_off <= tolerance):
-        raise UserError(f"step 0: the loss is {losses.mean():.5f}, not {expected.mean():.5f}: the "
-                        "policy does not start at its reference")
+    starts_at_reference = largest_reward <= tolerance and loss_off <= tolerance
+    if not starts_at_reference:
+        raise UserError(f"step 0: the loss is {losses.mean():.5f}, not {expected.mean():.5f}, and "
+                        f"the largest implicit reward is {largest_reward:.5f}, not 0: the policy "
+                        "does not start at its reference")
 
 
 @torch.no_grad()
 def evaluate_preferences(policy, held_out, args, log):
     """Log the loss and the accuracy over all held-out preferences."""
-    logps_of = compiled_logps(policy)
+    logps_of, tie = compiled_logps(policy), args.beta * tie_in_nats(policy.precision)
     for batch in batches_in_order(held_out, args.row_length, policy):
         logps = logps_of(batch)
         losses, rewards = objective(logps, batch, args)
         log.add(len(losses), held_out_loss=losses.sum())
-        log.add(len(batch.winners), held_out_accuracy=describe(logps, rewards, batch)["accuracy"])
+        described = describe(logps, rewards, batch, tie)
+        log.add(len(batch.winners), held_out_accuracy=described["accuracy"])
 
 
 # ------------------------------------------------------------------------------------------------
-# The pipeline of C.1: an SFT model, sampled and ranked answers, reference log-probs, DPO, a table
+# The experiment of C.1: an SFT model, sampled and ranked answers, reference log-probs, DPO, a table
 # ------------------------------------------------------------------------------------------------
 
 
@@ -266,11 +280,12 @@ def main(argv=None):
     args = parse_args(argv)
     device, task = set_up(args), task_of(args)
     make_folder(args.out)
-    sft_path = find_or_train_sft(args)
+    sft_path = args.sft or args.out / "sft.pt"
+    if needs_sft(sft_path, args):
+        train_sft.main(flags_for_sft(args))
     policy, tokenizer, facts = open_checkpoint(sft_path, device, args)
     check_sft_checkpoint(sft_path, policy, facts, args)
-    check_row_length(args, policy.config.block_size)
-    set_compiled(policy, args.compile)
+    choose_row_length(args, policy.config.block_size)
 
     if task is reviews:
         sample_preferences(policy, tokenizer, args)
@@ -289,77 +304,49 @@ def main(argv=None):
     (args.out / "dpo_state.pt").unlink(missing_ok=True)     # the run has finished
 
 
-def find_or_train_sft(args):
-    """The path of the SFT model to start from. Runs SFT first if there is none."""
-    if args.sft:
-        print(f"starting from {args.sft}")
-        return args.sft
-    path = args.out / "sft.pt"
-    unfinished = (args.out / "sft_state.pt").exists()
-    if args.fresh:
-        print("--fresh: running SFT first")
-    elif args.resume and unfinished:
-        print(f"{path} is from an unfinished run; running SFT first")
-    elif not path.exists():
-        print(f"no {path} yet; running SFT first")
-    else:
-        later = ", but a later SFT run did not finish; --resume would continue it"
-        print(f"starting from {path}" + (later if unfinished else ""))
-        return path
-    train_sft.main(flags_for_sft(args))
-    return path
-
-
 def sample_preferences(sft, tokenizer, args):
     """Sample --samples answers to each of --prefixes prefixes from the SFT model, rank them by the
-    ground-truth reward, and write them to preferences.jsonl. One prefix in ten is held out.
+    ground-truth reward, and write them to preferences.jsonl. One prefix in ten is held out."""
+    key = cache_key(sft, sft.device.type, sft.precision, reviews.digest(), args.seed, args.prefixes,
+                    args.samples, args.max_new_tokens)
+    cached(args.out / "preferences.jsonl", key, lambda: ranked_samples(sft, tokenizer, args))
 
-    The file is reused if the same model and flags wrote it (see runtime.files.read_cached).
-    """
-    path = args.out / "preferences.jsonl"
-    key = " ".join(map(str, (fingerprint(sft), sft.device.type, sft.precision, args.seed,
-                             args.prefixes, args.samples, args.max_new_tokens)))
-    if read_cached(path, key) is not None:
-        print(f"{path}: already sampled by the same model with the same flags")
-        return
+
+def ranked_samples(sft, tokenizer, args):
+    """The content of preferences.jsonl: a JSON object per prefix, as rank_answers makes it."""
     n_held_out = max(1, args.prefixes // 10)
     prompts = (reviews.prefixes(args.prefixes - n_held_out, False, tokenizer, args.seed)
                + reviews.prefixes(n_held_out, True, tokenizer, args.seed))
     repeated = [encode_prompt(prompt, tokenizer) for prompt in prompts for _ in range(args.samples)]
     answers = sample(sft, repeated, args.max_new_tokens, args.seed, tokenizer.eot_token,
                      progress="sampling answers")
-    n_unfinished, rows = 0, []
+    n_unfinished, ranked = 0, []
     for i, prompt in enumerate(prompts):
         sampled = answers[i * args.samples:(i + 1) * args.samples]
         finished = [decode_answer(ids, tokenizer) for ids in sampled
                     if ids[-1] == tokenizer.eot_token and len(ids) > 1]
         n_unfinished += len(sampled) - len(finished)
         rewards = [reviews.reward(prompt + answer) for answer in finished]
-        rows.append(rank_answers(prompt, finished, rewards))
-    ranked = [row for row in rows if row]
+        row = rank_answers(prompt, finished, rewards)
+        if row:
+            ranked.append(row)
     if not ranked:
         raise UserError("no prompt got two finished answers of different reward: train SFT for "
                         "longer, or raise --max-new-tokens")
-    write_cached(path, key, "".join(json.dumps(row) + "\n" for row in ranked))
-    print(f"{path}: ranked the answers to {len(ranked):,} prompts; left out "
-          f"{len(rows) - len(ranked)} prompts (all rewards equal) and {n_unfinished} answers "
+    print(f"sampled and ranked the answers to {len(ranked):,} prompts; left out "
+          f"{len(prompts) - len(ranked)} prompts (all rewards equal) and {n_unfinished} answers "
           "(empty or unfinished)")
+    return "".join(json.dumps(row) + "\n" for row in ranked)
 
 
 def add_reference(policy, items, args):
-    """Compute the reference log-probs: those of the policy before its first update. They are cached
-    in reference.json, for the same weights, data and precision."""
-    path = args.out / "reference.json"
-    key = " ".join(map(str, (fingerprint(policy), fingerprint(items), args.row_length,
-                             policy.device.type, policy.precision, policy.compiled)))
-    cached = read_cached(path, key)
-    if cached is not None:
-        print(f"{path}: already computed by the same model for the same answers")
-        logps = json.loads(cached)
-    else:
-        logps = score(policy, items, args.row_length, "reference log-probs")
-        write_cached(path, key, json.dumps(logps))
-    for item, ref_logps in zip(items, logps):
+    """Set ref_logps of a list of Encoded to the log-probs under the reference, which is the policy
+    before its first update. They are kept in reference.json."""
+    key = cache_key(policy, items, args.row_length, policy.device.type, policy.precision,
+                    policy.compiled)
+    logps = cached(args.out / "reference.json", key, lambda: json.dumps(
+        score(policy, items, args.row_length, "reference log-probs")))
+    for item, ref_logps in zip(items, json.loads(logps)):
         item.ref_logps = ref_logps
 
 
@@ -375,44 +362,14 @@ def report(policy, reference, held_out, tokenizer, sft_path, args):
     write_json(args.out / "results.json", {
         "task": args.task or args.data.name, "beta": args.beta, "prompts": len(prompts),
         "policies": measures})
-    print(side_by_side(prompts[:4], texts, task.reward))
-    interval = "; win rate with its 95 % interval" if task.reward else ""
-    print(f"\n{len(prompts):,} held-out prompts, one sample each, mean +- standard error{interval}"
-          f"\n{table(measures)}")
+    print(final_report(prompts, texts, measures, task.reward,
+                       "; win rate with its 95 % interval" if task.reward else ""))
     print(f"\nwrote {args.out / 'results.json'}; try: "
           f"python sample.py --compare {sft_path} {args.out / 'dpo.pt'}")
 
 
 def parse_args(argv):
-    parser = Parser(__doc__)
-    add_shared_flags(parser)
-    add_training_flags(parser, 64, "pairs (or rankings with plackett_luce)", warmup=150)
-    add_measuring_flags(parser)
-    add = parser.add_argument
-    add("--loss", default="dpo", choices=["dpo", "plackett_luce", "unlikelihood"],
-        help="dpo on pairs, Plackett-Luce on rankings (A.3), or the baseline of C.3 (default dpo)")
-    add("--beta", type=number_type(float, 0, above=True),
-        help="strength of the KL penalty; a larger one stays closer to the reference (default 0.1; "
-             "0.5 for tldr and reviews)")
-    add("--lr", type=number_type(float, 0, above=True),
-        help="learning rate after warm-up (default 1e-6; 3.5e-5 for reviews)")
-    add("--sft", type=Path,
-        help="checkpoint to start from, or a folder as for --init (default: sft.pt of the run, "
-             "trained first if there is none)")
-    add("--fresh", action="store_true", help="train SFT again even if there is an sft.pt")
-    add("--prefixes", type=number_type(int, 10), default=4200,
-        help="reviews: prompts to sample answers for (default 4,200; C.1 has 25,000)")
-    add("--samples", type=number_type(int, 2), default=4,
-        help="reviews: answers sampled for each prompt (default 4)")
-    args = parser.parse_args(argv)
-    choose_task(args)
-    args.lr = args.lr or LR[args.task or "--data"]
-    args.beta = args.beta or BETA[args.task or "--data"]
-    if args.sft and (args.fresh or args.init):
-        raise UserError("--fresh and --init are for a new SFT model, --sft names one: choose")
-    if args.fresh and args.resume:
-        raise UserError("--fresh starts again, --resume continues: choose")
-    return args
+    return parse_dpo_flags(__doc__, argv, LR, BETA)
 
 
 if __name__ == "__main__":

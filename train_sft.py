@@ -6,39 +6,28 @@ train_dpo.py has the same loop with another loss.
     python train_sft.py --data pairs.jsonl             # the best answers of your own preferences
     torchrun --nproc_per_node 8 train_sft.py --task hh # on eight GPUs
 
-    loss = - sum over answers of log pi(y|x)  /  number of their tokens
+    loss = -sum(log pi(y|x) of each answer y to its prompt x) / (number of answer tokens)
 
 Writes sft.pt and sft_metrics.csv to out/<task>/.
 """
 
 import math
-from pathlib import Path
 
 import torch
 
 from data import Batches, batches_in_order, micro_batches
 from model import GPT, GPTConfig
 from runtime.checkpoint import data_source, save_checkpoint
-from runtime.cli import (
-    Parser,
-    add_shared_flags,
-    add_training_flags,
-    check_row_length,
-    choose_task,
-    command,
-    number_type,
-    set_up,
-    warn_of_large_lr,
-)
+from runtime.cli import choose_row_length, command, set_up, warn_of_large_lr
 from runtime.errors import UserError
 from runtime.files import make_folder
-from runtime.hub import RELEASED
+from runtime.flags import parse_sft_flags
 from runtime.parallel import compiled_logps, set_compiled, set_precision, sum_gradients
-from runtime.run import Log, TrainingState, is_time
+from runtime.run import Log, TrainingState, is_due
 from tasks import encode_splits, task_of
 from tasks.tokenizers import get_tokenizer
 
-# Defaults that depend on the start: GPT-2's weights, or random ones of these sizes.
+# Defaults that depend on the initial weights: GPT-2's, or random ones, of these sizes.
 LR = {"pretrained": 2e-5, "random": 3e-3}
 SIZES = {"block_size": 256, "n_layer": 2, "n_head": 4, "n_embd": 128, "init_std": 0.06}
 
@@ -52,35 +41,35 @@ COLUMNS = {"loss": ".4f", "grad_norm": ".2f", "lr": ".1e", "held_out_loss": ".4f
 
 def train(model, examples, held_out, args):
     """Maximise the likelihood of examples, a list of Encoded with one answer each. Trains the model
-    in place."""
+    in place. held_out: more examples, for evaluation only. args: the flags of parse_args."""
     batches = Batches(examples, args.batch, args.seed, whole=True)
     n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
-    # A short run from scratch must soon forget the large gradients of its first steps: beta2 0.99.
+    # Adam's usual beta2, 0.999, averages over 1,000 steps. For such short runs that is too many.
     optimizer = model.optimizer(args.lr, args.weight_decay, betas=(0.9, 0.99))
     scaler = grad_scaler(model)
     log = Log(args.out / "sft_metrics.csv", COLUMNS, batches, scaler)
     state = TrainingState(args.out / "sft_state.pt", args, model, optimizer, scaler, log, batches,
-                          held_out)
+                          held_out)                                 # for --resume
     logps_of = compiled_logps(model)                                # model.logps, perhaps compiled
-    for step in state.steps(n_steps, "SFT"):
-        # One batch: forward and backward, a micro-batch at a time. Gradients add up.
-        items = batches[step]
-        n_tokens = sum(len(item.answers[0]) for item in items)
-        for batch in micro_batches(items, state.micro_batches, args.row_length, model):
+    for step in state.steps(n_steps, "SFT"):                        # those left, if resumed
+        # One batch, forward and backward in micro-batches, whose gradients add up.
+        examples_of_step = batches[step]
+        n_tokens = sum(len(item.answers[0]) for item in examples_of_step)
+        for batch in micro_batches(examples_of_step, state.n_micro_batches, args.row_length, model):
             logps = logps_of(batch)                                 # (N,) log pi(y|x)
             loss = -logps.sum() / n_tokens                          # mean over the whole batch
             scaler.scale(loss).backward()
-            log.add(len(batch.target), loss=-logps.detach().sum())
+            log.add(len(batch.target), loss=-logps.detach().sum())  # a sum, and of how many tokens
         # One update.
-        sum_gradients(model)                                        # over all processes
+        sum_gradients(model)                                        # of all processes
         lr = args.lr * min(warmup(step, args.warmup), cosine(step, n_steps))
         grad_norm = update(model, optimizer, scaler, lr, args.clip)
-        log.end_step(step, grad_norm, lr)
-        # Evaluate on held-out texts, write a line of the log, save what the next step depends on.
-        evaluating = held_out and is_time(step, n_steps, args.eval_every)
+        log.note_update(step, grad_norm, lr)
+        # At some steps: evaluate on held-out texts, write a line of the log, save the state.
+        evaluating = held_out and is_due(step, n_steps, args.eval_every)
         if evaluating:
             evaluate(model, held_out, args, log)
-        if evaluating or is_time(step, n_steps, args.log_every):
+        if evaluating or is_due(step, n_steps, args.log_every):
             log.write(step)
         state.save_if_due(step)
 
@@ -98,9 +87,9 @@ def evaluate(model, held_out, args, log):
 # ------------------------------------------------------------------------------------------------
 
 
-def warmup(step, n_steps):
-    """The factor of a linear warm-up: 1 / n_steps at step 0, 1 from the n_steps-th step on."""
-    return min(1.0, (step + 1) / max(1, n_steps))
+def warmup(step, n_warmup):
+    """The factor of a linear warm-up: 1 / n_warmup at step 0, and 1 from step n_warmup - 1 on."""
+    return min(1.0, (step + 1) / max(1, n_warmup))
 
 
 def cosine(step, n_steps):
@@ -122,7 +111,7 @@ def update(model, optimizer, scaler, lr, clip):
 
 
 def grad_scaler(model):
-    """A GradScaler, which does something only in float16, whose small gradients underflow."""
+    """A GradScaler, which is active only in float16, where small gradients would underflow to 0."""
     return torch.amp.GradScaler(model.device.type, enabled=model.precision == torch.float16)
 
 
@@ -140,7 +129,7 @@ def main(argv=None):
     model = initial_model(args, tokenizer).to(device)
     set_precision(model, args.precision)
     set_compiled(model, args.compile)
-    check_row_length(args, model.config.block_size)
+    choose_row_length(args, model.config.block_size)
 
     splits = task_of(args).sft_examples(args)
     examples, held_out = encode_splits(splits, args.data or args.task, tokenizer, args)
@@ -168,54 +157,7 @@ def initial_model(args, tokenizer):
 
 
 def parse_args(argv):
-    parser = Parser(__doc__)
-    add_shared_flags(parser)
-    add_training_flags(parser, 32, "answers", warmup=30)
-    add = parser.add_argument
-    add("--lr", type=number_type(float, 0, above=True),
-        help="peak learning rate (default 2e-5 from pretrained weights; 3e-3 from random ones, for "
-             "the small default model; larger models need less, 124M parameters 6e-4)")
-    add("--reviews", type=number_type(int, 1), default=52_000,
-        help="reviews: how many to write and train on (default 52,000)")
-    add("--block-size", type=number_type(int, 2, most=2**17),
-        help="--init random: longest prompt and answer together, in tokens (default 256)")
-    add("--n-layer", type=number_type(int, 1, most=1000),
-        help="--init random: blocks (default 2; GPT-2 124M has 12)")
-    add("--n-head", type=number_type(int, 1, most=1000),
-        help="--init random: attention heads (default 4; GPT-2 124M has 12)")
-    add("--n-embd", type=number_type(int, 1, most=2**16),
-        help="--init random: channels, a multiple of the heads (default 128; GPT-2 124M has 768)")
-    add("--init-std", type=number_type(float, 0, above=True),
-        help="--init random: standard deviation of the initial weights (default 0.06 for the 128 "
-             "channels of the default; GPT-2's 0.02 is for 768)")
-    args = parser.parse_args(argv)
-    choose_task(args)
-    args.tokenizer = args.tokenizer or ("reviews" if args.task == "reviews" else "gpt2")
-    args.init = args.init or ("random" if args.tokenizer == "reviews" else "gpt2")
-    if args.init == "random":
-        choose_sizes(args)
-        args.lr = args.lr or LR["random"]
-        return args
-    args.lr = args.lr or LR["pretrained"]
-    if args.tokenizer != "gpt2":
-        raise UserError(f"--init {args.init} was trained on GPT-2's tokens: it needs --tokenizer "
-                        "gpt2")
-    if args.init not in RELEASED:
-        args.init = str(Path(args.init).resolve())      # one name for a folder, however it is given
-    for name in SIZES:
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} is for --init random: {args.init} has its "
-                            "own sizes")
-    return args
-
-
-def choose_sizes(args):
-    """Set the sizes of a random model that were not given."""
-    for name, default in SIZES.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    if args.n_embd % args.n_head:
-        raise UserError(f"--n-embd {args.n_embd} is not a multiple of --n-head {args.n_head}")
+    return parse_sft_flags(__doc__, argv, LR, SIZES)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
-"""For a class: a student's copy of this repository, and the grader.
+"""Make a student's copy of this repository, and grade submissions.
 
     python -m classroom.assignment --list                           # the exercises
-    python -m classroom.assignment --out DIR [--exercises 1,3,5]    # a copy without the answers
-    python -m classroom.assignment --grade DIR [--exercises 1,3,5]  # points; writes results.json
-    python -m classroom.assignment --check                          # is every claim true, and needed?
+    python -m classroom.assignment --out DIR [--exercises 1,3,5]    # a copy without the solutions
+    python -m classroom.assignment --grade DIR [--exercises 1,3,5]  # grade, write results.json
+    python -m classroom.assignment --check                          # check the exercises themselves
 
-A copy has the bodies of the chosen functions replaced by `raise NotImplementedError`, in the five
-files and in the README's code, and a sheet, EXERCISES.md; the guide for teachers and the tests of
-these tools stay here. In the copy, `pytest --exercise 3` says in words what is still wrong.
+In a copy, the bodies of the chosen functions are replaced by `raise NotImplementedError`, both in
+the five files and in the code that the README shows. The copy also has a sheet, EXERCISES.md, but
+neither the guide for teachers nor the tests of these tools. In the copy, `pytest --exercise 3`
+explains in words what is still wrong.
 
-Of a submission only the chosen functions are read, from the syntax trees of its files. They go into
-a clean copy in which every other function is ours, so that no exercise suffers from another and
-edited tests change nothing; the tests run in a process of their own (sandbox.py), which has no
-network, little memory, a time limit, and nowhere our own version of the exercise. A claim is a
-test; an exercise's points are shared among its claims. results.json is what Gradescope reads.
+The grader reads only the chosen functions of a submission, from the syntax trees of its files. It
+puts them into a clean copy in which every other function is ours, so that no exercise depends on
+another and edited tests have no effect. The tests run in a separate process (sandbox.py), which has
+no network, little memory, a time limit, and no access to our own version of the exercise. Each test
+is a claim, and the points of an exercise are shared equally among its claims. results.json has
+Gradescope's format.
 
-Left out on purpose: style, plagiarism, and protection against real malice; classroom/GUIDE.md
-says how far it goes.
+Left out on purpose: style, plagiarism, and protection against determined attacks; GUIDE.md says how
+far the protection goes.
 """
 
 import ast
@@ -34,20 +36,34 @@ from pathlib import Path
 from tqdm import tqdm
 
 from classroom import sandbox
-from classroom.exercises import (EXERCISES, ROOT, SLOW, body_lines, claims, functions,
-                                 is_unwritten, message, path_of, sentence, split_target,
-                                 with_functions, without_bodies)
+from classroom.exercises import (
+    EXERCISES,
+    ROOT,
+    SLOW,
+    body_lines,
+    claims,
+    functions,
+    is_unwritten,
+    message,
+    name_of_test,
+    path_of,
+    sentence,
+    split_target,
+    with_functions,
+    without_bodies,
+)
 from runtime.cli import Parser, command, number_type
 from runtime.errors import UserError
 
-POINTS = 10.0                       # of each exercise
+POINTS = 10.0                       # per exercise
 SHEET = "EXERCISES.md"
 FOR_TEACHERS = "GUIDE.md"
 COPIED = ("assets", "classroom", "docs", "experiments", "runtime", "tasks", "tests")
-# Not in a copy: the guide, the tests of these tools, and those of the benchmark and of torchrun:
-# they run the loop in other processes, where an unwritten function can't be told from a broken one.
+# Not in a copy: the guide, the tests of these tools, and the tests of the benchmark and of several
+# processes. The last two run the loop in other processes, where an unwritten function cannot be
+# told from a broken one.
 LEFT_OUT = (FOR_TEACHERS, "test_classroom.py", "test_benchmark.py", "test_processes.py")
-LARGEST_SOURCE = 1 << 20
+LARGEST_SOURCE = 1 << 20            # bytes
 
 
 # ------------------------------------------------------------------------------------------------
@@ -60,8 +76,8 @@ def our_source(module):
 
 
 def by_module(exercises):
-    """{module: {function: exercise}} of some exercises. Raises UserError where a function that an
-    exercise names is no longer there, or has no docstring to write it again from."""
+    """{module: {function: exercise}} of some exercises. Raises UserError if a function that an
+    exercise names no longer exists, has no docstring, or is itself unwritten."""
     chosen = {}
     for exercise in exercises:
         for target in exercise.functions:
@@ -71,11 +87,11 @@ def by_module(exercises):
         found = functions(our_source(module)) if path_of(module).exists() else {}
         for name, exercise in names.items():
             if name not in found or ast.get_docstring(found[name]) is None:
-                raise UserError(f"{module}.{name}, of exercise {exercise.number}, is no longer "
-                                "there, or has no docstring: classroom/exercises.py names it")
+                raise UserError(f"{module}.{name}, which classroom/exercises.py names for exercise "
+                                f"{exercise.number}, no longer exists or has no docstring")
             if is_unwritten(found[name]):
-                raise UserError(f"{module}.{name} is not written here: this is a student's copy, "
-                                "and only a whole repository can make or grade one")
+                raise UserError(f"{module}.{name} is not written here: this is a student's copy; "
+                                "only the whole repository can make copies and grade them")
     return chosen
 
 
@@ -85,10 +101,10 @@ def by_module(exercises):
 
 
 def make_copy(folder, exercises):
-    """Write the student's copy to a folder that is empty or not there. Raises UserError."""
+    """Write the student's copy to a folder that is new or empty. Raises UserError."""
     chosen = by_module(exercises)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {folder}: is there already; name a new or an empty folder")
+        raise UserError(f"--out {folder}: already exists; choose a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     ignored = shutil.ignore_patterns("__pycache__", ".*", "out", *LEFT_OUT)
     for path in sorted(ROOT.iterdir()):
@@ -97,7 +113,8 @@ def make_copy(folder, exercises):
         elif path.suffix in (".py", ".md", ".txt") or path.name in ("LICENSE", ".gitignore"):
             shutil.copy(path, folder)
     for module, names in chosen.items():
-        text = without_bodies(our_source(module), {n: message(e) for n, e in names.items()})
+        messages = {name: message(exercise) for name, exercise in names.items()}
+        text = without_bodies(our_source(module), messages)
         (folder / path_of(module).relative_to(ROOT)).write_text(text, encoding="utf-8")
     for page in [folder / "README.md", *(folder / "docs").glob("*.md")]:
         text = without_answers(page.read_text(encoding="utf-8"), chosen)
@@ -108,65 +125,84 @@ def make_copy(folder, exercises):
 
 
 def without_answers(markdown, chosen):
-    """A page shows some functions, whole or a few lines of them; in a copy it shows the message
-    that stands in their place."""
-    removed = {}                            # {line of a body: what stands there instead}
+    """Remove the bodies of the chosen functions from the Python code of a page. A page may show a
+    whole function or only a few of its lines; either way, the `raise` statement takes their place.
+    """
+    replacements = {}                       # {line of a body: the statement that replaces it}
     for module, names in chosen.items():
         source = our_source(module)
         for name, exercise in names.items():
             first, end = body_lines(source, functions(source)[name])
-            stands = f'raise NotImplementedError("{message(exercise)}")'
-            removed |= {line.strip(): stands for line in source.splitlines()[first:end] if line}
+            for line in source.splitlines()[first:end]:
+                if line:
+                    replacements[line.strip()] = f'raise NotImplementedError("{message(exercise)}")'
 
     def emptied(block):
+        opening, code, closing = block.groups()
         lines = []
-        for line in block[2].splitlines():
+        for line in code.splitlines():
             indent = line[:len(line) - len(line.lstrip())]
-            lines.append(indent + removed.get(line.strip(), line.strip()))
-        kept = [line for n, line in enumerate(lines)
-                if line.strip() not in removed.values() or line not in lines[:n]]
-        return block[1] + "\n".join(kept) + "\n" + block[3]
+            line = indent + replacements.get(line.strip(), line.strip())
+            repeated = line.strip() in replacements.values() and line in lines
+            if not repeated:
+                lines.append(line)
+        return opening + "\n".join(lines) + "\n" + closing
     return re.sub(r"(^```python\n)(.*?)(^```)", emptied, markdown, flags=re.S | re.M)
 
 
 def sheet(exercises):
     """The student's sheet, as markdown."""
-    known, lines = claims(), [
+    first = exercises[0].number
+    lines = [
         "# Exercises", "",
-        "Write the functions below again, from their docstrings; each raises NotImplementedError "
-        "until you do. Helpers go inside the function: only the function itself is graded. What it "
-        "needs is imported at the top of its file already.", "",
+        "Write the functions below from their docstrings; each raises NotImplementedError until "
+        "you do. Define helpers inside the function: only the function itself is graded. "
+        "Everything you need is already imported at the top of its file.", "",
         "```bash", "pip install -r requirements.txt",
-        f"pytest --exercise {exercises[0].number}       # what is still wrong, in words",
-        f"pytest -v --exercise {exercises[0].number}    # and where in the code",
-        "pytest                    # everything; what waits for an exercise is skipped", "```", "",
-        "An exercise is done when all its claims hold, and gives a share of its points for each "
-        "that does. The claims are tests, which may be read and say how a number comes about; "
-        "to edit them changes nothing in the grade."]
+        f"pytest --exercise {first}       # what is still wrong, in words",
+        f"pytest -v --exercise {first}    # and where in the code",
+        "pytest                    # everything; tests that need an unwritten function are skipped",
+        "```", "",
+        "An exercise is finished when all its claims hold. Each claim that holds earns an equal "
+        "share of its points. The claims are tests. You may read them; they say how each expected "
+        "number is derived. Editing them does not change your grade."]
     for exercise in exercises:
-        lines += ["", f"## {exercise.number}. {exercise.title[0].upper()}{exercise.title[1:]}", "",
-                  f"    {exercise.equation}", "",
-                  "Write " + ", ".join(f"`{target.split('.', 1)[1]}` in `{target.split('.')[0]}.py`"
-                                       for target in exercise.functions) + ".  ",
-                  f"Before: {exercise.before}" + needed(exercise, exercises) + ".", ""]
-        lines += [f"- {sentence(test)} (`{known[test][0]}`)" for test in exercise.tests]
+        lines += section(exercise, exercises)
     return "\n".join(lines) + "\n"
 
 
+def section(exercise, exercises):
+    """The lines of one exercise on a sheet with these exercises."""
+    written = []
+    for target in exercise.functions:
+        module, name = split_target(target)
+        written.append(f"`{name}` in `{module}.py`")
+    lines = ["", f"## {exercise.number}. {exercise.title[0].upper()}{exercise.title[1:]}", "",
+             f"    {exercise.equation}", "",
+             f"Write {', '.join(written)}.  ",
+             f"Before you start: {exercise.before}{needed(exercise, exercises)}.", ""]
+    for test in exercise.tests:
+        file, _ = claims()[test]
+        lines.append(f"- {sentence(test)} (`{file}`)")
+    return lines
+
+
 def needed(exercise, exercises):
-    """Of the exercises that come first, those that this copy has."""
-    first = [str(e.number) for e in exercises if e.number in exercise.needs]
-    return f"; exercise{'s' * (len(first) > 1)} {', '.join(first)}" if first else ""
+    """The exercises of this sheet that come before an exercise, in words."""
+    earlier = [str(other.number) for other in exercises if other.number in exercise.needs]
+    if not earlier:
+        return ""
+    return f"; exercise{'s' if len(earlier) > 1 else ''} {', '.join(earlier)}"
 
 
 # ------------------------------------------------------------------------------------------------
-# --grade: what is taken from a submission
+# --grade: what the grader reads from a submission
 # ------------------------------------------------------------------------------------------------
 
 
 def read_submission(path):
-    """The text of a submitted file. Raises UserError. A link is not followed: it could lead to our
-    own file; nor is a pipe read, which would never end."""
+    """The text of a submitted file. Raises UserError. Links are not followed, because they could
+    lead to our own file; pipes are not read, because that might never end."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(file, "rb") as opened:
@@ -181,7 +217,7 @@ def read_submission(path):
 
 
 def submitted(folder, module, name):
-    """The text of one submitted function. Raises UserError with what is wrong with it."""
+    """The text of one submitted function. Raises UserError, saying what is wrong with it."""
     text = read_submission(folder / path_of(module).relative_to(ROOT))
     try:
         node = functions(text).get(name)
@@ -198,8 +234,9 @@ def submitted(folder, module, name):
         raise UserError(f"{module}.py cannot be parsed") from error
 
 
-# What a mathematical function has no use for, and a forged grade does. The tests run in the same
-# process as the submission, so that one that reached the interpreter could rewrite them.
+# The modules that a solution may import, and the names and attributes that it must not use: a
+# mathematical function does not need them, but forging a grade does. The tests run in the same
+# process as the submission, so code that can reach the interpreter can rewrite the tests.
 MODULES = {"math", "torch", "torch.nn", "torch.nn.functional", "torch.nn.utils", "numpy",
            "itertools", "functools", "collections"}
 NAMES = set("exec eval compile open input breakpoint exit quit getattr setattr delattr globals "
@@ -212,29 +249,42 @@ ATTRIBUTES = set(
     "f_globals f_locals f_builtins".split())
 
 
-def complaints(node):
-    """Lines and words of what a solution may not have; see MODULES above."""
-    for part in ast.walk(node):
-        at = getattr(part, "lineno", node.lineno)
-        if isinstance(part, ast.Import) and {a.name for a in part.names} - MODULES:
-            yield f"{at}: imports {', '.join(a.name for a in part.names)}; no solution needs it"
-        elif isinstance(part, ast.ImportFrom) and (
-                part.module not in MODULES or part.level
-                or {a.name for a in part.names} & (ATTRIBUTES | {"*"})
-                or any(a.name.startswith("_") for a in part.names)):
-            yield f"{at}: imports from {part.module}; no solution needs it"
-        elif isinstance(part, ast.Name) and (part.id in NAMES or part.id.startswith("__")):
-            yield f"{at}: uses {part.id}; no solution needs it"
-        elif isinstance(part, ast.Attribute) and (
-                part.attr in ATTRIBUTES or part.attr.startswith("_")):
-            yield f"{at}: uses .{part.attr}; no solution needs it"
-        elif isinstance(part, ast.Attribute) and part.attr not in ("grad", "data") and not (
-                isinstance(part.ctx, ast.Load)):
-            yield f"{at}: changes .{part.attr}; no solution needs that"
-        elif isinstance(part, (ast.FunctionDef, ast.ClassDef)) and part.name.startswith("__"):
-            yield f"{at}: defines {part.name}; no solution needs it"
-        elif isinstance(part, ast.Global):
-            yield f"{at}: has a global statement; no solution needs it"
+def complaints(function):
+    """Yield what is not allowed in the syntax tree of a solution, as "line: what is wrong"."""
+    for node in ast.walk(function):
+        complaint = complaint_about(node)
+        if complaint:
+            yield f"{getattr(node, 'lineno', function.lineno)}: {complaint}; no solution needs it"
+
+
+def complaint_about(node):
+    """What is wrong with one node of a syntax tree, or None; see MODULES above."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return complaint_about_import(node)
+    if isinstance(node, ast.Attribute):
+        if node.attr in ATTRIBUTES or node.attr.startswith("_"):
+            return f"uses .{node.attr}"
+        if not isinstance(node.ctx, ast.Load) and node.attr not in ("grad", "data"):
+            return f"changes .{node.attr}"
+    if isinstance(node, ast.Name) and (node.id in NAMES or node.id.startswith("__")):
+        return f"uses {node.id}"
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name.startswith("__"):
+        return f"defines {node.name}"
+    if isinstance(node, ast.Global):
+        return "has a global statement"
+    return None
+
+
+def complaint_about_import(node):
+    """What is wrong with an import statement, or None."""
+    names = [alias.name for alias in node.names]
+    if isinstance(node, ast.Import):
+        return f"imports {', '.join(names)}" if set(names) - MODULES else None
+    private = any(name.startswith("_") for name in names)
+    forbidden = set(names) & (ATTRIBUTES | {"*"})
+    if node.level or node.module not in MODULES or private or forbidden:
+        return f"imports from {node.module}"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -243,24 +293,25 @@ def complaints(node):
 
 
 def clean_copy(folder, exercise, texts):
-    """The modules and the exercise's tests in an empty folder: of its functions those in texts
-    ({"module.function": text}), the others unwritten, and our own nowhere. Returns node ids."""
+    """Write the modules and the exercise's tests to an empty folder. Of the exercise's functions,
+    those in texts ({"module.function": text}) are as given there and the others are unwritten; our
+    own versions are nowhere in the folder. Returns the node ids of the tests."""
     known = claims()
     missing = [test for test in exercise.tests if test not in known]
     if missing:
-        raise UserError(f"{missing[0]}, of exercise {exercise.number}, is no longer there: "
-                        "classroom/exercises.py names it")
+        raise UserError(f"{missing[0]}, which classroom/exercises.py names for exercise "
+                        f"{exercise.number}, no longer exists")
     sandbox.copy_sources(folder, {known[test][0] for test in exercise.tests})
     for module, names in by_module([exercise]).items():
         text = without_bodies(our_source(module), {name: message(exercise) for name in names})
-        text = with_functions(text, {name: texts[f"{module}.{name}"] for name in names
-                                     if f"{module}.{name}" in texts})
+        given = {name: texts[f"{module}.{name}"] for name in names if f"{module}.{name}" in texts}
+        text = with_functions(text, given)
         (folder / path_of(module).relative_to(ROOT)).write_text(text, encoding="utf-8")
     return [f"tests/{known[test][0]}::{test}" for test in exercise.tests]
 
 
 def grade_exercise(exercise, folder, seconds):
-    """A list of the entries of results.json, one a claim."""
+    """The entries of results.json for one exercise, one per claim."""
     texts, problems = {}, []
     for target in exercise.functions:
         try:
@@ -274,7 +325,7 @@ def grade_exercise(exercise, folder, seconds):
 
 
 def try_out(exercise, texts, seconds):
-    """The exercise's tests on these functions in a process of their own."""
+    """Run the exercise's tests on these functions in a separate process."""
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "copy"
         tests = clean_copy(copy, exercise, texts)
@@ -282,26 +333,34 @@ def try_out(exercise, texts, seconds):
 
 
 def entry(exercise, test, outcome, problems):
-    """One claim of one exercise in the form of results.json."""
-    results = [(result, words) for node, (result, words) in outcome.claims.items()
-               if re.split(r"::|\[", node)[1:2] == [test]]
-    last = [re.split(r"::|\[", node)[1:2] for node in outcome.claims][-1:] == [[test]]
-    wrong = [words for result, words in results if result != "passed"]
-    held = bool(results) and not wrong and not (outcome.end and last)
-    said = [claims()[test][1]]
-    if not held:
-        said += problems or []
-        said += [words or "it did not pass" for words in wrong[:1]]
-        said += [outcome.end] if outcome.end and not wrong else []
+    """One claim of one exercise, in the form of results.json. problems: what was wrong with the
+    submitted functions before any test ran."""
+    tests_run = [name_of_test(node) for node in outcome.claims]
+    results = [result for node, result in outcome.claims.items() if name_of_test(node) == test]
+    failures = [details for result, details in results if result != "passed"]
+    # If the process ended early, it ended during the last test, whatever that test reported.
+    interrupted = outcome.end != "" and tests_run[-1:] == [test]
+    holds = bool(results) and not failures and not interrupted
+    output = [claims()[test][1]]
+    if not holds:
+        output += problems
+        if failures:
+            output.append(failures[0] or "the test did not pass")
+        elif outcome.end:
+            output.append(outcome.end)
     points = POINTS / len(exercise.tests)
     return {"name": f"{exercise.number}. {exercise.title}: {sentence(test)}",
-            "number": str(exercise.number), "score": points if held else 0.0, "max_score": points,
-            "status": "passed" if held else "failed",
-            "output": printable("\n".join(said)), "output_format": "text"}
+            "number": str(exercise.number),
+            "score": points if holds else 0.0,
+            "max_score": points,
+            "status": "passed" if holds else "failed",
+            "output": printable("\n".join(output)),
+            "output_format": "text"}
 
 
 def printable(text):
-    """Without what a submission could do to a screen; half surrogates can't even be written."""
+    """Replace characters that could control a terminal, and lone surrogates, which cannot be
+    encoded."""
     text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
     return text.encode("utf-8", "replace").decode("utf-8")
 
@@ -312,60 +371,65 @@ def grade(folder, exercises, seconds, jobs):
     with ThreadPoolExecutor(jobs) as pool:
         graded = list(tqdm(pool.map(lambda e: grade_exercise(e, folder, seconds), exercises),
                            "grading", len(exercises)))
-    tests = [test for part in graded for test in part]
-    return {"score": math.fsum(test["score"] for test in tests), "tests": tests,
+    entries = []
+    for of_exercise in graded:
+        entries += of_exercise
+    return {"score": math.fsum(claim["score"] for claim in entries), "tests": entries,
             "output": table(exercises, graded)}
 
 
 def table(exercises, graded):
-    """A line for each exercise, and the sum."""
+    """One line per exercise, and the total. graded: the entries of each exercise."""
     lines = [f"{'exercise':46}{'claims':>10}{'points':>16}"]
-    for exercise, part in zip(exercises, graded):
-        held = sum(test["status"] == "passed" for test in part)
-        points = math.fsum(test["score"] for test in part)
-        lines.append(f"{exercise.number:3}  {exercise.title:41}{held:4} of {len(part):2}"
-                     f"{points:8.2f} of {POINTS:.0f}")
-    total = math.fsum(test["score"] for part in graded for test in part)
-    lines.append(f"{'total':56}{total:8.2f} of {POINTS * len(exercises):.0f}")
+    total = []
+    for exercise, entries in zip(exercises, graded):
+        held = sum(claim["status"] == "passed" for claim in entries)
+        scores = [claim["score"] for claim in entries]
+        total += scores
+        lines.append(f"{exercise.number:3}  {exercise.title:41}{held:4} of {len(entries):2}"
+                     f"{math.fsum(scores):8.2f} of {POINTS:.0f}")
+    lines.append(f"{'total':56}{math.fsum(total):8.2f} of {POINTS * len(exercises):.0f}")
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------
-# --check: our own solution, and none at all
+# --check: our own solution, and an empty one
 # ------------------------------------------------------------------------------------------------
 
 
 def suite_of_copy(folder, files):
-    """What these test files say of a copy, made here, with no exercise written."""
+    """Make a copy in which no exercise is written, and run these test files there."""
     make_copy(folder, list(EXERCISES.values()))
     return sandbox.run(folder, [f"tests/{file}" for file in sorted(files)], 900, skip=SLOW)
 
 
 def wrong_in_copy(outcome):
-    """What fails in a student's copy and is none of an exercise's claims."""
+    """The failures in a student's copy that are not claims of any exercise."""
     own = {test for exercise in EXERCISES.values() for test in exercise.tests}
-    wrong = [f"fails in a copy, of no exercise: {node}\n{words}"
-             for node, (result, words) in outcome.claims.items()
-             if result in ("failed", "error") and re.split(r"::|\[", node)[1] not in own]
-    return wrong + [outcome.end] * bool(outcome.end)
+    wrong = [f"fails in a copy, but belongs to no exercise: {node}\n{details}"
+             for node, (result, details) in outcome.claims.items()
+             if result in ("failed", "error") and name_of_test(node) not in own]
+    if outcome.end:
+        wrong.append(outcome.end)
+    return wrong
 
 
 def check(exercises, seconds, jobs):
-    """What is wrong with the exercises: claims that our own solution does not meet, claims that are
-    met when nothing is written, and tests of nothing to do with them that fail in a copy."""
-    files = {file for file, _ in claims().values()} - {*LEFT_OUT}
+    """What is wrong with the exercises: claims that our own solution does not meet, claims that an
+    empty solution meets, and unrelated tests that fail in a copy."""
+    files = {file for file, _ in claims().values()} - set(LEFT_OUT)
     with tempfile.TemporaryDirectory() as scratch:
         elsewhere = wrong_in_copy(suite_of_copy(Path(scratch) / "copy", files))
     solved = grade(ROOT, exercises, seconds, jobs)
-    wrong = [f"our own solution does not meet: {test['name']}\n{test['output']}"
-             for test in solved["tests"] if test["status"] != "passed"]
+    wrong = [f"our own solution does not meet: {claim['name']}\n{claim['output']}"
+             for claim in solved["tests"] if claim["status"] != "passed"]
     with ThreadPoolExecutor(jobs) as pool:
         empty = list(tqdm(pool.map(lambda e: try_out(e, {}, seconds), exercises), "unwritten",
                           len(exercises)))
     for exercise, outcome in zip(exercises, empty):
         for test in exercise.tests:
             if entry(exercise, test, outcome, [])["status"] == "passed":
-                wrong.append(f"met by nothing at all: {exercise.number}. {sentence(test)}")
+                wrong.append(f"an empty solution meets: {exercise.number}. {sentence(test)}")
     return wrong + elsewhere
 
 
@@ -375,30 +439,33 @@ def check(exercises, seconds, jobs):
 
 
 def chosen_exercises(text):
-    """"1,3,5" to a list of exercises, in their order."""
-    if not re.fullmatch(r"\d+(,\d+)*", text) or {*map(int, text.split(","))} - {*EXERCISES}:
-        raise UserError(f"--exercises {text}: expected numbers from 1 to {len(EXERCISES)} with "
-                        "commas between them")
-    return [EXERCISES[n] for n in sorted({*map(int, text.split(","))})]
+    """"1,3,5" to a list of exercises, in the order of their numbers."""
+    numbers = set()
+    if re.fullmatch(r"\d+(,\d+)*", text):
+        numbers = {int(digits) for digits in text.split(",")}
+    if not numbers or numbers - set(EXERCISES):
+        raise UserError(f"--exercises {text}: expected numbers from 1 to {len(EXERCISES)}, "
+                        "separated by commas")
+    return [EXERCISES[n] for n in sorted(numbers)]
 
 
 def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--list", action="store_true", help="print the exercises and their tests")
-    what.add_argument("--out", type=Path, metavar="DIR", help="make a student's copy here")
-    what.add_argument("--grade", type=Path, metavar="DIR", help="grade the submission in here")
-    what.add_argument("--check", action="store_true",
-                      help="our own solution must meet every claim, an empty one none")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--list", action="store_true", help="print the exercises and their claims")
+    action.add_argument("--out", type=Path, metavar="DIR", help="make a student's copy in DIR")
+    action.add_argument("--grade", type=Path, metavar="DIR", help="grade the submission in DIR")
+    action.add_argument("--check", action="store_true",
+                        help="check that our own solution meets every claim and an empty one none")
     add("--exercises", default=",".join(map(str, EXERCISES)), metavar="1,3,5",
-        help="only these (default: all); grade the ones that you set")
+        help="only these exercises (default: all); for --grade, those that were set")
     add("--results", type=Path, default=Path("results.json"), metavar="FILE",
         help="where --grade writes (default results.json)")
     add("--seconds", type=number_type(float, 1), default=120.0,
-        help="limit of one exercise; a single claim has a quarter of it (default 120)")
+        help="time limit per exercise; a single claim has a quarter of it (default 120)")
     add("--jobs", type=number_type(int, 1), default=os.cpu_count(),
-        help="exercises graded at a time (default: one a processor)")
+        help="exercises to grade at the same time (default: one per processor)")
     args = parser.parse_args(argv)
     args.exercises = chosen_exercises(args.exercises)
     return args
@@ -406,14 +473,15 @@ def parse_args(argv):
 
 @command
 def main(argv=None):
-    """Returns the exit code: 1 where --check finds something."""
+    """Returns the exit code: 1 if --check finds something wrong."""
     args = parse_args(argv)
     if args.list:
         print(sheet(args.exercises), end="")
     elif args.out:
         make_copy(args.out, args.exercises)
-        print(f"wrote {args.out}: exercises {', '.join(str(e.number) for e in args.exercises)}; "
-              f"give out the folder, {SHEET} first")
+        numbers = ", ".join(str(exercise.number) for exercise in args.exercises)
+        print(f"wrote {args.out} with exercises {numbers}; give students this folder and point "
+              f"them to {SHEET}")
     elif args.grade:
         if not args.grade.is_dir():
             raise UserError(f"--grade {args.grade}: no such folder")
@@ -422,10 +490,12 @@ def main(argv=None):
         print(f"{results['output']}\nwrote {args.results}")
     else:
         wrong = check(args.exercises, args.seconds, args.jobs)
-        print("\n".join(wrong) or f"{len(args.exercises)} exercises, "
-              f"{sum(len(e.tests) for e in args.exercises)} claims: our solution meets them all, "
-              "an empty one none, and in a copy no other test fails")
-        return int(bool(wrong))
+        if wrong:
+            print("\n".join(wrong))
+            return 1
+        n_claims = sum(len(exercise.tests) for exercise in args.exercises)
+        print(f"{len(args.exercises)} exercises, {n_claims} claims: our own solution meets all of "
+              "them, an empty one none, and no other test fails in a copy")
     return 0
 
 

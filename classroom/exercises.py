@@ -1,10 +1,10 @@
-"""The exercises: which functions a student writes again, and which tests say whether it was done.
+"""The exercises: which functions a student writes, and which tests decide whether they are right.
 
-Read by `pytest --exercise N` (conftest.py) and by assignment.py. Nothing here is marked in the code
-itself: functions and tests are found by name in the syntax trees of the files, so that the code can
-change as it likes; what is no longer there is named.
+`pytest --exercise N` (tests/conftest.py) and assignment.py read this list. The code itself contains
+no markers: functions and tests are found by name in the syntax trees of the files, so the code can
+change freely. If a name in this list no longer exists, an error says so.
 
-Left out on purpose: hints. The docstring of a function is the task, its tests are the claims.
+Left out on purpose: hints. The docstring of a function is the task, and its tests are the claims.
 """
 
 import ast
@@ -16,19 +16,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The parser of Python 3.11 counts its depth for all threads together, and exercises are graded in
-# several: one at a time, then.
+# Python 3.11 counts the depth of its parser over all threads together. Exercises are graded in
+# several threads, so only one of them may parse at a time.
 PARSER = threading.RLock()
 
 # functions: "module.function" or "module.Class.method". needs: exercises whose functions the tests
-# call too, so that they come first where a copy has both. before: what to have read or understood.
+# also call, so they come first in a copy that has both. before: what to read or know beforehand.
 Exercise = namedtuple("Exercise", "number title equation functions needs before tests")
 
 EXERCISES = {exercise.number: exercise for exercise in [
     Exercise(
-        1, "causal attention", "softmax(q k^T / sqrt(D)) v, over the tokens that may be seen",
+        1, "causal attention", "softmax(q k^T / sqrt(D)) v, over the tokens that are not masked",
         ["model.Attention.forward"], [],
-        "matrix products of more than two dimensions; KeyValueCache, just below it",
+        "batched matrix products; KeyValueCache, further down in the file",
         ["test_forward_is_gpt2_written_out_by_hand",
          "test_no_logit_depends_on_a_later_token",
          "test_training_mode_changes_nothing",
@@ -49,7 +49,7 @@ EXERCISES = {exercise.number: exercise for exercise in [
     Exercise(
         3, "the DPO loss", "Eq. 16, Eq. 17 and Appendix B: -log sigma(rhat_w - rhat_l)",
         ["train_dpo.bradley_terry", "train_dpo.implicit_reward", "train_dpo.dpo_loss"], [6],
-        "A.2 of the paper; what logsigmoid does where log(sigmoid) overflows",
+        "A.2 of the paper; why logsigmoid is finite where log(sigmoid) overflows",
         ["test_bradley_terry_of_rewards_log_three_and_zero_is_three_quarters",
          "test_bradley_terry_is_equation_16_written_out",
          "test_one_of_two_answers_is_preferred",
@@ -69,7 +69,7 @@ EXERCISES = {exercise.number: exercise for exercise in [
         4, "the gradient of DPO in closed form",
         "A.4, Eq. 21-22: -beta sigma(rhat_l - rhat_w) (grad log pi_w - grad log pi_l)",
         ["train_dpo.dpo_gradient"], [3],
-        "the derivative of log sigma; A.4, whose print has winner and loser swapped",
+        "the derivative of log sigma; A.4, which prints winner and loser swapped",
         ["test_closed_form_gradient_is_the_one_autograd_finds",
          "test_closed_form_gradient_is_the_slope_of_the_loss",
          "test_the_first_gradient_is_half_of_beta",
@@ -122,25 +122,25 @@ EXERCISES = {exercise.number: exercise for exercise in [
     Exercise(
         8, "from sampled answers to ranked pairs", "C.1: K answers make K (K - 1) / 2 pairs",
         ["data.rank_answers", "data.ranking_to_pairs"], [],
-        "C.1 of the paper; the forms of a preference that load_preferences reads",
+        "C.1 of the paper; the forms of a preference that data.load_preferences reads",
         ["test_a_ranking_of_three_is_three_pairs",
          "test_four_answers_with_four_rewards_make_six_pairs_best_first",
          "test_of_answers_that_tie_the_first_stands_for_all",
          "test_answers_that_all_tie_make_no_row",
          "test_rank_is_all_pairs_of_answers_whose_rewards_differ"]),
     Exercise(
-        9, "one training step", "clip the gradient at its true size, step at this step's rate",
+        9, "one training step", "unscale and clip the gradient, then step at this step's rate",
         ["train_sft.warmup", "train_sft.update"], [1],
-        "optimizers of PyTorch and their param_groups; torch.amp.GradScaler",
+        "PyTorch's optimizers and their param_groups; torch.amp.GradScaler",
         ["test_warm_up_is_linear_from_zero_and_then_constant",
          "test_an_update_uses_the_learning_rate_it_is_given",
          "test_gradients_are_clipped_to_the_norm_asked_for",
          "test_gradients_are_clipped_at_their_true_size",
          "test_an_overflow_of_float16_leaves_the_step_out_and_goes_on"]),
     Exercise(
-        10, "the loop of DPO", "Appendix B, step after step",
+        10, "the loop of DPO", "the loss of Appendix B, minimized step by step",
         ["train_dpo.train"], [1, 2, 3, 5, 7, 9],
-        "train_sft.train, which is the same loop with another loss; the functions below train",
+        "train_sft.train, the same loop with another loss; the functions below train",
         ["test_the_first_step_of_training_moves_the_policy",
          "test_training_lowers_the_loss_and_ranks_the_answers",
          "test_accumulation_changes_nothing_but_memory",
@@ -149,26 +149,28 @@ EXERCISES = {exercise.number: exercise for exercise in [
 ]}
 
 
-# Tests that take seconds and catch nothing that a quicker one would not.
+# Tests that take seconds and catch nothing that a faster test would miss.
 SLOW = ("test_compiled_logps_are_the_eager_ones", "test_more_prompts_than_there_are_are_refused",
         "test_the_reviews_task_goes_from_sampling_to_results")
 
 
 def message(exercise):
-    """What an unwritten function raises, and how that is recognised again."""
+    """The message of the NotImplementedError that an unwritten function raises. `unwritten`
+    recognizes it."""
     return f"Exercise {exercise.number}: {exercise.title}"
 
 
 def unwritten(error):
-    """The number of the exercise whose unwritten function is behind an exception, or None."""
+    """The number of the exercise whose unwritten function caused an exception, or None."""
     if error is None:
         return None
     found = re.match(r"(?:Skipped: )?Exercise (\d+): ", str(error))
     if found and type(error).__name__ in ("NotImplementedError", "Skipped"):    # see conftest.py
         return int(found[1])
     for other in [*getattr(error, "exceptions", ()), error.__cause__, error.__context__]:
-        if number := unwritten(other):
-            return number
+        exercise_number = unwritten(other)
+        if exercise_number:
+            return exercise_number
     return None
 
 
@@ -177,37 +179,45 @@ def sentence(test):
     return test.removeprefix("test_").replace("_", " ")
 
 
+def name_of_test(node_id):
+    """The name of the test of a node id, without its parameters. The node id itself if it names a
+    whole file."""
+    return node_id.partition("::")[2].partition("[")[0] or node_id
+
+
 @functools.cache
 def claims():
-    """{name of a test: (its file, its docstring)}, of all there are."""
-    return {node.name: (path.name, " ".join((ast.get_docstring(node) or "").split()))
-            for path in sorted((ROOT / "tests").glob("test_*.py"))
-            for node in parse(path.read_text(encoding="utf-8")).body
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+    """{name of a test: (its file, its docstring)} of all tests."""
+    found = {}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for node in parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                docstring = ast.get_docstring(node) or ""
+                found[node.name] = path.name, " ".join(docstring.split())
+    return found
 
 
 # -- functions in the text of a module -------------------------------------------------------------
 
 
 def is_unwritten(node):
-    """Whether a function's syntax tree is what without_bodies leaves of it."""
+    """Whether a function's syntax tree is what without_bodies leaves: only a docstring and the
+    raise statement."""
     last = node.body[-1]
-    return (isinstance(last, ast.Raise) and isinstance(last.exc, ast.Call) and len(node.body) <= 2
-            and unwritten_message(ast.unparse(last.exc)))
-
-
-def unwritten_message(text):
-    return re.match(r"NotImplementedError\(['\"]Exercise \d+: ", text) is not None
+    if len(node.body) > 2 or not isinstance(last, ast.Raise) or not isinstance(last.exc, ast.Call):
+        return False
+    raised = ast.unparse(last.exc)
+    return re.match(r"NotImplementedError\(['\"]Exercise \d+: ", raised) is not None
 
 
 def split_target(target):
-    """"module.function" or "package.module.Class.method" to (module, the rest); the module is the
-    longest one that is a file."""
-    words = target.split(".")
-    for n in range(len(words) - 1, 0, -1):
-        if path_of(".".join(words[:n])).exists():
-            return ".".join(words[:n]), ".".join(words[n:])
-    return words[0], ".".join(words[1:])
+    """Split "module.function" or "package.module.Class.method" into the module and the rest. The
+    module is the longest prefix that is a file."""
+    names = target.split(".")
+    for n in range(len(names) - 1, 0, -1):
+        if path_of(".".join(names[:n])).exists():
+            return ".".join(names[:n]), ".".join(names[n:])
+    return names[0], ".".join(names[1:])
 
 
 def path_of(module):
@@ -216,15 +226,16 @@ def path_of(module):
 
 @functools.cache
 def is_a_students_copy():
-    """Whether some function of an exercise is not written here."""
-    for target in {target for exercise in EXERCISES.values() for target in exercise.functions}:
-        module, name = split_target(target)
-        try:
-            node = functions(path_of(module).read_text(encoding="utf-8")).get(name)
-        except (OSError, SyntaxError):          # pytest will say it better
-            continue
-        if node and is_unwritten(node):
-            return True
+    """Whether some function of an exercise is unwritten in this folder."""
+    for exercise in EXERCISES.values():
+        for target in exercise.functions:
+            module, name = split_target(target)
+            try:
+                node = functions(path_of(module).read_text(encoding="utf-8")).get(name)
+            except (OSError, SyntaxError):          # pytest reports this more clearly
+                continue
+            if node and is_unwritten(node):
+                return True
     return False
 
 
@@ -234,17 +245,22 @@ def parse(source):
 
 
 def functions(source):
-    """{"function" or "Class.method": syntax tree} of a module's text; of two, the later."""
+    """{"function" or "Class.method": syntax tree} of a module's text. If a name is defined twice,
+    the later definition counts."""
     found = {}
     for node in parse(source).body:
-        inside = node.body if isinstance(node, ast.ClassDef) else [node]
-        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
-        found |= {prefix + part.name: part for part in inside if isinstance(part, ast.FunctionDef)}
+        if isinstance(node, ast.ClassDef):
+            members, prefix = node.body, f"{node.name}."
+        else:
+            members, prefix = [node], ""
+        for member in members:
+            if isinstance(member, ast.FunctionDef):
+                found[prefix + member.name] = member
     return found
 
 
 def body_lines(source, node):
-    """(first, end) of the lines of a function's body below its docstring, comments included."""
+    """(first, end) of the lines of a function's body below its docstring, including comments."""
     lines = source.splitlines()
     end = node.end_lineno
     while end < len(lines) and re.match(rf"\s{{{node.col_offset + 1},}}#", lines[end]):
@@ -258,8 +274,8 @@ def body_lines(source, node):
 
 
 def without_bodies(source, messages):
-    """The text of a module with the bodies of some functions ({name: message}) replaced by raise
-    NotImplementedError(message); signatures, docstrings and everything else stay to the letter."""
+    """The text of a module in which the bodies of some functions ({name: message}) are replaced by
+    raise NotImplementedError(message). Signatures, docstrings and everything else do not change."""
     lines, found = source.splitlines(keepends=True), functions(source)
     for name in sorted(messages, key=lambda name: found[name].lineno, reverse=True):
         first, end = body_lines(source, found[name])
@@ -269,7 +285,7 @@ def without_bodies(source, messages):
 
 
 def with_functions(source, texts):
-    """The text of a module with some functions ({name: text}) replaced as a whole."""
+    """The text of a module in which some functions ({name: text}) are replaced entirely."""
     lines, found = source.splitlines(keepends=True), functions(source)
     for name in sorted(texts, key=lambda name: found[name].lineno, reverse=True):
         node = found[name]

@@ -1,19 +1,20 @@
-"""Tests in a process of their own, with limits: what wrong_answers.py and assignment.py grade with.
+"""Run tests in a separate process with limits. wrong_answers.py and assignment.py grade with this.
 
     outcome = run(folder, ["tests/test_model.py"], seconds=60)
-    outcome.claims      {"tests/test_model.py::test_x": ("passed" | "failed" | ..., words)}
-    outcome.end         "" if the run came to its end, else why it did not, in words
+    outcome.claims      {"tests/test_model.py::test_x": ("passed" | "failed" | ..., details)}
+    outcome.end         "" if the run finished, otherwise the reason why it did not
 
-The parent (`run`) starts this file once more in `folder`; the child imports PyTorch and pytest,
-limits itself, and only then imports the code under test. A child is believed only where a line
-begins with a nonce, drawn by the parent for this run and kept out of the environment, the command
-line and the files; what the code under test prints goes nowhere.
+The parent (`run`) starts this module again in `folder`. The child imports PyTorch and pytest, sets
+its limits, and only then imports the code under test. The parent accepts only those lines of the
+child's results that begin with a nonce, a random number drawn for this run that is not in the
+environment, on the command line or in a file. Whatever the code under test prints is discarded.
 
-Guarded (for code written by somebody else) it also may not read or write outside its folder and
-Python's own, start processes or open connections: an audit hook refuses, and where `unshare` works
-there is no network and no other process to see. The hook is Python's and so are its limits: code
-that is out to break it, by way of native code, will. Left out on purpose: containers. For a class
-that you do not trust, run the whole grader in one.
+With guarded=True (for code written by somebody else), the child must not read or write files
+outside its own folder and Python's, start processes, or open connections. An audit hook refuses
+these. Where `unshare` works, the child also has no network and sees no other processes. Audit hooks
+have their limits: code that is determined to get around them can, for example with native code.
+
+Left out on purpose: containers. If you do not trust a class, run the whole grader in one.
 """
 
 import functools
@@ -29,76 +30,95 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MEMORY = 2 << 30            # bytes that the code under test may take beyond PyTorch itself
-LARGEST_FILE = 1 << 26
+MEMORY = 2 << 30            # bytes that the code under test may use in addition to PyTorch
+LARGEST_FILE = 1 << 26      # bytes
 
 
 @dataclass
 class Outcome:
-    claims: dict            # {node id: (outcome, words)}
-    end: str                # why the run did not come to its end, or ""
+    claims: dict            # {node id: (outcome, details)}
+    end: str                # the reason why the run did not finish, or ""
 
 
 # -- the parent ----------------------------------------------------------------------------------
 
 
 def run(folder, tests, seconds, guarded=False, **job):
-    """Run tests (node ids, relative to folder) for at most so many seconds.
+    """Run tests (node ids, relative to folder) for at most this many seconds. Returns an Outcome.
 
-    job: what `child` reads: mutant, a name in wrong_answers.py; stop, at the first failure; skip, names
-    of tests to leave out; claim_seconds, the limit of a single test.
+    job: further settings that `child` reads. mutant: the name of a mutant in wrong_answers.py.
+    stop: whether to stop at the first failure. skip: names of tests to leave out. claim_seconds:
+    the time limit of a single test.
     """
     nonce = secrets.token_hex(16)
     job |= {"tests": list(tests), "seconds": seconds, "guarded": guarded, "nonce": nonce}
+    command = [sys.executable, "-B", "-s", "-m", "classroom.sandbox"]
+    if guarded:
+        command = isolation() + command
     with tempfile.TemporaryFile() as results, tempfile.TemporaryDirectory() as scratch:
         job["results"] = results.fileno()
-        command = [*(isolation() if guarded else []), sys.executable, "-B", "-s", "-m",
-                   "classroom.sandbox"]
         process = subprocess.Popen(
             command, cwd=folder, env=environment(scratch), stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[results.fileno()],
             start_new_session=True)
-        late = False
+        timed_out = False
         try:
             process.communicate(json.dumps(job).encode(), timeout=seconds)
         except subprocess.TimeoutExpired:
-            late = True
+            timed_out = True
         finally:
             kill_all_of(process)
         results.seek(0)
-        records = [json.loads(line[len(nonce):]) for line in results.read().decode(
-            errors="replace").splitlines() if line.startswith(nonce)]
-    claims, end = {}, None
-    for record in records:
-        if "end" in record:
-            end = record["end"]
-        elif claims.get(record["claim"], ("passed",))[0] == "passed":   # the first failure stays
-            claims[record["claim"]] = record["outcome"], record["words"]
-    if end is None:
-        end = (f"stopped after {seconds:g} seconds" if late else
-               f"the process ended before its tests did ({how_it_ended(process.returncode)})")
+        text = results.read().decode(errors="replace")
+    claims, end = read_records(text, nonce)
+    if end is None and timed_out:
+        end = f"stopped after {seconds:g} seconds"
+    elif end is None:
+        end = f"the process ended before its tests did ({how_it_ended(process.returncode)})"
     return Outcome(claims, end)
 
 
+def read_records(text, nonce):
+    """The claims and the end of an Outcome, from what a child wrote. end is None if the child did
+    not write it. Lines without the nonce are ignored."""
+    claims, end = {}, None
+    for line in text.splitlines():
+        if not line.startswith(nonce):
+            continue
+        record = json.loads(line[len(nonce):])
+        if "end" in record:
+            end = record["end"]
+            continue
+        earlier = claims.get(record["claim"])
+        if earlier is None or earlier[0] == "passed":       # of several, the first failure counts
+            claims[record["claim"]] = record["outcome"], record["details"]
+    return claims, end
+
+
 def environment(scratch):
-    """Nothing of the parent's that is not needed: keys and paths are not the child's business."""
-    kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
-            if name in os.environ}
-    return kept | {"HOME": scratch, "TMPDIR": scratch, "HYPOTHESIS_STORAGE_DIRECTORY": scratch,
-                   "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                   "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    """The environment of the child. It has nothing from the parent's that is not needed, because
+    that may contain keys and private paths."""
+    names = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+    inherited = {name: os.environ[name] for name in names if name in os.environ}
+    return inherited | {"HOME": scratch, "TMPDIR": scratch,
+                        "HYPOTHESIS_STORAGE_DIRECTORY": scratch,
+                        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 @functools.cache
 def isolation():
-    """The words before a command that take network and other processes from it, or none where this
-    machine does not allow it. When the child ends, so does whatever it has started."""
-    words = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child",
-             "sh", "-c", '"$@"; exit $?', "sh"]     # a shell first: process 1 is deaf to signals
-    if not shutil.which(words[0]):
+    """The beginning of a command that runs without a network and does not see other processes, or
+    [] if this machine does not allow it. When the child ends, everything that it started ends too.
+    """
+    # The shell becomes process 1 of the namespace, because process 1 ignores most signals, and
+    # the child must not.
+    prefix = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child",
+              "sh", "-c", '"$@"; exit $?', "sh"]
+    if not shutil.which("unshare"):
         return []
-    works = subprocess.run([*words, "true"], capture_output=True).returncode == 0
-    return words if works else []
+    works = subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+    return prefix if works else []
 
 
 def kill_all_of(process):
@@ -110,15 +130,16 @@ def kill_all_of(process):
 
 
 def how_it_ended(code):
-    number = -code if code < 0 else code - 128      # unshare passes a signal on as a shell does
+    """An exit code in words. Like a shell, unshare reports a signal as 128 + its number."""
+    signal_number = -code if code < 0 else code - 128
     try:
-        return f"signal {signal.Signals(number).name}"
+        return f"signal {signal.Signals(signal_number).name}"
     except ValueError:
         return f"exit code {code}"
 
 
 def source_files(*packages):
-    """The paths of the five files at the top and of the modules in these folders."""
+    """The paths of the five files at the top level and of the modules in these folders."""
     paths = [*ROOT.glob("*.py")]
     for package in packages:
         paths += (ROOT / package).glob("*.py")
@@ -126,8 +147,8 @@ def source_files(*packages):
 
 
 def copy_sources(folder, tests=(), tools=()):
-    """Copy the five files and what they import, some tests, and what it takes to run them (with
-    these further tools) to an empty folder."""
+    """Copy to an empty folder: the five files and what they import, some tests, and what is needed
+    to run them. tools: further files of classroom/."""
     for path in source_files("runtime", "tasks"):
         copy = folder / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -143,12 +164,12 @@ def copy_sources(folder, tests=(), tools=()):
 
 
 class Stopped(BaseException):
-    """Ends a test from outside. No Exception, so that neither hypothesis nor the code under test
-    takes it for something that it could handle."""
+    """Ends a test from outside. It is not an Exception, so neither hypothesis nor the code under
+    test handles it as an error of its own."""
 
 
 class Recorder:
-    """A pytest plugin that gives what each test did to `send`."""
+    """A pytest plugin that passes the outcome of each test to `send`."""
 
     def __init__(self, send, job):
         self.send, self.skip = send, set(job.get("skip", ()))
@@ -158,15 +179,16 @@ class Recorder:
 
     def pytest_collectreport(self, report):
         if report.failed:
-            self.send(claim=report.nodeid, outcome="error", words=words(report))
+            self.send(claim=report.nodeid, outcome="error", details=details(report))
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or not report.passed:
-            self.send(claim=report.nodeid, outcome=report.outcome, words=words(report))
+            self.send(claim=report.nodeid, outcome=report.outcome, details=details(report))
 
 
 def limited_calls(seconds):
-    """A plugin: each test has so many seconds, and can't end the session."""
+    """A pytest plugin that gives each test this many seconds and does not let it end the session.
+    """
     import pytest
 
     def too_late(*_):
@@ -186,67 +208,80 @@ def limited_calls(seconds):
     return Limits()
 
 
-def words(report):
+def details(report):
     """What pytest says went wrong, without the code around it: the lines that it marks with E."""
-    text = report.longreprtext.splitlines()
-    lines = [line[1:].strip() for line in text if line[:1] == "E"] or text[-6:]
-    return "\n".join(line[:160] for line in lines if line)[:1500]
+    lines = report.longreprtext.splitlines()
+    errors = [line[1:].strip() for line in lines if line.startswith("E")]
+    shown = errors or lines[-6:]
+    return "\n".join(line[:160] for line in shown if line)[:1500]
 
 
 def limit_process(seconds):
-    """CPU time, memory, files: of the process itself, so that the system enforces them."""
+    """Limit the CPU time, the memory and the file sizes of this process. The operating system
+    enforces these limits."""
     import resource
-    seconds = int(seconds) + 10
-    with open("/proc/self/statm") if os.path.exists("/proc/self/statm") else open(os.devnull) as f:
-        pages = f.read().split()
-    limits = [(resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0),
+    cpu_seconds = int(seconds) + 10
+    limits = [(resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_CORE, 0),
               (resource.RLIMIT_FSIZE, LARGEST_FILE)]
-    if pages:
-        limits.append((resource.RLIMIT_AS, int(pages[0]) * resource.getpagesize() + MEMORY))
+    statm = Path("/proc/self/statm")
+    if statm.exists():                                      # Linux
+        used = int(statm.read_text().split()[0]) * resource.getpagesize()
+        limits.append((resource.RLIMIT_AS, used + MEMORY))
     for kind, limit in limits:
         resource.setrlimit(kind, (limit, limit))
 
 
+# Audit events that are refused, by prefix.
 FORBIDDEN = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn",
              "os.spawn", "os.kill", "os.chmod", "os.chown", "os.link", "os.symlink",
              "ctypes.dlopen", "ctypes.dlsym", "ctypes.cdata", "gc.get_objects",
              "resource.setrlimit", "shutil.", "webbrowser.", "urllib.", "ftplib.", "smtplib.")
+# Events that are refused outside certain folders, and those of them that write.
 ON_FILES = ("open", "os.listdir", "os.scandir", "os.chdir", "os.rename", "os.remove", "os.mkdir",
             "os.rmdir", "os.truncate", "os.utime")
+WRITING = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime")
 
 
 def guard(folder, scratch):
-    """Refuse, for the rest of this process, what no test of a function needs."""
-    own = [os.path.realpath(path) for path in (folder, scratch, os.devnull)]
-    readable = own + [os.path.realpath(path) for path in {
-        sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.dirname(os.__file__),
-        "/dev/urandom", *(p for p in sys.path if p.endswith("-packages"))}]
+    """For the rest of this process, refuse everything that no test of a function needs."""
+    writable = [os.path.realpath(path) for path in (folder, scratch, os.devnull)]
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    python = [sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.dirname(os.__file__), *packages]
+    readable = writable + [os.path.realpath(path) for path in [*python, "/dev/urandom"]]
 
-    def inside(path, folders):
+    def is_inside(path, folders):
         return any(path == folder or path.startswith(folder + os.sep) for folder in folders)
+
+    def writes(event, arguments):
+        if event != "open":
+            return event in WRITING
+        mode = arguments[1]
+        return isinstance(mode, str) and bool(set(mode) & set("wax+"))
 
     def hook(event, arguments):
         if event.startswith(FORBIDDEN) and not event.startswith("shutil.rmtree"):
             raise PermissionError(f"not allowed here: {event}")
         if event in ON_FILES and arguments and isinstance(arguments[0], (str, bytes)):
             path = os.path.realpath(os.fsdecode(arguments[0]))
-            mode = arguments[1] if event == "open" else None
-            writes = event.startswith(("os.r", "os.m", "os.t", "os.u")) or (
-                isinstance(mode, str) and set(mode) & set("wax+"))
-            if not inside(path, own if writes else readable):
+            allowed = writable if writes(event, arguments) else readable
+            if not is_inside(path, allowed):
                 raise PermissionError(f"not allowed here: {event} of {path}")
     sys.addaudithook(hook)
 
 
 def child():
-    """Read the job from standard input, run it, write what happened."""
+    """Read the job from standard input, run it, and write the results."""
     job = json.loads(sys.stdin.read())
-    nonce, results = job.pop("nonce"), os.fdopen(job.pop("results"), "w")
+    nonce = job.pop("nonce")
+    results = os.fdopen(job.pop("results"), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    import hypothesis               # before the limits: these may open and map what they like
+    # Before the limits are set, because these imports open files and map memory.
+    import hypothesis
     import pytest
-    import torch                                                                    # noqa: F401
-    # Whether a test fails is the question here; the smallest example would take most of the time.
+    import torch  # noqa: F401
+
+    # Only whether a test fails matters here. Finding the smallest example would take most of the
+    # time.
     hypothesis.settings.register_profile(
         "grading", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
         report_multiple_bugs=False)
@@ -268,7 +303,9 @@ def child():
     if job.get("claim_seconds"):
         plugins.append(limited_calls(job["claim_seconds"]))
     flags = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={folder}"]
-    code = pytest.main([*job["tests"], *flags, *(["-x"] if job.get("stop") else [])], plugins)
+    if job.get("stop"):
+        flags.append("-x")
+    code = pytest.main([*job["tests"], *flags], plugins)
     send(end="" if code in (0, 1) else f"pytest ended with {getattr(code, 'name', code)}")
 
 

@@ -1,20 +1,23 @@
-"""The wrong answers: broken variants of our own functions, and the test that catches each.
+"""The wrong answers: broken variants of our own functions, and the test that catches each one.
 
-    python -m classroom.wrong_answers                      # the suite against each; all must be caught
-    python -m classroom.wrong_answers mean_for_sum         # only these
-    python -m classroom.wrong_answers --all                # go on after the first catch: every failing test
-    python -m classroom.wrong_answers --tests my_tests.py  # how many do the tests of a student catch?
+    python -m classroom.wrong_answers                      # run our tests against all of them
+    python -m classroom.wrong_answers mean_for_sum         # only against this one
+    python -m classroom.wrong_answers --all                # list every test that fails
+    python -m classroom.wrong_answers --tests my_tests.py  # grade a student's tests
 
-Nearly all are mistakes that public DPO code really made; the line under a name says where. Each
-replaces one function while the suite runs, and is a few lines around the right one (`right`) where
-that will do, so that it outlives changes of what it breaks; one whose function is gone says so. The
-test that it names must catch it: its name says in words what is wrong.
+Each wrong answer, or mutant, is a function in this file. Nearly all are mistakes that public DPO
+code has really made; where a mistake has a known source, the docstring names it ("official code" is
+that of the paper's authors). A mutant replaces one function while the tests run. Where possible, it
+is a few lines around the right function (`right`), so that it survives changes to that function; if
+the function no longer exists, an error says so. Each mutant names the test that must catch it, and
+the name of that test says in words what is wrong.
 
-Left out on purpose: mutants of every operator in the code. These are the ones people write.
+Left out on purpose: mutants of every operator in the code. These are mistakes that people make.
 """
 
 import functools
 import importlib
+import itertools
 import math
 import os
 import shutil
@@ -32,22 +35,23 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from classroom import sandbox
-from classroom.exercises import SLOW, claims, split_target
+from classroom.exercises import SLOW, claims, name_of_test, split_target
 from runtime.cli import Parser, command, number_type
 from runtime.errors import UserError
 
-Mutant = namedtuple("Mutant", "name target test who wrong")
+Mutant = namedtuple("Mutant", "name target test description wrong")
 MUTANTS = {}
 FILES = sorted({file for file, _ in claims().values()} - {"test_classroom.py"})
-SECONDS = 300               # for one mutant; a caught one takes a few
+SECONDS = 300               # time limit for one mutant; one that is caught takes a few seconds
 
 
 def replaces(target, test):
-    """Register a function as what stands for `target` ("module.function", "module.Class.method"):
-    it is called with the right function, then with the arguments."""
+    """Register the decorated function as a mutant of `target` ("module.function" or
+    "module.Class.method") that `test` must catch. It is called with the right function, followed by
+    the arguments of the call."""
     def register(wrong):
-        MUTANTS[wrong.__name__] = Mutant(
-            wrong.__name__, target, test, " ".join(wrong.__doc__.split()), wrong)
+        description = " ".join(wrong.__doc__.split())
+        MUTANTS[wrong.__name__] = Mutant(wrong.__name__, target, test, description, wrong)
         return wrong
     return register
 
@@ -59,7 +63,7 @@ def replaces(target, test):
 
 @replaces("model.Attention.forward", "test_no_logit_depends_on_a_later_token")
 def attention_not_causal(right, self, x, mask=None, cache=None):
-    """The first thing that goes wrong when attention is written by hand: no mask at all."""
+    """No mask at all: the first thing that goes wrong when attention is written by hand."""
     if mask is None:
         mask = x.new_ones(1, 1, x.size(1), x.size(1)).bool()
     return right(self, x, mask, cache)
@@ -67,7 +71,8 @@ def attention_not_causal(right, self, x, mask=None, cache=None):
 
 @replaces("model.Attention.forward", "test_forward_is_gpt2_written_out_by_hand")
 def attention_scores_unscaled(right, self, x, *more):
-    """Without 1 / sqrt(D): it trains, but it is not the model whose weights were released."""
+    """Without the factor 1 / sqrt(D) the model trains, but it is not the model whose weights were
+    released."""
     unscaled = functools.partial(F.scaled_dot_product_attention, scale=1.0)
     with mock.patch.object(F, "scaled_dot_product_attention", unscaled):
         return right(self, x, *more)
@@ -75,32 +80,36 @@ def attention_scores_unscaled(right, self, x, *more):
 
 @replaces("model.MLP.forward", "test_forward_is_gpt2_written_out_by_hand")
 def gelu_without_tanh(right, self, x):
-    """"gelu" for GPT-2's "gelu_new": a difference in the fourth digit that nobody sees."""
+    """The activation is "gelu" instead of GPT-2's "gelu_new": a difference in the fourth digit that
+    nobody notices."""
     return self.c_proj(F.gelu(self.c_fc(x)))
 
 
 @replaces("model.MLP.forward", "test_training_mode_changes_nothing")
 def dropout_left_on(right, self, x):
-    """TRL #639: policy and reference drop different units, and what DPO sees is the noise."""
+    """TRL #639: policy and reference drop different units, so what DPO sees is noise."""
     return F.dropout(right(self, x), 0.1, self.training)
 
 
 @replaces("model.GPT.head", "test_half_precision_logps_are_float32_and_close")
 def softmax_in_half_precision(right, self, hidden, *more):
-    """Half precision has 8 or 11 bits; a log-prob of -100 is then known to a half or so."""
+    """Half precision has 8 or 11 significant bits, so a log-prob of -100 is only known to about
+    0.5."""
     logits = right(self, hidden, *more)
     return logits if self.precision is None else logits.to(self.precision)
 
 
 @replaces("model.GPT.head", "test_probabilities_of_all_next_tokens_sum_to_one")
 def vocabulary_padded_with_zeros(right, self, hidden, *more):
-    """50257 padded to 50304 by zero rows: a logit of 0 is enormous beside GPT-2's, near -100."""
+    """The vocabulary is padded from 50257 to 50304 with rows of zeros, but a logit of 0 is huge
+    next to GPT-2's, which are near -100."""
     return F.pad(right(self, hidden, *more), (0, 47))
 
 
 @replaces("model.GPT.head", "test_a_padded_vocabulary_changes_no_log_prob_and_no_gradient")
 def padded_columns_not_hidden(right, self, hidden, *more):
-    """The same where the padding is asked for: only a GPU asks, so only there is it wrong."""
+    """The columns that pad the vocabulary get logit 0. Padding is requested only on a GPU, so
+    results are wrong only there."""
     return right(self, hidden, *more).nan_to_num(neginf=0.0)
 
 
@@ -110,37 +119,37 @@ def padded_columns_not_hidden(right, self, hidden, *more):
 
 
 def begins(owner):
-    """True at the first scored token of each answer; answers lie one after the other."""
+    """True at the first scored token of each answer. The tokens of an answer are consecutive."""
     first = owner.new_ones(len(owner)).bool()
     first[1:] = owner[1:] != owner[:-1]
     return first
 
 
-def only(batch, kept):
-    """A batch that scores only the tokens where kept is True."""
-    return replace(batch, source=batch.source[kept], target=batch.target[kept],
-                   owner=batch.owner[kept])
+def only(batch, selected):
+    """The batch with only those scored tokens for which selected, (S,) bool, is True."""
+    return replace(batch, source=batch.source[selected], target=batch.target[selected],
+                   owner=batch.owner[selected])
 
 
-def prompt_tokens(batch, owner):
-    """(source, target) of the prompt's tokens of one answer, but for the first, which has no
-    prediction."""
-    group, answer = batch.group.flatten(), batch.answer.flatten()
-    mine = group[batch.source[batch.owner == owner][0]]
-    target = ((group == mine) & (answer == 0)).nonzero()[1:, 0]
-    return target - 1, batch.tokens.flatten()[target]
-
-
-def scored(batch, tokens):
-    """The batch with these scored tokens, [(source, target, owner), ...], instead of its own."""
-    source, target, owner = zip(*[(s, t, t.new_full(t.shape, o)) for s, t, o in tokens])
-    return replace(batch, source=torch.cat(source), target=torch.cat(target),
-                   owner=torch.cat(owner))
+def prompts_scored(batch):
+    """The batch with other scored tokens: for each answer, those of its prompt instead of its own.
+    The first token of a prompt is left out, because nothing predicts it."""
+    group, answer, tokens = batch.group.flatten(), batch.answer.flatten(), batch.tokens.flatten()
+    sources, targets, owners = [], [], []
+    for n in range(batch.n_answers):
+        prompt = group[batch.source[batch.owner == n][0]]
+        places = ((group == prompt) & (answer == 0)).nonzero()[1:, 0]
+        sources.append(places - 1)
+        targets.append(tokens[places])
+        owners.append(torch.full_like(places, n))
+    return replace(batch, source=torch.cat(sources), target=torch.cat(targets),
+                   owner=torch.cat(owners))
 
 
 @replaces("model.GPT.logps", "test_packed_logps_are_those_of_one_row_a_sequence")
 def no_shift(right, self, batch):
-    """0xallam/Direct-Preference-Optimization: a token's own place, where it is seen already."""
+    """0xallam/Direct-Preference-Optimization: each token is predicted at its own place, where the
+    model can already see it."""
     return right(self, replace(batch, source=batch.source + 1))
 
 
@@ -158,36 +167,38 @@ def end_of_text_not_scored(right, self, batch):
 
 @replaces("model.GPT.logps", "test_logps_follow_the_chain_rule")
 def mean_for_sum(right, self, batch):
-    """rasbt/LLMs-from-scratch, minimind #659, Liger-Kernel #693: log pi(y|x) is a sum."""
+    """rasbt/LLMs-from-scratch, minimind #659, Liger-Kernel #693: a mean over the tokens, but log
+    pi(y|x) is a sum."""
     return right(self, batch) / batch.owner.bincount(minlength=batch.n_answers)
 
 
 @replaces("model.GPT.logps", "test_packed_logps_are_those_of_one_row_a_sequence")
 def mean_over_the_padded_row(right, self, batch):
-    """minimind #279: a mean, and over the padding too, so that it depends on the batch."""
+    """minimind #279: a mean that also counts the padding, so it depends on the rest of the
+    batch."""
     return right(self, batch) / batch.tokens.size(1)
 
 
 @replaces("model.GPT.logps", "test_logps_follow_the_chain_rule")
 def prompt_scored(right, self, batch):
-    """OpenRLHF #294 (there on one side only): log pi(x, y), not log pi(y|x)."""
-    more = [(*prompt_tokens(batch, n), n) for n in range(batch.n_answers)]
-    return right(self, batch) + right(self, scored(batch, more))
+    """OpenRLHF #294 (there on one side only): log pi(x, y) instead of log pi(y|x)."""
+    return right(self, batch) + right(self, prompts_scored(batch))
 
 
 @replaces("model.GPT.logps", "test_packed_logps_are_those_of_one_row_a_sequence")
 def loss_mask_inverted(right, self, batch):
     """CosyVoice #1449: the prompt is scored and the answer is not."""
-    more = [(*prompt_tokens(batch, n), n) for n in range(batch.n_answers)]
-    return right(self, scored(batch, more))
+    return right(self, prompts_scored(batch))
 
 
 @replaces("model.GPT.logps", "test_packed_logps_are_those_of_one_row_a_sequence")
 def chosen_mask_on_rejected(right, self, batch):
-    """CosyVoice #1449: the second answer is scored up to the length of the first."""
+    """CosyVoice #1449: the second answer is scored only up to the length of the first."""
     lengths = batch.owner.bincount(minlength=batch.n_answers)
-    place = torch.arange(len(batch.owner)) - (lengths.cumsum(0) - lengths)[batch.owner]
-    return right(self, only(batch, place < lengths[batch.owner // 2 * 2]))
+    first = lengths.cumsum(0) - lengths                             # (N,) of its scored tokens
+    place = torch.arange(len(batch.owner)) - first[batch.owner]     # (S,) within the answer
+    length_of_chosen = lengths[batch.owner // 2 * 2]                # (S,)
+    return right(self, only(batch, place < length_of_chosen))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -197,42 +208,50 @@ def chosen_mask_on_rejected(right, self, batch):
 
 @replaces("model.GPT.hidden", "test_cached_generation_of_ragged_prompts_is_the_plain_one")
 def left_padding_takes_positions(right, self, tokens, positions=None, mask=None, caches=None):
-    """TRL #469, #6800: GPT-2 padded on the left, without position ids."""
+    """TRL #469, #6800: GPT-2 with prompts that are padded on the left, but without position ids."""
     if caches:
-        start, last = caches[0].length, self.config.block_size - 1
-        positions = torch.arange(start, start + tokens.size(1)).clamp(max=last).expand_as(tokens)
+        start = caches[0].length
+        positions = torch.arange(start, start + tokens.size(1))
+        positions = positions.clamp(max=self.config.block_size - 1).expand_as(tokens)
     return right(self, tokens, positions, mask, caches)
 
 
 @replaces("model.KeyValueCache.append", "test_cached_generation_of_ragged_prompts_is_the_plain_one")
 def stale_cache_index(right, self, k, v):
-    """Each new token is written over the one before it: off by one, and the text stays fluent."""
+    """The cache index is off by one: each new token overwrites the one before it, and the text
+    stays fluent."""
     if self.length and k.size(2) == 1:
-        self.k[:, :, self.length - 1], self.v[:, :, self.length - 1] = k[:, :, 0], v[:, :, 0]
+        self.k[:, :, self.length - 1] = k[:, :, 0]
+        self.v[:, :, self.length - 1] = v[:, :, 0]
     return right(self, k, v)
 
 
 @replaces("model.KeyValueCache.select", "test_no_answer_changes_when_others_leave_the_batch")
 def first_rows_kept_whoever_left(right, self, rows):
-    """A batch made smaller with [:n]: from there on, answers go on with each other's text."""
-    return right(self, torch.arange(len(rows)) if len(rows) < len(self.k) else rows)
+    """The batch is made smaller with [:n], so from then on answers continue with each other's
+    text."""
+    if len(rows) < len(self.k):
+        rows = torch.arange(len(rows))
+    return right(self, rows)
 
 
 @replaces("model.choose", "test_temperature_divides_the_logits_once")
 def temperature_applied_twice(right, logits, temperature, *more, **named):
-    """Once by the caller and once in here: at 0.5 it samples at 0.25."""
+    """Once by the caller and once in this function: temperature 0.5 samples at 0.25."""
     return right(logits / max(temperature, 1e-6), temperature, *more, **named)
 
 
 @replaces("model.choose", "test_top_k_and_top_p_draw_every_one_of_those_they_leave")
 def top_k_one_token_short(right, logits, temperature, top_k, *more, **named):
-    """> the k-th for >= the k-th: the k-th itself is never drawn."""
-    return right(logits, temperature, top_k and max(1, top_k - 1), *more, **named)
+    """> the k-th logit instead of >=: the k-th token is never drawn."""
+    if top_k:
+        top_k = max(1, top_k - 1)
+    return right(logits, temperature, top_k, *more, **named)
 
 
 @replaces("model.choose", "test_top_k_and_top_p_draw_every_one_of_those_they_leave")
 def top_p_one_token_short(right, logits, temperature, top_k, top_p, generator):
-    """The token that reaches p is cut off with those beyond it."""
+    """The token that reaches p is cut off together with those after it."""
     if top_p is not None and temperature >= 1e-6:
         ordered, order = (logits / temperature).sort(descending=True)
         beyond = ordered.softmax(-1).cumsum(-1) >= top_p
@@ -243,13 +262,13 @@ def top_p_one_token_short(right, logits, temperature, top_k, top_p, generator):
 
 @replaces("model.choose", "test_generation_has_its_own_generator")
 def sampling_moves_trainings_generator(right, logits, temperature, top_k, top_p, generator):
-    """TRL #7083, nanoGPT: looking at samples changes what is trained on next."""
+    """TRL #7083, nanoGPT: looking at samples changes what the model is trained on next."""
     return right(logits, temperature, top_k, top_p, None)
 
 
 @replaces("model.choose", "test_sampled_answers_follow_the_models_own_distribution")
 def one_number_for_all_rows(right, *arguments):
-    """torch.rand(1) for torch.rand(B, 1): the answers to one prompt are all the same answer."""
+    """torch.rand(1) instead of torch.rand(B, 1): all answers to a prompt are the same."""
     rand = torch.rand
 
     def broadcast(rows, *more, **named):
@@ -260,18 +279,20 @@ def one_number_for_all_rows(right, *arguments):
 
 @replaces("model.GPT.optimizer", "test_weight_decay_shrinks_matrices_and_nothing_else")
 def decay_on_everything(right, self, lr, weight_decay=0.0, **named):
-    """AdamW(model.parameters()): biases and gains are pulled to zero as well."""
+    """AdamW(model.parameters()): biases and layer-norm gains are pulled towards zero as well."""
     optimizer = right(self, lr, weight_decay, **named)
     for group in optimizer.param_groups:
         group["weight_decay"] = weight_decay
     return optimizer
 
 
-@replaces("runtime.checkpoint.save_checkpoint", "test_a_checkpoint_brings_back_sizes_weights_and_facts")
+@replaces("runtime.checkpoint.save_checkpoint",
+          "test_a_checkpoint_brings_back_sizes_weights_and_facts")
 def compiled_names_in_the_checkpoint(right, path, model, **facts):
-    """nanoGPT #325: keys that begin with _orig_mod. load nowhere else."""
+    """nanoGPT #325: keys that begin with _orig_mod. cannot be loaded anywhere else."""
     weights = {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}
-    return right(path, SimpleNamespace(config=model.config, state_dict=lambda: weights), **facts)
+    compiled = SimpleNamespace(config=model.config, state_dict=lambda: weights)
+    return right(path, compiled, **facts)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -281,17 +302,20 @@ def compiled_names_in_the_checkpoint(right, path, model, **facts):
 
 @replaces("data.encode", "test_no_token_merges_across_the_end_of_the_prompt")
 def prompt_and_answer_encoded_together(right, preference, tokenizer, row_length, *more, **named):
-    """TRL #1153, #2054: a merge across the boundary, and the answer loses its first word."""
+    """TRL #1153, #2054: a token merges across the boundary, and the answer loses its first word."""
     item = right(preference, tokenizer, row_length, *more, **named)
     if item and len(item.answers) == len(preference.answers):
-        n, room = len(item.prompt) - 1, row_length - len(item.prompt)
-        item.answers = [(tokenizer.encode_ordinary(preference.prompt + answer)[n:]
-                         + [tokenizer.eot_token])[:room] for answer in preference.answers]
+        n_prompt = len(item.prompt) - 1                     # without end-of-text
+        room = row_length - len(item.prompt)
+        item.answers = []
+        for answer in preference.answers:
+            ids = tokenizer.encode_ordinary(preference.prompt + answer)[n_prompt:]
+            item.answers.append((ids + [tokenizer.eot_token])[:room])
     return item
 
 
 def with_answers(item, change):
-    """The Encoded with each answer changed; None stays None."""
+    """An Encoded with change(answer) instead of each answer. None stays None."""
     if item:
         item.answers = [change(answer) for answer in item.answers]
     return item
@@ -299,71 +323,78 @@ def with_answers(item, change):
 
 @replaces("data.encode", "test_an_answer_has_exactly_one_end_of_text_and_it_is_scored")
 def no_end_of_text(right, preference, tokenizer, row_length, *more, **named):
-    """rasbt/LLMs-from-scratch: answers that never end."""
+    """rasbt/LLMs-from-scratch: the answers never end."""
     item = right(preference, tokenizer, row_length, *more, **named)
     return with_answers(item, lambda ids: [i for i in ids if i != tokenizer.eot_token])
 
 
 @replaces("data.encode", "test_an_answer_has_exactly_one_end_of_text_and_it_is_scored")
 def two_ends_of_text(right, preference, tokenizer, row_length, *more, **named):
-    """TRL #4908: one from the template, one from the trainer."""
+    """TRL #4908: one end-of-text from the template and one from the trainer."""
     item = right(preference, tokenizer, row_length, *more, **named)
-    return with_answers(item, lambda ids: ids + ids[-1:] * (ids[-1] == tokenizer.eot_token))
+    eot = tokenizer.eot_token
+    return with_answers(item, lambda ids: ids + [eot] if ids[-1] == eot else ids)
 
 
 @replaces("data.encode", "test_an_answer_has_all_the_row_after_its_prompt")
 def end_of_text_on_cut_answers(right, preference, tokenizer, row_length, *more, **named):
-    """OpenRLHF: forced onto an answer that was cut, it teaches to stop in mid-sentence."""
+    """OpenRLHF: end-of-text is forced onto an answer that was cut, which teaches the model to stop
+    in mid-sentence."""
     item = right(preference, tokenizer, row_length, *more, **named)
     return with_answers(item, lambda ids: [*ids[:-1], tokenizer.eot_token])
 
 
 @replaces("data.encode", "test_an_answer_that_only_just_fits_is_not_cut")
 def cut_one_too_early(right, preference, tokenizer, row_length, *more, **named):
-    """TRL #2209, official: the room of an answer is the row less the prompt, and nothing else."""
+    """TRL #2209, official code: an answer has room for the row minus the prompt; here it gets one
+    token less."""
     return right(preference, tokenizer, row_length - 1, *more, **named)
 
 
 @replaces("data.encode", "test_prompt_and_answers_are_encoded_apart_with_one_end_of_text_each")
 def users_can_type_control_tokens(right, preference, tokenizer, *more, **named):
-    """encode(..., allowed_special="all"): "<|endoftext|>" in a user's text ends it."""
-    reads = functools.partial(tokenizer.encode, allowed_special="all")
-    return right(preference, SimpleNamespace(eot_token=tokenizer.eot_token,
-                                             encode_ordinary=reads), *more, **named)
+    """encode(..., allowed_special="all"): "<|endoftext|>" in a user's text ends that text."""
+    encode = functools.partial(tokenizer.encode, allowed_special="all")
+    tokenizer = SimpleNamespace(eot_token=tokenizer.eot_token, encode_ordinary=encode)
+    return right(preference, tokenizer, *more, **named)
 
 
 @replaces("data.encode", "test_a_pair_whose_answers_are_equal_after_the_cut_is_dropped")
 def pairs_of_equal_answers_kept(right, preference, tokenizer, row_length, *more, **named):
-    """TRL #6321: cut to the same text, or to none, a pair's loss stays at log 2 for ever."""
+    """TRL #6321: if both answers are cut to the same text, or to nothing, the loss of the pair
+    stays at log 2 forever."""
     item = right(preference, tokenizer, row_length, *more, **named)
     if item is None and preference.pairs:
-        long = right(preference, tokenizer, 10**6)
-        room = row_length - len(long.prompt)
-        return with_answers(long, lambda ids: ids[:room]) if room > 0 else None
+        uncut = right(preference, tokenizer, 10**6)
+        room = row_length - len(uncut.prompt)
+        if room > 0:
+            return with_answers(uncut, lambda ids: ids[:room])
     return item
 
 
 @replaces("runtime.rows.parse_preference", "test_a_row_that_cannot_teach_is_left_out_and_counted")
 def dialogues_split_each_at_its_own_end(right, row):
-    """Official, PR #86: HH dialogues that part earlier get one prompt, and it is not theirs."""
-    found, turn = right(row), "\n\nAssistant:"
-    if isinstance(found, str) and "differ" in found:
-        (prompt, chosen), (_, rejected) = (row[key].rsplit(turn, 1)
-                                           for key in ("chosen", "rejected"))
+    """Official code, PR #86: HH dialogues that differ before the last turn are given the same
+    prompt, although their prompts differ."""
+    parsed, turn = right(row), "\n\nAssistant:"
+    if isinstance(parsed, str) and "differ" in parsed:
+        prompt, chosen = row["chosen"].rsplit(turn, 1)
+        _, rejected = row["rejected"].rsplit(turn, 1)
         return prompt + turn, [chosen, rejected], [0, 1]
-    return found
+    return parsed
 
 
 @replaces("data.is_held_out",
           "test_whether_a_prompt_is_held_out_is_the_same_in_every_run")
 def held_out_by_pythons_hash(right, prompt):
-    """hash() of a text is another in each process: a resumed run trains on what it had kept."""
+    """hash() of a string differs between processes, so a resumed run trains on prompts that it had
+    held out."""
     return hash(prompt) % 10 == 0
 
 
 @replaces("tasks.own_file.read_split", "test_held_out_prompts_are_never_trained_on")
 def held_out_prompts_trained_on(right, *arguments):
-    """Held-out numbers that are training numbers."""
+    """The held-out prompts are also trained on, so the held-out numbers are training numbers."""
     training, held_out = right(*arguments)
     return training + held_out, held_out
 
@@ -375,7 +406,7 @@ def held_out_prompts_trained_on(right, *arguments):
 
 @replaces("data.rank_answers", "test_of_answers_that_tie_the_first_stands_for_all")
 def ties_as_wins(right, prompt, answers, rewards):
-    """sorted() puts tied answers in some order, and some order is then what is learned."""
+    """sorted() puts tied answers in an arbitrary order, and the policy learns this order."""
     if len(set(rewards)) < 2:
         return None
     return {"prompt": prompt, "answers": list(answers), "rewards": list(rewards),
@@ -384,20 +415,22 @@ def ties_as_wins(right, prompt, answers, rewards):
 
 @replaces("data.rank_answers", "test_four_answers_with_four_rewards_make_six_pairs_best_first")
 def worst_first(right, prompt, answers, rewards):
-    """sorted() without the minus: the policy learns what people like least."""
+    """sorted() without the minus sign: the policy learns what people like least."""
     row = right(prompt, answers, rewards)
-    return row and row | {"ranking": row["ranking"][::-1]}
+    if row is None:
+        return None
+    return row | {"ranking": row["ranking"][::-1]}
 
 
 @replaces("data.ranking_to_pairs", "test_a_ranking_of_three_is_three_pairs")
 def best_against_worst_alone(right, ranking):
-    """One pair of a ranking: C.1's four answers make six."""
+    """One pair per ranking, but C.1's four answers make six."""
     return [(ranking[0], ranking[-1])] if len(ranking) > 1 else []
 
 
 @replaces("data.ranking_to_pairs", "test_a_ranking_of_three_is_three_pairs")
 def chosen_and_rejected_swapped(right, ranking):
-    """The two columns of a file in the other order; accuracy rises all the same."""
+    """The two columns of a file are in the wrong order. Accuracy rises all the same."""
     return [(l, w) for w, l in right(ranking)]
 
 
@@ -415,14 +448,14 @@ def reward_is_a_sum(right, text):
 @replaces("data.Batch.mask",
           "test_an_answer_sees_its_prompt_and_itself_never_its_siblings_nor_other_groups")
 def sibling_visible(right, self):
-    """Causal and same group is not enough: the rejected answer reads the chosen one."""
+    """"Causal and same group" is not enough: the rejected answer can read the chosen one."""
     return (self.group[:, :, None] == self.group[:, None, :]).tril()
 
 
 @replaces("data.Batch.mask",
           "test_an_answer_sees_its_prompt_and_itself_never_its_siblings_nor_other_groups")
 def other_groups_visible(right, self):
-    """Sequence packing without a mask between documents, a default of many trainers."""
+    """Sequence packing without a mask between documents, which many trainers do by default."""
     visible = (self.answer[:, None, :] == 0) | (self.answer[:, :, None] == self.answer[:, None, :])
     return visible.tril()
 
@@ -430,31 +463,32 @@ def other_groups_visible(right, self):
 @replaces("data.Batch.mask",
           "test_an_answer_sees_its_prompt_and_itself_never_its_siblings_nor_other_groups")
 def mask_inverted(right, self):
-    """True where a token may look, or where it may not? Libraries differ."""
+    """Does True mean that a token may attend, or that it must not? Libraries differ."""
     return ~right(self)
 
 
 @replaces("data.Batch.mask",
           "test_an_answer_sees_its_prompt_and_itself_never_its_siblings_nor_other_groups")
 def own_place_hidden(right, self):
-    """tril(-1): off by one, and the first token of a row has nothing to look at."""
+    """tril(-1) is off by one: no token attends to itself, and the first one of a row has nothing to
+    attend to."""
     return right(self).tril(-1)
 
 
 @replaces("data.pack", "test_the_example_at_the_top_of_the_module_down_to_every_number")
 def positions_not_restarted(right, encoded, row_length):
-    """The second answer stands where the first ends, not where its prompt does."""
+    """The positions of the second answer continue after the first answer, not after the prompt."""
     batch = right(encoded, row_length)
     positions = batch.positions.clone()
-    for number in range(int(batch.group.max()) + 1):
-        mine = batch.group == number
-        positions[mine] = torch.arange(int(mine.sum()))
+    for g in range(int(batch.group.max()) + 1):
+        in_group = batch.group == g                                 # (B, T)
+        positions[in_group] = torch.arange(int(in_group.sum()))
     return replace(batch, positions=positions)
 
 
 @replaces("data.pack", "test_a_row_is_whole_groups_one_after_the_other_and_then_nothing")
 def positions_run_through_the_row(right, encoded, row_length):
-    """Packing without position ids: a later prompt starts in mid-row."""
+    """Packing without position ids: a prompt in mid-row does not start at position 0."""
     batch = right(encoded, row_length)
     columns = torch.arange(row_length).expand_as(batch.tokens)
     return replace(batch, positions=columns * (batch.group >= 0))
@@ -463,10 +497,11 @@ def positions_run_through_the_row(right, encoded, row_length):
 @replaces("data.pack",
           "test_each_token_of_each_answer_is_predicted_once_from_its_prompt_and_what_came_before")
 def first_token_predicted_by_the_sibling(right, encoded, row_length):
-    """The place before it in the row is the sibling's last, not the prompt's."""
+    """The place before an answer in the row is the last one of the previous answer, not of the
+    prompt."""
     batch = right(encoded, row_length)
     source, first = batch.source.clone(), begins(batch.owner)
-    second = (first.roll(1) & ~first).nonzero()[:, 0]       # its source is where the first stands
+    second = (first.roll(1) & ~first).nonzero()[:, 0]       # predicted at the place of the first
     source[second - 1] = source[second] - 1
     return replace(batch, source=source)
 
@@ -474,21 +509,23 @@ def first_token_predicted_by_the_sibling(right, encoded, row_length):
 @replaces("data.pack",
           "test_end_of_text_and_padding_inside_an_answer_are_scored_like_any_token")
 def mask_made_from_ids(right, encoded, row_length):
-    """DeepSeek-Coder #163: with padding = end-of-text, no answer is taught to end."""
+    """DeepSeek-Coder #163: padding is end-of-text, and with a mask made from ids no answer learns
+    to end."""
     batch = right(encoded, row_length)
     return only(batch, batch.target != 0)
 
 
 @replaces("data.pack", "test_a_longer_row_changes_nothing_but_padding")
 def last_column_trimmed(right, encoded, row_length):
-    """TRL #2332: a trim that is off by one eats the last token of the longest row."""
+    """TRL #2332: a trim that is off by one removes the last token of the longest row."""
     batch = right(encoded, row_length)
     return only(batch, batch.source % row_length != row_length - 2)
 
 
 @replaces("data.pack", "test_pairs_rankings_and_reference_follow_the_numbers_of_the_answers")
 def pairs_not_renumbered(right, encoded, row_length):
-    """Indices of an item taken for indices of the batch: every pair is one of the first prompt."""
+    """Indices into an item are used as indices into the batch, so every pair is one of the first
+    prompt."""
     pairs = [pair for item in encoded for pair in item.pairs]
     batch = right(encoded, row_length)
     return replace(batch, winners=batch.winners.new_tensor([w for w, _ in pairs]),
@@ -496,10 +533,12 @@ def pairs_not_renumbered(right, encoded, row_length):
 
 
 @replaces("data.select_pairs", "test_taking_one_pair_of_a_ranking_takes_its_two_answers")
-def reference_of_another_answer(right, item, numbers):
-    """Open-instruct #1144: cached reference log-probs by the wrong index."""
-    part = right(item, numbers)
-    return replace(part, ref_logps=item.ref_logps and item.ref_logps[:len(part.answers)])
+def reference_of_another_answer(right, item, indices):
+    """Open-instruct #1144: cached reference log-probs are looked up by the wrong index."""
+    selected = right(item, indices)
+    if item.ref_logps is None:
+        return selected
+    return replace(selected, ref_logps=item.ref_logps[:len(selected.answers)])
 
 
 @replaces("data.Batches.order", "test_a_batch_depends_on_seed_and_step_alone")
@@ -516,27 +555,28 @@ def order_depends_on_history(right, self, epoch):
 
 
 @replaces("train_sft.warmup", "test_warm_up_is_linear_from_zero_and_then_constant")
-def warm_up_from_nothing(right, step, steps):
-    """step / steps: the first batch of every run is thrown away."""
-    return min(1.0, step / max(1, steps))
+def warm_up_from_nothing(right, step, n_warmup):
+    """step / n_warmup: the learning rate of step 0 is 0, so the first batch of every run is wasted.
+    """
+    return min(1.0, step / max(1, n_warmup))
 
 
 @replaces("train_sft.update", "test_gradients_are_clipped_to_the_norm_asked_for")
 def no_clipping(right, model, optimizer, scaler, lr, clip):
-    """A flag that nothing reads (vwxyzjn, rlhf-book): --clip says 1, and nothing is clipped."""
+    """A flag that nothing reads (vwxyzjn, rlhf-book): --clip says 1, but nothing is clipped."""
     return right(model, optimizer, scaler, lr, math.inf)
 
 
 @replaces("train_sft.update", "test_gradients_are_clipped_at_their_true_size")
 def clipped_before_unscaling(right, model, optimizer, scaler, lr, clip):
-    """nanoGPT's order, the other way round: scaled by 65,536, every gradient is too large."""
+    """The reverse of nanoGPT's order: scaled by 65,536, every gradient is too large."""
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     return right(model, optimizer, scaler, lr, clip)
 
 
 @replaces("train_sft.update", "test_gradients_are_clipped_to_the_norm_asked_for")
 def gradients_left_over(right, model, optimizer, scaler, lr, clip):
-    """No zero_grad: each step adds to the gradient of all before it."""
+    """zero_grad is missing: each step adds to the gradients of all steps before it."""
     optimizer.zero_grad = lambda set_to_none=True: None
     norm = right(model, optimizer, scaler, lr, clip)
     del optimizer.zero_grad
@@ -545,20 +585,20 @@ def gradients_left_over(right, model, optimizer, scaler, lr, clip):
 
 @replaces("train_sft.update", "test_an_update_uses_the_learning_rate_it_is_given")
 def learning_rate_never_set(right, model, optimizer, scaler, lr, clip):
-    """A schedule that is computed, logged, and not given to the optimizer."""
+    """A schedule that is computed and logged, but not passed to the optimizer."""
     return right(model, optimizer, scaler, optimizer.param_groups[0]["lr"], clip)
 
 
 @replaces("train_sft.grad_scaler", "test_only_float16_gradients_are_scaled")
 def scaler_with_bfloat16(right, model):
-    """nanoGPT #87: bfloat16 has the range of float32 and needs none."""
+    """nanoGPT #87: bfloat16 has the range of float32, so it needs no scaler."""
     return torch.amp.GradScaler(model.device.type, enabled=model.precision is not None)
 
 
 @replaces("runtime.parallel.set_precision", "test_parameters_stay_float32_in_every_precision")
 def weights_in_half_precision(right, model, precision):
-    """bfloat16 weights lose DPO-sized updates: at 5e-7, a hundred steps of Adam move one in a
-    hundred of them."""
+    """bfloat16 weights lose updates of DPO's size: at learning rate 5e-7, a hundred steps of Adam
+    change one weight in a hundred."""
     right(model, precision)
     if model.precision:
         model.to(model.precision)
@@ -566,14 +606,15 @@ def weights_in_half_precision(right, model, precision):
 
 @replaces("data.micro_batches", "test_micro_batches_hold_every_prompt_once")
 def last_micro_batch_dropped(right, *arguments):
-    """minimind, OpenRLHF #1350: len // n of n parts, and the rest is never seen."""
+    """minimind, OpenRLHF #1350: n micro-batches of len // n items each; the remainder is never
+    used."""
     *others, last = right(*arguments)
     return others or [last]
 
 
 @replaces("data.batches_in_order", "test_evaluation_counts_every_held_out_pair_once")
 def last_evaluation_batch_dropped(right, items, row_length, model, size=32):
-    """OpenRLHF #1332: drop_last, in an evaluation."""
+    """OpenRLHF #1332: drop_last in an evaluation."""
     return right(items[:max(size, len(items) // size * size)], row_length, model, size)
 
 
@@ -585,7 +626,7 @@ def mean_of_means(right, self, count, **sums):
 
 @replaces("runtime.run.Log.add", "test_log_means_are_sums_over_counts_since_the_last_line")
 def last_micro_batch_alone_is_logged(right, self, count, **sums):
-    """torchtune: what is shown for a step is what its last part had."""
+    """torchtune: the numbers shown for a step are those of its last micro-batch."""
     for name in sums:
         self.sums[name] = self.counts[name] = 0
     return right(self, count, **sums)
@@ -593,7 +634,8 @@ def last_micro_batch_alone_is_logged(right, self, count, **sums):
 
 @replaces("runtime.run.Log.write", "test_a_number_that_is_not_finite_stops_the_run")
 def nan_becomes_zero(right, self, step):
-    """smol-course #61: "loss 0.0", and training goes on, on weights that are gone."""
+    """smol-course #61: the log shows "loss 0.0", and training continues although the weights are
+    ruined."""
     for name, value in self.sums.items():
         self.sums[name] = value if math.isfinite(value) else 0.0
     return right(self, step)
@@ -606,46 +648,50 @@ def nan_becomes_zero(right, self, step):
 
 @replaces("train_dpo.bradley_terry", "test_bradley_terry_is_equation_16_written_out")
 def probability_for_its_logarithm(right, r_w, r_l):
-    """-sigma as a loss: its gradient vanishes for the pairs that are ranked worst."""
+    """The loss is -sigma instead of -log sigma: its gradient vanishes for the pairs that are ranked
+    worst."""
     return right(r_w, r_l).exp()
 
 
 @replaces("train_dpo.dpo_loss", "test_dpo_loss_is_appendix_b_written_out")
 def beta_forgotten(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
-    """A loss without beta runs, and with beta 1 the policy hardly moves."""
-    return right(pi_logps, ref_logps, yw_idxs, yl_idxs, 1.0)[0], right(
-        pi_logps, ref_logps, yw_idxs, yl_idxs, beta)[1]
+    """The loss works without beta, but at beta 1 the policy hardly moves."""
+    losses, _ = right(pi_logps, ref_logps, yw_idxs, yl_idxs, 1.0)
+    _, rewards = right(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)
+    return losses, rewards
 
 
 @replaces("train_dpo.dpo_loss", "test_dpo_loss_is_appendix_b_written_out")
 def beta_squared(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
-    """Rewards that have their beta already, times beta again."""
-    return right(pi_logps, ref_logps, yw_idxs, yl_idxs, beta * beta)[0], right(
-        pi_logps, ref_logps, yw_idxs, yl_idxs, beta)[1]
+    """The rewards already contain beta, and the loss multiplies them by beta again."""
+    losses, _ = right(pi_logps, ref_logps, yw_idxs, yl_idxs, beta * beta)
+    _, rewards = right(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)
+    return losses, rewards
 
 
 @replaces("train_dpo.dpo_loss",
           "test_erratum_equation_21_prints_the_loss_of_the_reversed_preference")
 def winner_and_loser_swapped(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
-    """Equation 21 of the paper as printed: -log sigma(rhat_l - rhat_w)."""
+    """Equation 21 as the paper prints it: -log sigma(rhat_l - rhat_w)."""
     return right(pi_logps, ref_logps, yl_idxs, yw_idxs, beta)
 
 
 @replaces("train_dpo.dpo_loss", "test_dpo_loss_is_appendix_b_written_out")
 def reference_forgotten(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
-    """TRL #2431: reference log-probs that are computed, cached and never used."""
+    """TRL #2431: the reference log-probs are computed, cached and never used."""
     return right(pi_logps, ref_logps * 0, yw_idxs, yl_idxs, beta)
 
 
 @replaces("train_dpo.dpo_loss", "test_rewards_carry_no_gradient_and_losses_do")
 def rewards_not_detached(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
-    """A graph kept alive for a number on the screen, or trained on by mistake."""
-    return right(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)[0], beta * (pi_logps - ref_logps)
+    """A graph is kept alive for a number on the screen, or the number is trained on by mistake."""
+    losses, _ = right(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)
+    return losses, beta * (pi_logps - ref_logps)
 
 
 @replaces("train_dpo.dpo_loss", "test_each_pair_has_its_own_loss_whatever_else_is_in_the_batch")
 def loss_averaged_inside(right, *arguments, **named):
-    """The caller averages again, and each micro-batch has another denominator."""
+    """The caller averages again, and each micro-batch has a different denominator."""
     losses, rewards = right(*arguments, **named)
     return losses.mean().expand_as(losses), rewards
 
@@ -661,14 +707,14 @@ def logarithm_of_a_sigmoid(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
 @replaces("train_dpo.dpo_loss", "test_dpo_loss_is_appendix_b_written_out")
 def ratio_of_probabilities_compared(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
     """pi / pi_ref instead of its logarithm: right to first order at the start, and nowhere else."""
-    rewards = right(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)[1]
+    _, rewards = right(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)
     ratios = pi_logps.exp() / ref_logps.exp()
     return -(beta * (ratios[yw_idxs] - ratios[yl_idxs])).sigmoid().log(), rewards
 
 
 @replaces("train_dpo.implicit_reward", "test_rewards_are_beta_times_the_log_ratio_of_every_answer")
 def rewards_without_beta(right, pi_logps, ref_logps, beta):
-    """rasbt/LLMs-from-scratch: margins in the log that are not those of the loss."""
+    """rasbt/LLMs-from-scratch: the margins in the log are not those of the loss."""
     return right(pi_logps, ref_logps, 1.0)
 
 
@@ -677,14 +723,16 @@ def sign_swapped_as_printed_in_a4(right, pi_logps, ref_logps, yw_idxs, yl_idxs, 
     """The last gradient of A.4 as printed: the weight is sigma(rhat_w - rhat_l)."""
     r = beta * (pi_logps - ref_logps)
     weights = beta * (r[yw_idxs] - r[yl_idxs]).sigmoid()
-    return (pi_logps * 0).index_add(0, yw_idxs, -weights).index_add(0, yl_idxs, weights)
+    gradient = torch.zeros_like(pi_logps)
+    return gradient.index_add(0, yw_idxs, -weights).index_add(0, yl_idxs, weights)
 
 
 @replaces("train_dpo.dpo_gradient", "test_gradients_of_the_pairs_of_four_ranked_answers_add_up")
 def pairs_of_one_answer_overwritten(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
-    """gradient[yw_idxs] -= weights: an index that comes twice is written once."""
-    r, gradient = beta * (pi_logps - ref_logps), pi_logps * 0
+    """gradient[yw_idxs] -= weights: if an index occurs twice, only one of the updates counts."""
+    r = beta * (pi_logps - ref_logps)
     weights = beta * (r[yl_idxs] - r[yw_idxs]).sigmoid()
+    gradient = torch.zeros_like(pi_logps)
     gradient[yw_idxs] -= weights
     gradient[yl_idxs] += weights
     return gradient
@@ -692,34 +740,37 @@ def pairs_of_one_answer_overwritten(right, pi_logps, ref_logps, yw_idxs, yl_idxs
 
 @replaces("train_dpo.dpo_gradient", "test_the_first_gradient_is_half_of_beta")
 def gradient_without_beta(right, *arguments):
-    """The weight without its beta in front: right in direction, ten times too long."""
+    """The weight lacks the factor beta: the direction is right, but the gradient is ten times too
+    long."""
     return right(*arguments) / arguments[-1]
 
 
 @replaces("train_dpo.plackett_luce", "test_plackett_luce_sums_to_one_over_all_rankings")
 def every_draw_among_all_answers(right, rewards, ranking):
-    """A product of softmaxes over all answers: nothing is ever taken out of the urn."""
+    """A product of softmaxes over all answers: no answer is ever taken out of the urn."""
     drawn = ranking >= 0
     r = rewards[ranking.clamp(min=0)].masked_fill(~drawn, -math.inf)
-    return ((r - r.logsumexp(-1, keepdim=True)) * 1.0).masked_fill(~drawn, 0).sum(-1)
+    logps = r - r.logsumexp(-1, keepdim=True)
+    return logps.masked_fill(~drawn, 0).sum(-1)
 
 
 @replaces("train_dpo.plackett_luce", "test_plackett_luce_of_three_answers_worked_out_on_paper")
 def ranking_read_worst_first(right, rewards, ranking):
-    """The same formula, from the other end; for pairs it is the swapped preference."""
+    """The same formula from the other end; for pairs, it is the reversed preference."""
     return right(-rewards, ranking)
 
 
 @replaces("train_dpo.plackett_luce",
           "test_a_ranking_padded_with_minus_one_is_the_shorter_ranking")
 def padding_taken_for_the_last_answer(right, rewards, ranking):
-    """-1 is an index too: of the last answer there is."""
+    """-1 is a valid index too: that of the last answer."""
     return right(rewards, ranking % len(rewards))
 
 
 @replaces("train_dpo.log_partition", "test_partition_is_the_sum_over_all_answers")
 def beta_times_the_reward(right, ref_logps, rewards, beta):
-    """exp(beta r): beta on the wrong side, and explained the wrong way round (rasbt, cell 83)."""
+    """exp(beta r): beta is on the wrong side, and its effect is explained the wrong way round
+    (rasbt, cell 83)."""
     return right(ref_logps, rewards * beta * beta, beta)
 
 
@@ -731,7 +782,7 @@ def partition_without_the_reference(right, ref_logps, rewards, beta):
 
 @replaces("train_dpo.log_partition", "test_every_prompt_has_its_own_partition")
 def one_partition_for_all_prompts(right, ref_logps, rewards, beta):
-    """Z depends on x; summed over the batch as well, it cancels in nothing."""
+    """Z depends on x. If it is summed over the batch as well, it does not cancel."""
     return right(ref_logps.flatten(), rewards.flatten(), beta).expand(ref_logps.shape[:-1])
 
 
@@ -744,24 +795,27 @@ def partition_left_out(right, ref_logps, rewards, beta):
 @replaces("train_dpo.unlikelihood_loss",
           "test_unlikelihood_is_minus_the_difference_of_log_probs")
 def unlikelihood_with_a_sigmoid(right, pi_logps, yw_idxs, yl_idxs):
-    """Then it is DPO without a reference, and C.3's baseline no longer falls apart."""
+    """With a sigmoid this is DPO without a reference, and the baseline of C.3 no longer
+    degenerates."""
     return -(-right(pi_logps, yw_idxs, yl_idxs)).sigmoid().log()
 
 
 # ------------------------------------------------------------------------------------------------
-# train_dpo.py: the step, the loop, what is watched
+# train_dpo.py: the step, the loop, the log
 # ------------------------------------------------------------------------------------------------
 
 
 @replaces("train_dpo.objective", "test_training_lowers_the_loss_and_ranks_the_answers")
 def reference_is_the_live_policy(right, logps, batch, args):
-    """TRL #2057: one model under two names. The reference moves along, the loss stays log 2."""
+    """TRL #2057: one model under two names. The reference moves with the policy, and the loss stays
+    at log 2."""
     return right(logps, replace(batch, ref_logps=logps.detach()), args)
 
 
 @replaces("train_dpo.objective", "test_the_first_step_of_training_moves_the_policy")
 def reference_not_detached(right, logps, batch, args):
-    """The live policy, and with its graph: the two gradients cancel and nothing is learned."""
+    """The reference is the live policy with its graph: the two gradients cancel and nothing is
+    learned."""
     return right(logps, replace(batch, ref_logps=logps), args)
 
 
@@ -781,35 +835,37 @@ def reference_moves_on_resume(right, policy, preferences, held_out, args, *more,
 
 @replaces("train_dpo.check_start", "test_the_reference_is_used_and_belongs_to_its_answer")
 def a_wrong_start_goes_unnoticed(right, *arguments):
-    """Official #34: policy and reference in different precision, and no word about it."""
+    """Official code, #34: policy and reference are in different precision, and nothing reports
+    it."""
 
 
 @replaces("train_dpo.describe", "test_a_tie_is_half_right")
-def ties_as_wrong(right, logps, rewards, batch):
-    """rewards_w > rewards_l: before the first step, accuracy is 0."""
+def ties_as_wrong(right, logps, rewards, batch, *more):
+    """rewards_w > rewards_l: before the first step, the accuracy is 0."""
     wins = (rewards[batch.winners] > rewards[batch.losers]).sum()
-    return right(logps, rewards, batch) | {"accuracy": wins}
+    return right(logps, rewards, batch, *more) | {"accuracy": wins}
 
 
 @replaces("train_dpo.describe", "test_a_step_never_waits_for_the_device")
-def numbers_read_in_every_step(right, logps, rewards, batch):
-    """TRL's step has ten .item() and more: the GPU stands idle while the host catches up."""
-    return {name: value.item() for name, value in right(logps, rewards, batch).items()}
+def numbers_read_in_every_step(right, *arguments):
+    """TRL's step has ten or more calls of .item(): the GPU is idle while the host catches up."""
+    return {name: value.item() for name, value in right(*arguments).items()}
 
 
 @replaces("train_dpo.describe", "test_each_number_on_the_screen_is_the_sum_of_its_column")
-def chosen_and_rejected_rewards_swapped(right, logps, rewards, batch):
-    """Two columns of the log under each other's names."""
-    numbers = right(logps, rewards, batch)
-    return numbers | {"chosen_reward": numbers["rejected_reward"],
-                      "rejected_reward": numbers["chosen_reward"]}
+def chosen_and_rejected_rewards_swapped(right, *arguments):
+    """Two columns of the log have each other's names."""
+    sums = right(*arguments)
+    return sums | {"chosen_reward": sums["rejected_reward"],
+                   "rejected_reward": sums["chosen_reward"]}
 
 
 @replaces("train_dpo.parse_args", "test_defaults_are_those_of_appendix_b")
 def learning_rate_of_sft(right, argv):
-    """LLaMA-Factory #7734, TRL #1236: at 1e-4, a pretrained policy forgets its language."""
+    """LLaMA-Factory #7734, TRL #1236: at 1e-4, a pretrained policy loses its language."""
     args = right(argv)
-    args.lr = args.lr if any(flag.startswith("--lr") for flag in argv) else 1e-4
+    if not any(flag.startswith("--lr") for flag in argv):
+        args.lr = 1e-4
     return args
 
 
@@ -820,7 +876,7 @@ def learning_rate_of_sft(right, argv):
 
 @replaces("sample.evaluate", "test_kl_and_win_rate_are_what_their_names_say")
 def kl_backwards(right, *arguments, **named):
-    """The mean of log pi_ref - log pi over samples of pi is minus the divergence."""
+    """The mean of log pi_ref - log pi over samples from pi is minus the KL divergence."""
     measures, texts = right(*arguments, **named)
     for values in measures.values():
         values["kl"] = -values["kl"]
@@ -830,23 +886,24 @@ def kl_backwards(right, *arguments, **named):
 @replaces("sample.sample", "test_kl_and_win_rate_are_what_their_names_say")
 def kl_of_another_temperature(right, model, prompts, max_new_tokens, seed, eot, temperature=1.0,
                               *more, **named):
-    """Sampled at 0.5 because it reads better, scored at 1: not the KL of any policy."""
+    """Sampled at temperature 0.5 because it reads better, but scored at 1: this is the KL of no
+    policy."""
     return right(model, prompts, max_new_tokens, seed, eot, temperature / 2, *more, **named)
 
 
 @replaces("sample.evaluate", "test_kl_and_win_rate_are_what_their_names_say")
 def ties_counted_for_the_policy(right, *arguments, reward=None, **named):
-    """>= for >: a policy that writes the same as its baseline wins always."""
-    seen = []
+    """>= instead of >: a policy that writes the same as its baseline always wins."""
+    calls = itertools.count(1)
 
-    def a_little_more_each_time(text):
-        seen.append(text)
-        return reward(text) + 1e-9 * len(seen)
-    return right(*arguments, reward=reward and a_little_more_each_time, **named)
+    def slightly_more_each_time(text):                  # the policy is measured after its baseline
+        return reward(text) + 1e-9 * next(calls)
+    biased = slightly_more_each_time if reward else None
+    return right(*arguments, reward=biased, **named)
 
 
 # ------------------------------------------------------------------------------------------------
-# To put a mutant in place
+# Putting a mutant in place
 # ------------------------------------------------------------------------------------------------
 
 
@@ -856,20 +913,21 @@ def find(target):
     *path, name = path.split(".")
     try:
         owner = importlib.import_module(module)
-        for part in path:
-            owner = getattr(owner, part)
+        for attribute in path:
+            owner = getattr(owner, attribute)
         return owner, name, vars(owner)[name]
     except (ImportError, AttributeError, KeyError):
-        raise UserError(f"{target} is no longer there: classroom/wrong_answers.py and "
-                        "classroom/exercises.py name it") from None
+        raise UserError(f"{target} no longer exists, but classroom/wrong_answers.py or "
+                        "classroom/exercises.py names it") from None
 
 
-def apply(name):
-    """Put the mutant in the place of its function, in every module that has imported it."""
-    mutant, modules = MUTANTS[name], []
+def apply(mutant_name):
+    """Replace a function with its mutant, in every module that has imported it."""
+    mutant = MUTANTS[mutant_name]
+    modules = []
     for path in sandbox.source_files("runtime", "tasks", "experiments"):
-        dotted = ".".join(path.relative_to(sandbox.ROOT).with_suffix("").parts)
-        modules.append(importlib.import_module(dotted.removesuffix(".__init__")))
+        module_name = ".".join(path.relative_to(sandbox.ROOT).with_suffix("").parts)
+        modules.append(importlib.import_module(module_name.removesuffix(".__init__")))
     owner, name, right = find(mutant.target)
 
     @functools.wraps(right)
@@ -884,26 +942,22 @@ def apply(name):
 
 
 # ------------------------------------------------------------------------------------------------
-# Our own tests against each
+# Our own tests against the mutants
 # ------------------------------------------------------------------------------------------------
 
 
-def test_name(node):
-    return node.split("::")[-1].split("[")[0]
-
-
 def failures(outcome):
-    """{test: words} of what failed."""
-    return {test_name(node): words for node, (result, words) in outcome.claims.items()
+    """{name of a test that failed: details}."""
+    return {name_of_test(node): details for node, (result, details) in outcome.claims.items()
             if result in ("failed", "error")}
 
 
 def against_our_tests(name, every=False):
-    """(caught, what to print): the test that should catch a mutant; then, if it did not or if
-    every test is asked for, the suite."""
+    """(whether a mutant was caught, what to print). Runs the test that should catch it. If that
+    passes, or with every=True, runs the other tests too."""
     test = MUTANTS[name].test
     if test not in claims():
-        return False, f"{test} is no longer there"
+        return False, f"{test} no longer exists"
     node = f"tests/{claims()[test][0]}::{test}"
     outcome = sandbox.run(sandbox.ROOT, [node], SECONDS, mutant=name)
     failed = failures(outcome)
@@ -911,53 +965,63 @@ def against_our_tests(name, every=False):
         outcome = sandbox.run(sandbox.ROOT, [f"tests/{file}" for file in FILES], SECONDS,
                               mutant=name, stop=not every, skip=SLOW)
         failed |= failures(outcome)
-    if broken := next((words for words in failed.values() if is_broken(words)), None):
-        return False, f"the mutant itself is broken: {broken.splitlines()[0]}"
+    for details in failed.values():
+        if is_broken(details):
+            return False, f"the mutant itself is broken: {details.splitlines()[0]}"
     if test in failed:
         return True, " ".join(failed)
     if failed:
         return False, f"caught by {' '.join(failed)}, but not by {test}"
-    return False, f"NOT CAUGHT, not by {test} either; {outcome.end}".rstrip("; ")
+    return False, f"caught by no test, not even by {test}; {outcome.end}".removesuffix("; ")
 
 
-def is_broken(words):
-    """A wrong answer gives wrong numbers. These errors say that it no longer fits its function."""
-    return any(line.startswith(("TypeError", "AttributeError", "NameError", "ImportError"))
-               or "is no longer there" in line for line in words.splitlines())
+def is_broken(details):
+    """Whether a failure shows that a mutant no longer fits the function that it replaces. A mutant
+    should compute wrong numbers, not raise such errors."""
+    errors = ("TypeError", "AttributeError", "NameError", "ImportError")
+    return any(line.startswith(errors) or "no longer exists" in line
+               for line in details.splitlines())
 
 
 def run_all(names, judge, jobs):
-    """{name: judge(name)}, in parallel, with a bar."""
+    """{name: judge(name)}, computed in parallel, with a progress bar."""
     with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(names, list(tqdm(pool.map(judge, names), "mutants", len(names)))))
+        results = list(tqdm(pool.map(judge, names), "mutants", len(names)))
+    return dict(zip(names, results))
 
 
 # ------------------------------------------------------------------------------------------------
-# The tests of somebody else against each
+# Somebody else's tests against the mutants
 # ------------------------------------------------------------------------------------------------
 
 
 def against_their_tests(path, names, jobs):
-    """({name: (caught, what to print)}, {test that fails on the right code: words})."""
+    """Run a file of tests against mutants. Returns ({name of a mutant: (whether it was caught, what
+    to print)}, {test that fails on the correct code: details}). Raises UserError."""
     with tempfile.TemporaryDirectory() as folder:
-        copy, test = Path(folder) / "copy", f"tests/{path.name}"
+        copy = Path(folder) / "copy"
+        file = f"tests/{path.name}"
         sandbox.copy_sources(copy, tools=["wrong_answers.py"])
-        if (copy / test).exists() or not path.name.isidentifier:
+        if (copy / file).exists():
             raise UserError(f"--tests {path}: choose another name for this file")
-        shutil.copy(path, copy / test)
-        right = sandbox.run(copy, [test], SECONDS, guarded=True)
-        if right.end:
-            raise UserError(f"--tests {path}: {right.end}")
-        wrongly = {node: words for node, (result, words) in right.claims.items()
-                   if result != "passed"}
-        good = [node for node, (result, _) in right.claims.items() if result == "passed"]
+        shutil.copy(path, copy / file)
+        on_correct_code = sandbox.run(copy, [file], SECONDS, guarded=True)
+        if on_correct_code.end:
+            raise UserError(f"--tests {path}: {on_correct_code.end}")
+        usable, wrong_tests = [], {}
+        for node, (result, details) in on_correct_code.claims.items():
+            if result == "passed":
+                usable.append(node)
+            else:
+                wrong_tests[node] = details
+        if not usable:
+            return dict.fromkeys(names, (False, "")), wrong_tests
 
         def judge(name):
-            outcome = sandbox.run(copy, good, SECONDS, guarded=True, mutant=name, stop=True)
-            failed = [node for node, (result, _) in outcome.claims.items()
-                      if result in ("failed", "error")]
-            return bool(failed), " ".join(map(test_name, failed)) or "not caught"
-        return run_all(names, judge, jobs) if good else dict.fromkeys(names, (False, "")), wrongly
+            outcome = sandbox.run(copy, usable, SECONDS, guarded=True, mutant=name, stop=True)
+            failed = failures(outcome)
+            return bool(failed), " ".join(failed) or "not caught"
+        return run_all(names, judge, jobs), wrong_tests
 
 
 # ------------------------------------------------------------------------------------------------
@@ -969,40 +1033,44 @@ def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="mutants to run (default: all)")
-    add("--all", action="store_true", help="go on after the first failing test")
+    add("--all", action="store_true",
+        help="do not stop at the first failing test, but list every test that fails")
     add("--tests", type=Path, metavar="FILE", help="grade this test file instead of our own tests")
-    add("--list", action="store_true", help="print each mutant with what it is, and stop")
+    add("--list", action="store_true", help="print the mutants with their descriptions and stop")
     add("--jobs", type=number_type(int, 1), default=os.cpu_count(),
-        help="how many to run at a time (default: one a processor)")
+        help="mutants to run at the same time (default: one per processor)")
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in MUTANTS:
-            raise UserError(f"no mutant {name}; --list prints those there are")
+            raise UserError(f"no mutant {name}; --list prints all of them")
     return args
 
 
 @command
 def main(argv=None):
-    """Returns the exit code: 1 where a mutant lives that our own tests should have caught."""
+    """Returns the exit code: 1 if our own tests did not catch every mutant."""
     args = parse_args(argv)
-    names, wrongly = args.names or list(MUTANTS), {}
+    names = args.names or list(MUTANTS)
     if args.list:
-        for mutant in map(MUTANTS.get, names):
-            print(f"{mutant.name}, for {mutant.target}\n    {mutant.who}")
+        for name in names:
+            print(f"{name}, for {MUTANTS[name].target}\n    {MUTANTS[name].description}")
         return 0
+    wrong_tests = {}
     if args.tests:
         if not args.tests.is_file():
             raise UserError(f"--tests {args.tests}: no such file")
-        results, wrongly = against_their_tests(args.tests, names, args.jobs)
+        results, wrong_tests = against_their_tests(args.tests, names, args.jobs)
     else:
         results = run_all(names, lambda name: against_our_tests(name, args.all), args.jobs)
-    for node, words in wrongly.items():
-        print(f"fails on the right code, so it does not count: {node}\n    {words.splitlines()[0]}")
-    for name, (caught, words) in results.items():
-        print(f"{'caught' if caught else 'ALIVE ':8}{name:40} {words}")
-    caught = sum(caught for caught, _ in results.values())
-    print(f"{caught} of {len(names)} mutants caught")
-    return 0 if args.tests or caught == len(names) else 1
+    for node, details in wrong_tests.items():
+        print(f"does not count, because it fails on the correct code: {node}\n"
+              f"    {details.splitlines()[0]}")
+    n_caught = 0
+    for name, (caught, text) in results.items():
+        n_caught += caught
+        print(f"{'caught' if caught else 'MISSED':8}{name:40} {text}")
+    print(f"{n_caught} of {len(names)} mutants caught")
+    return 0 if args.tests or n_caught == len(names) else 1
 
 
 if __name__ == "__main__":

@@ -1,40 +1,42 @@
-"""How fast a DPO step is, and what makes it so: a ladder of measured rungs, and TRL beside it.
+"""How fast a DPO step is, and what makes it fast: a ladder of measured rungs, with TRL beside it.
 
     python -m experiments.benchmark                           # HH-like pairs, GPT-2 124M, all rungs
     python -m experiments.benchmark --workload hh tldr c1 --json result.json
     python -m experiments.benchmark --data pairs.jsonl        # your own pairs, in GPT-2's tokens
     python -m experiments.benchmark --rungs shared trl shared trl-best shared --warmup 1 --steps 2
-    python -m experiments.benchmark --against trl             # all rungs, and TRL where installed
-    python -m experiments.benchmark --n-layer 2 --n-head 2 --n-embd 64 --pairs 4      # a look
+    python -m experiments.benchmark --against trl             # all rungs, and TRL if installed
+    python -m experiments.benchmark --n-layer 2 --n-head 2 --n-embd 64 --pairs 4      # a quick try
 
 Each rung adds one idea to the one above it and computes the same loss on the same pairs:
 
-    naive            one row for each answer of each pair, padded to the longest of the batch; a
-                     second model scores the batch again each step; float32 logits at every place
-    reference-once   log pi_ref(y|x) is known before the step
-    answer-logits    only the places that predict an answer's token go through the output head
+    naive            one row for each answer of each pair, padded to the longest in the batch; in
+                     every step, a second model scores the batch again; float32 logits at every
+                     position
+    reference-once   log pi_ref(y|x) is computed before the first step
+    answer-logits    only the positions that predict an answer's token go through the output head
     packed           the same sequences one after the other in rows, without padding between them;
-                     rows of each batch are as long as is best for it (data.best_row_length)
-    shared           a prompt once for all its answers: the step of train_dpo.py
-    bf16             its products in bfloat16
-    compile          its forward and backward through torch.compile, in rows of one length for all
-                     steps; float32 on CPU, bf16 on CUDA
+                     each batch gets the row length that is best for it (runtime.packing)
+    shared           each prompt once for all its answers: the step of train_dpo.py
+    bf16             shared, with matrix products in bfloat16
+    compile          shared, with forward and backward through torch.compile and one row length for
+                     all steps; float32 on CPU, bf16 on CUDA
 
-Every rung runs in a process of its own, so that peak memory is its own; --rounds goes through all
-of them again, so that a slow minute of the machine hits all. A step is timed from the list of id
-lists to the updated weights: packing or padding, forward, backward, clipping, AdamW, and what is
-logged. Of TRL's DPOTrainer the time between its own on_step_begin and on_step_end is taken:
-forward, backward, clipping, AdamW and its metrics, but neither its collator nor its data loader.
-It trains on the same ids from the same weights; its loss and log-probs at step 0 must be ours, or
-nothing is reported.
+Every rung runs in its own process, so the peak memory is its own. --rounds repeats the whole
+ladder, so that a slow minute of the machine affects all rungs. A step is timed from the lists of
+token ids to the updated weights: packing or padding, forward, backward, clipping, AdamW and the
+computation of what is logged. TRL's DPOTrainer is timed from its on_step_begin to its on_step_end:
+forward, backward, clipping, AdamW and its metrics, but not its collator and its data loader. It
+trains on the same ids from the same weights. If its loss and log-probs at step 0 differ from ours,
+no time is reported.
 
-    useful FLOPs    what the gradient of the loss needs when nothing is computed twice: each
-                    prompt and answer once, the keys a token may see, logits at answers, and a
-                    backward of twice the forward
-    executed FLOPs  what a rung multiplies: padding, second passes, logits nobody reads, hidden
-                    keys
-    MFU             FLOPs a second over the machine's peak: --peak-tflops, or the fastest square
-                    matrix product in the rung's precision, measured just before the steps
+    useful FLOPs    what the gradient of the loss needs if nothing is computed twice: each prompt
+                    and each answer once, only the keys that a token may attend to, logits only
+                    where they predict an answer's token, and a backward pass of twice the forward
+    executed FLOPs  what a rung really multiplies, including padding, second passes, unused logits
+                    and masked keys
+    MFU             model FLOPs utilization: FLOPs per second as a share of the machine's peak,
+                    which is --peak-tflops, or else that of the fastest square matrix product in
+                    the rung's precision, measured just before the steps
 
 Left out on purpose: more than one GPU, and any number that was not measured.
 """
@@ -64,10 +66,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Batch, Batches, Encoded, best_row_length, encode_all, load_preferences, pack
+from data import Batch, Batches, Encoded, encode_all, load_preferences, pack
 from model import GPT, GPTConfig
 from runtime.cli import Parser, command, number_type
 from runtime.errors import UserError
+from runtime.packing import best_row_length
 from runtime.parallel import allow_any_size, compiled_logps, set_precision
 from runtime.rows import Skipped
 from tasks.tokenizers import get_tokenizer
@@ -78,18 +81,18 @@ BETA, LR, CLIP = 0.1, 1e-6, 1.0     # Appendix B's, and TRL's defaults
 
 
 # ------------------------------------------------------------------------------------------------
-# Workloads: id lists of the lengths that matter, their content random
+# Workloads: lists of random ids with realistic lengths
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Workload:
-    """prompt, answer: median tokens, and standard deviation of the logarithm of the length. The
-    prompts of c1 are uniform from 2 to 8 tokens instead. An end-of-text is counted in each."""
+    """Lengths in tokens: the median, and the standard deviation of the logarithm. Both prompts and
+    answers include one end-of-text token."""
 
-    prompt: tuple
+    prompt: tuple           # None: uniform from 2 to 8 tokens, without the end-of-text
     answer: tuple
-    answers: int = 2
+    answers: int = 2        # per prompt
 
 
 WORKLOADS = {"hh": Workload((150, 0.55), (60, 0.55)),
@@ -98,18 +101,24 @@ WORKLOADS = {"hh": Workload((150, 0.55), (60, 0.55)),
 
 
 def synthetic(workload, count, config, seed):
-    """`count` Encoded of a workload, every pair of whose answers is one of its pairs. A prompt may
-    take half a block and an answer a quarter, so that each prompt fits with two answers."""
-    rng, eot, half = np.random.default_rng(seed), config.vocab_size - 1, config.block_size // 2
+    """`count` Encoded of a workload; every two answers to a prompt make a pair. A prompt has at
+    most half a block and an answer at most a quarter, so each prompt fits with two answers."""
+    rng = np.random.default_rng(seed)
+    eot = config.vocab_size - 1
+    half = config.block_size // 2
 
     def length(shape, most):
-        return int(np.clip(round(rng.lognormal(math.log(shape[0]), shape[1])), 2, most))
+        median, deviation = shape
+        return int(np.clip(round(rng.lognormal(math.log(median), deviation)), 2, most))
 
     def ids(n):
         return rng.integers(0, eot, n).tolist()
     items = []
     for _ in range(count):
-        n = length(workload.prompt, half) if workload.prompt else int(rng.integers(2, 9)) + 1
+        if workload.prompt:
+            n = length(workload.prompt, half)
+        else:
+            n = int(rng.integers(2, 9)) + 1
         answers = [ids(length(workload.answer, half // 2) - 1) + [eot]
                    for _ in range(workload.answers)]
         pairs = list(itertools.combinations(range(workload.answers), 2))
@@ -118,8 +127,11 @@ def synthetic(workload, count, config, seed):
 
 
 def load_steps(args, config):
-    """The batches to time, the same for every rung: lists of Encoded with args.pairs pairs. The
-    answers of a c1 prompt stay together, so there the pairs are rounded up to sixes."""
+    """The batches to time, the same for every rung: lists of Encoded with args.pairs pairs each.
+
+    The answers to a prompt stay together, so args.pairs is first rounded up to a multiple of the
+    pairs of a prompt, which is six for c1.
+    """
     n_steps = args.warmup + args.steps
     if args.data:
         items = encode_all(load_preferences(args.data), get_tokenizer("gpt2"), config.block_size,
@@ -148,7 +160,7 @@ class Rung:
 
 
 def rungs(device):
-    """{name: Rung} from the naive step to ours."""
+    """{name: Rung}, from the naive step to that of train_dpo.py and beyond."""
     return {"naive": Rung("padded", "each step", "all"),
             "reference-once": Rung("padded", logits="all"),
             "answer-logits": Rung("padded"),
@@ -159,47 +171,60 @@ def rungs(device):
 
 
 def sequences(items):
-    """Each pair as two sequences that share nothing, the chosen one first: a list of Encoded with
-    one answer each. An answer that stands in three pairs comes three times."""
-    return [Encoded(item.prompt, [item.answers[i]], [],
-                    item.ref_logps and [item.ref_logps[i]])
-            for item in items for pair in item.pairs for i in pair]
+    """The pairs as sequences that share nothing: a list of Encoded with one answer each, the chosen
+    and the rejected one of each pair in turn. An answer in three pairs occurs three times."""
+    encoded = []
+    for item in items:
+        for pair in item.pairs:
+            for i in pair:
+                ref_logps = item.ref_logps and [item.ref_logps[i]]
+                encoded.append(Encoded(item.prompt, [item.answers[i]], [], ref_logps))
+    return encoded
 
 
 def pad(encoded):
-    """A Batch of one row for each Encoded of one answer, as long as the longest of them. Padding
-    stands to the right, where a causal model never sees it, so no mask is needed."""
+    """A Batch with one row for each of a list of Encoded with one answer, as long as the longest of
+    them. Padding is on the right, where a causal model never sees it, so no mask is needed."""
     rows = [item.prompt + item.answers[0] for item in encoded]
     T = max(map(len, rows))
-    tokens, scored = np.zeros((len(rows), T), dtype=np.int64), []
+    tokens = np.zeros((len(rows), T), dtype=np.int64)
+    source, target, owner, ref_logps = [], [], [], []
     for row, (item, ids) in enumerate(zip(encoded, rows)):
+        answer = item.answers[0]
         tokens[row, :len(ids)] = ids
-        source = np.arange(len(item.prompt) - 1, len(ids) - 1) + row * T
-        scored.append((source, item.answers[0], np.full(len(source), row)))
-    source, target, owner = (torch.from_numpy(np.concatenate(column)) for column in zip(*scored))
-    ref_logps = torch.tensor([(item.ref_logps or [0.0])[0] for item in encoded])
-    return Batch(torch.from_numpy(tokens), None, None, None, source, target, owner, None, None,
-                 None, ref_logps)
+        source.append(np.arange(len(item.prompt) - 1, len(ids) - 1) + row * T)
+        target.append(answer)
+        owner.append(np.full(len(answer), row))
+        ref_logps.append(item.ref_logps[0] if item.ref_logps else 0.0)
+    return Batch(tokens=torch.from_numpy(tokens), positions=None, group=None, answer=None,
+                 source=torch.from_numpy(np.concatenate(source)),
+                 target=torch.from_numpy(np.concatenate(target)),
+                 owner=torch.from_numpy(np.concatenate(owner)),
+                 winners=None, losers=None, rankings=None, ref_logps=torch.tensor(ref_logps))
 
 
 def collate(items, rung, config, row_length=None, accumulate=1):
-    """The Batches of a step of a rung, one after the other: its list of Encoded in `accumulate`
-    parts. row_length: of packed rows; None is the best for each part."""
+    """Yield the Batches of one step of a rung: its list of Encoded, split into `accumulate`
+    micro-batches. row_length: of packed rows; None is the best for each micro-batch."""
     for i in range(accumulate):
-        part = items[i * len(items) // accumulate:(i + 1) * len(items) // accumulate]
-        packed = part if rung.layout == "shared" else sequences(part)
-        if rung.layout == "padded":
-            batch = pad(packed)
-        else:
-            batch = pack(packed, row_length or best_row_length(packed, config.block_size,
-                                                               config.n_embd))
+        start = i * len(items) // accumulate
+        end = (i + 1) * len(items) // accumulate
+        encoded = items[start:end]
         if rung.layout != "shared":
-            batch.winners, batch.losers = torch.arange(len(packed)).view(-1, 2).T.contiguous()
+            encoded = sequences(encoded)
+        if rung.layout == "padded":
+            batch = pad(encoded)
+        else:
+            length = row_length or best_row_length(encoded, config.block_size, config.n_embd)
+            batch = pack(encoded, length)
+        if rung.layout != "shared":     # the chosen and the rejected answers take turns
+            batch.winners = torch.arange(0, len(encoded), 2)
+            batch.losers = torch.arange(1, len(encoded), 2)
         yield batch
 
 
 def log_probs(model, batch, rung):
-    """(N,) log pi(y|x) of each answer, the way the rung computes it."""
+    """(N,) log pi(y|x) of each answer, as the rung computes it."""
     if rung.layout != "padded":
         if model.compiled:
             allow_any_size(batch)
@@ -214,9 +239,10 @@ def log_probs(model, batch, rung):
 
 
 def gradients(model, reference, items, rung, row_length=None, accumulate=1):
-    """Forward and backward of a step; arguments as in collate. Returns the mean loss, a tensor.
-    reference: the second model of the naive rung, else None."""
-    n_pairs, total = sum(len(item.pairs) for item in items), 0
+    """Forward and backward of one step; arguments as in collate. Returns the mean loss, a tensor.
+    reference: the second model of the naive rung; the other rungs do not use it."""
+    n_pairs = sum(len(item.pairs) for item in items)
+    total = 0
     for batch in collate(items, rung, model.config, row_length, accumulate):
         batch = batch.to(model.device)
         if rung.reference == "each step":
@@ -225,7 +251,7 @@ def gradients(model, reference, items, rung, row_length=None, accumulate=1):
         logps = log_probs(model, batch, rung)
         losses, rewards = dpo_loss(logps, batch.ref_logps, batch.winners, batch.losers, BETA)
         (losses.sum() / n_pairs).backward()
-        describe(logps.detach(), rewards, batch)        # what train_dpo.py logs
+        describe(logps.detach(), rewards, batch, tie=0.0)        # what train_dpo.py logs
         total = total + losses.detach().sum() / n_pairs
     return total
 
@@ -236,45 +262,57 @@ def gradients(model, reference, items, rung, row_length=None, accumulate=1):
 
 
 def forward_flops(config, tokens, keys, scored):
-    """Multiplications and additions of the matrix products of one forward pass.
+    """Multiplications and additions in the matrix products of one forward pass.
 
-    tokens: places through the blocks, whose matrices have 12 C^2 weights. keys: summed over those
-    places, the places each looks at, once for the scores and once for the values. scored: places
-    through the output head.
+    tokens: positions that go through the blocks, whose matrices have 12 C^2 weights each. keys: the
+    number of keys that each of these positions is multiplied with, in total; each key takes part
+    twice, in the scores and in the weighted sum of the values. scored: positions that go through
+    the output head.
     """
     L, C, V = config.n_layer, config.n_embd, config.vocab_size
     return 24 * L * C**2 * tokens + 4 * L * C * keys + 2 * C * V * scored
 
 
 def useful_flops(config, items):
-    """Of a step on a list of Encoded; see the top of this file."""
+    """Useful FLOPs of a step on a list of Encoded; see the top of this file."""
     tokens = keys = scored = 0
     for item in items:
-        prompt, lengths = len(item.prompt), [len(answer) for answer in item.answers]
-        tokens += prompt + sum(lengths)
+        prompt = len(item.prompt)
+        tokens += prompt
         keys += prompt * (prompt + 1) // 2
-        keys += sum(n * prompt + n * (n + 1) // 2 for n in lengths)
-        scored += sum(lengths)
+        for answer in item.answers:
+            n = len(answer)
+            tokens += n
+            keys += n * prompt + n * (n + 1) // 2
+            scored += n
     return 3 * forward_flops(config, tokens, keys, scored)
 
 
 def executed_flops(model, batch, rung):
-    """Of a rung's forward and backward on a batch of its own. A dense mask hides keys after they
-    were multiplied; a plain causal kernel leaves them out. GPT.logps may pad the vocabulary."""
+    """Executed FLOPs of a rung's forward and backward on one of its batches.
+
+    Padded rows use a plain causal kernel, which leaves out the future. Packed rows use a dense
+    mask, which hides keys only after they have been multiplied, and GPT.logps, which may pad the
+    vocabulary.
+    """
     B, T = batch.tokens.shape
-    config, keys = model.config, B * T * (T + 1) // 2
-    if rung.layout != "padded":
+    config = model.config
+    if rung.layout == "padded":
+        keys = B * T * (T + 1) // 2
+    else:
+        keys = B * T * T
         V = math.ceil(config.vocab_size / model.vocab_multiple) * model.vocab_multiple
-        config, keys = replace(config, vocab_size=V), B * T * T
+        config = replace(config, vocab_size=V)
     scored = B * T if rung.logits == "all" else len(batch.target)
-    passes = 4 if rung.reference == "each step" else 3
+    passes = 4 if rung.reference == "each step" else 3      # a backward pass counts as two
     return passes * forward_flops(config, B * T, keys, scored)
 
 
 def peak_flops(device, dtype):
-    """FLOPs a second of the fastest of some square matrix products."""
+    """FLOPs per second of a square matrix product, the fastest of eight."""
     n = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
     best = math.inf
     for _ in range(8):
         synchronize(device)
@@ -296,7 +334,7 @@ def synchronize(device):
 
 
 def peak_memory(device):
-    """Bytes: of tensors on a CUDA device, or resident in this process."""
+    """Peak memory in bytes: of tensors on a CUDA device, or else of this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -304,125 +342,141 @@ def peak_memory(device):
 
 
 def add_reference(model, steps, row_length=None):
-    """Note the reference log-probs in every Encoded. Returns the seconds of each step."""
+    """Compute the reference log-probs of every Encoded. Returns the seconds it took for each step.
+    """
+    rung = Rung("shared")
     seconds = []
     for items in steps:
         start = time.perf_counter()
+        logps = []
         with torch.no_grad():
-            logps = iter([logp for batch in collate(items, Rung("shared"), model.config, row_length)
-                          for logp in log_probs(model, batch.to(model.device),
-                                                Rung("shared")).tolist()])
+            for batch in collate(items, rung, model.config, row_length):
+                logps += log_probs(model, batch.to(model.device), rung).tolist()
+        remaining = iter(logps)
         for item in items:
-            item.ref_logps = [next(logps) for _ in item.answers]
+            item.ref_logps = [next(remaining) for _ in item.answers]
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def measure_rung(name, args, config):
-    """Time the steps of one of our rungs. Returns what is written of it."""
-    rung, steps = rungs(args.device)[name], load_steps(args, config)
+def model_for(rung, args, config):
+    """A GPT with random weights, in the precision of a rung; the same weights for every rung."""
     torch.manual_seed(args.seed)
     model = GPT(config).to(args.device)
     set_precision(model, "bfloat16" if rung.bf16 else "float32")
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
-    length = args.row_length
     if rung.compile:
         model.compiled = True
-        length = length or best_row_length([item for items in steps for item in items],
-                                           config.block_size, config.n_embd)
-    reference = copy.deepcopy(model) if rung.reference == "each step" else None
-    reference_seconds = None if reference else add_reference(model, steps, length)
+    return model
+
+
+def measure_rung(name, args, config):
+    """Time the steps of one of our rungs. Returns a dict of what was measured."""
+    rung, steps = rungs(args.device)[name], load_steps(args, config)
+    model = model_for(rung, args, config)
+    row_length = args.row_length
+    if rung.compile and row_length is None:
+        all_items = [item for items in steps for item in items]
+        row_length = best_row_length(all_items, config.block_size, config.n_embd)
+    reference, reference_seconds = None, None
+    if rung.reference == "each step":
+        reference = copy.deepcopy(model)
+    else:
+        reference_seconds = add_reference(model, steps, row_length)
     optimizer, scaler = model.optimizer(LR), grad_scaler(model)
-    peak = args.peak_tflops or peak_flops(args.device, model.precision or torch.float32) / 1e12
-    seconds, losses, load = [], [], os.getloadavg()[0]
+    peak_tflops = (args.peak_tflops
+                   or peak_flops(args.device, model.precision or torch.float32) / 1e12)
+    load = os.getloadavg()[0]
+    seconds, losses = [], []
     for items in tqdm(steps, f"{args.workload[0]} {name}", leave=False):
         synchronize(args.device)
         start = time.perf_counter()
-        loss = gradients(model, reference, items, rung, length, args.accumulate)
+        loss = gradients(model, reference, items, rung, row_length, args.accumulate)
         update(model, optimizer, scaler, LR, CLIP)
         synchronize(args.device)
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if rung.compile else None
-    batches = [list(collate(items, rung, config, length, args.accumulate)) for items in steps]
-    return {"seconds": seconds, "losses": losses, "load": load, "peak_tflops": peak,
+    row_lengths, executed = [], []
+    for items in steps:
+        batches = list(collate(items, rung, config, row_length, args.accumulate))
+        row_lengths.append([batch.tokens.size(1) for batch in batches])
+        executed.append(sum(executed_flops(model, batch, rung) for batch in batches))
+    return {"seconds": seconds, "losses": losses, "load": load, "peak_tflops": peak_tflops,
             "memory": peak_memory(args.device), "reference_seconds": reference_seconds,
-            "row_lengths": [[batch.tokens.size(1) for batch in parts] for parts in batches],
-            "graphs": graphs, "useful": [useful_flops(config, items) for items in steps],
-            "executed": [sum(executed_flops(model, batch, rung) for batch in parts)
-                         for parts in batches]}
+            "row_lengths": row_lengths, "graphs": graphs,
+            "useful": [useful_flops(config, items) for items in steps], "executed": executed}
 
 
 # ------------------------------------------------------------------------------------------------
 # TRL, on the same ids from the same weights
 # ------------------------------------------------------------------------------------------------
 
-# Its defaults, and the fastest it can be told to be. On CPU all are float32, as our rungs are.
+# TRL's defaults, and its fastest settings. On CPU all run in float32, like our rungs but bf16.
 BEST = dict(precompute_ref_log_probs=True, gradient_checkpointing=False)
 TRL = {"trl": {}, "trl-best": BEST, "trl-best-compile": BEST | dict(torch_compile=True)}
 
 
 def measure_trl(name, args, config):
-    """Time the steps of TRL's DPOTrainer. Returns what is written of it."""
+    """Time the steps of TRL's DPOTrainer. Returns a dict of what was measured."""
     steps = load_steps(args, config)
     torch.manual_seed(args.seed)
     model = GPT(config).to(args.device)
-    expected = [math.log(2), *first_logps(model, steps[0])]
-    peak = args.peak_tflops or peak_flops(
-        args.device, torch.bfloat16 if args.device == "cuda" else torch.float32) / 1e12
+    ours = [math.log(2), *first_logps(model, steps[0])]
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    peak_tflops = args.peak_tflops or peak_flops(args.device, dtype) / 1e12
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
-        model.cpu().save_pretrained(make(folder, "model"))
+        weights = Path(folder) / "model"
+        weights.mkdir()
+        model.cpu().save_pretrained(weights)
         del model
         trainer, clock = trl_trainer(name, steps, args, Path(folder))
         load = os.getloadavg()[0]
         trainer.train()
-    seen = trainer.state.log_history[0]
-    found = [seen["loss"], seen["logps/chosen"], seen["logps/rejected"]]
-    check_same(name, found, expected, args.device)
-    return {"seconds": clock.seconds, "load": load, "peak_tflops": peak,
-            "check": {"found": found, "expected": expected},
+    first = trainer.state.log_history[0]
+    theirs = [first["loss"], first["logps/chosen"], first["logps/rejected"]]
+    check_same(name, theirs, ours, args.device)
+    return {"seconds": clock.seconds, "load": load, "peak_tflops": peak_tflops,
+            "check": {"found": theirs, "expected": ours},
             "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
             "memory": peak_memory(args.device),
             "useful": [useful_flops(config, items) for items in steps]}
 
 
-def make(folder, name):
-    path = Path(folder) / name
-    path.mkdir()
-    return path
-
-
 def first_logps(model, items):
-    """Our mean log-probs of the chosen and of the rejected answers of a step's pairs."""
+    """Our mean log-probs of the chosen and of the rejected answers over the pairs of a step."""
     [batch] = collate(items, Rung("shared"), model.config)
     with torch.no_grad():
         logps = model.logps(batch.to(model.device)).cpu()
     return logps[batch.winners].mean().item(), logps[batch.losers].mean().item()
 
 
-def check_same(name, found, expected, device):
-    """Raises UserError where TRL did not start from our weights on our ids."""
-    tolerance = 1e-2 if device == "cpu" else 1.0        # nats a whole answer; bf16 on CUDA
-    if any(abs(a - b) > tolerance for a, b in zip(found, expected)):
-        raise UserError(f"{name}: at step 0 its loss and mean log-probs are {found}, ours "
-                        f"{expected}: not the same computation, so no time is reported")
+def check_same(name, theirs, ours, device):
+    """Raises UserError if TRL did not start from our weights on our ids.
+
+    theirs, ours: the loss, and the mean log-probs of chosen and rejected answers, at step 0.
+    """
+    tolerance = 1e-2 if device == "cpu" else 1.0        # in nats per answer; TRL is bf16 on CUDA
+    if any(abs(a - b) > tolerance for a, b in zip(theirs, ours)):
+        raise UserError(f"{name}: at step 0, its loss and mean log-probs are {theirs}, and ours "
+                        f"are {ours}: not the same computation, so no time is reported")
 
 
 def trl_trainer(name, steps, args, folder):
-    """(trainer, clock) of DPOTrainer on the pairs of the steps, in their order. Written for TRL
-    1.16: what it trains on are the columns prompt_ids, chosen_ids and rejected_ids."""
+    """(trainer, clock): a DPOTrainer on the pairs of the steps, in their order, and a callback
+    whose `seconds` are the times of the steps. Written for TRL 1.16, which trains on the columns
+    prompt_ids, chosen_ids and rejected_ids."""
     warnings.simplefilter("ignore")
     import transformers
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOTrainer
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
 
     class OnIds(DPOTrainer):
-        """Takes tokenised pairs as they are, in the order given."""
+        """Takes token ids as they are, in the order given."""
 
         def _prepare_dataset(self, dataset, *others):
             return dataset
@@ -444,26 +498,49 @@ def trl_trainer(name, steps, args, folder):
             self.seconds.append(time.perf_counter() - self.start)
             self.bar.update()
 
-    rows = [{"prompt_ids": item.prompt, "chosen_ids": item.answers[w],
-             "rejected_ids": item.answers[l]}
-            for items in steps for item in items for w, l in item.pairs]
-    tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    cuda, clock = args.device == "cuda", Clock()
-    settings = DPOConfig(
-        output_dir=str(folder / "out"), max_steps=len(steps), report_to="none", seed=args.seed,
-        save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=not cuda,
-        dataloader_pin_memory=cuda, per_device_train_batch_size=args.pairs // args.accumulate,
-        gradient_accumulation_steps=args.accumulate, **({} if cuda else {"bf16": False}),
-        **TRL[name])
+    settings = trl_settings(name, len(steps), args, folder)
+    clock = Clock()
     open_model = transformers.GPT2LMHeadModel.from_pretrained
-    reference = None if name != "trl" else open_model(folder / "model", dtype=torch.float32)
+    reference = None
+    if name == "trl":
+        reference = open_model(folder / "model", dtype=torch.float32)
     trainer = OnIds(open_model(folder / "model", dtype=torch.float32), reference, settings,
-                    train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                    callbacks=[clock])
+                    train_dataset=Dataset.from_list(trl_rows(steps)),
+                    processing_class=trl_tokenizer(), callbacks=[clock])
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer, clock
+
+
+def trl_settings(name, n_steps, args, folder):
+    from trl import DPOConfig
+    on_cuda = args.device == "cuda"
+    precision = {} if on_cuda else {"bf16": False}
+    return DPOConfig(
+        output_dir=str(folder / "out"), max_steps=n_steps, report_to="none", seed=args.seed,
+        save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=not on_cuda,
+        dataloader_pin_memory=on_cuda, per_device_train_batch_size=args.pairs // args.accumulate,
+        gradient_accumulation_steps=args.accumulate, **precision, **TRL[name])
+
+
+def trl_rows(steps):
+    """The pairs of the steps, in their order, as rows of a dataset."""
+    rows = []
+    for items in steps:
+        for item in items:
+            for w, l in item.pairs:
+                rows.append({"prompt_ids": item.prompt, "chosen_ids": item.answers[w],
+                             "rejected_ids": item.answers[l]})
+    return rows
+
+
+def trl_tokenizer():
+    """A tokenizer that only knows the end-of-text token. DPOTrainer requires one, although it gets
+    token ids."""
+    import transformers
+    from tokenizers import Tokenizer, models
+    tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -472,72 +549,104 @@ def trl_trainer(name, steps, args, folder):
 
 
 def run_apart(argv, workload, rung):
-    """One rung in a process of its own: what it measured, or why there is nothing, as a dict."""
+    """Measure one rung in its own process. Returns what was measured, or why nothing was."""
     command_line = [sys.executable, "-m", "experiments.benchmark", *argv, "--workload", workload,
                     "--rungs", rung, "--one-process"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    done = subprocess.run(command_line, stdout=subprocess.PIPE, text=True, env=environment)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    reason = "out of memory" if done.returncode == -9 else f"exit code {done.returncode}"
-    return {"failed": reason}
+    process = subprocess.run(command_line, stdout=subprocess.PIPE, text=True, env=environment)
+    if process.returncode == 0:
+        return json.loads(process.stdout.splitlines()[-1])
+    if process.returncode == -9:
+        return {"failed": "out of memory"}
+    return {"failed": f"exit code {process.returncode}"}
 
 
 def summary(workload, rung, runs, warmup):
-    """The numbers of one line of the table, over the steps of all rounds after their warm-up."""
+    """One line of the table, as a dict, over the steps after the warm-up of all rounds.
+
+    runs: what run_apart returned in each round.
+    """
     good = [run for run in runs if "failed" not in run]
     if not good:
         return {"workload": workload, "rung": rung, "failed": runs[0]["failed"], "runs": runs}
-    pairs = good[0]["pairs"]
 
-    def values(number_of):
-        return [number_of(run, k) for run in good for k in range(warmup, len(run["seconds"]))]
-    seconds = values(lambda run, k: run["seconds"][k])
+    def measured(name):
+        """One value per step."""
+        return [value for run in good for value in run[name][warmup:]]
+    pairs = good[0]["pairs"]
+    seconds = measured("seconds")
     median = statistics.median(seconds)
     line = {"workload": workload, "rung": rung, "pairs": pairs, "pairs_per_second": pairs / median,
             "step": median, "fastest": min(seconds), "slowest": max(seconds),
             "steps": len(seconds), "memory": max(run["memory"] for run in good)}
     for kind in ("useful", "executed"):
         if kind in good[0]:
-            line[f"mfu_{kind}"] = statistics.median(values(
-                lambda run, k: run[kind][k] / run["seconds"][k] / run["peak_tflops"] / 1e12))
-            flops = statistics.mean(values(lambda run, k: run[kind][k]))
-            line[f"gflops_{kind}"] = flops / pairs / 1e9
+            line[f"mfu_{kind}"] = mfu(good, kind, warmup)
+            line[f"gflops_{kind}"] = statistics.mean(measured(kind)) / pairs / 1e9
     if "row_lengths" in good[0]:
         lengths = [T for step in good[0]["row_lengths"][warmup:] for T in step]
         line["shortest_row"], line["longest_row"] = min(lengths), max(lengths)
     if good[0].get("reference_seconds"):
-        line["reference"] = statistics.median(values(lambda run, k: run["reference_seconds"][k]))
+        line["reference"] = statistics.median(measured("reference_seconds"))
     return line | {"runs": runs}
 
 
+def mfu(runs, kind, warmup):
+    """The median model FLOPs utilization of the steps after the warm-up. kind: "useful" or
+    "executed"."""
+    shares = []
+    for run in runs:
+        for flops, seconds in zip(run[kind][warmup:], run["seconds"][warmup:]):
+            shares.append(flops / seconds / run["peak_tflops"] / 1e12)
+    return statistics.median(shares)
+
+
+HEADS = ["workload", "rung", "pairs/s", "step s", "fastest-slowest", "memory GB", "row length",
+         "GFLOP/pair", "MFU useful", "executed", "reference s", "x faster"]
+
+
 def table(lines, baseline):
-    """All lines as text. baseline: the rung whose step is 1.0 in the last column."""
-    heads = ["workload", "rung", "pairs/s", "step s", "fastest-slowest", "memory GB",
-             "row length", "GFLOP a pair", "MFU useful", "executed", "reference s", "x faster"]
-    rows = [heads]
-    first = {line["workload"]: line["step"] for line in lines
-             if line["rung"] == baseline and "step" in line}
+    """All lines as text. baseline: the rung whose speed is 1.0 in the last column."""
+    baseline_steps = {line["workload"]: line["step"] for line in lines
+                      if line["rung"] == baseline and "step" in line}
+    rows = [HEADS]
     for line in lines:
-        if "failed" in line:
-            rows.append([line["workload"], line["rung"], line["failed"]] + [""] * (len(heads) - 3))
-            continue
-        speed = first.get(line["workload"])
-        executed = "mfu_executed" in line
-        rows.append([
-            line["workload"], line["rung"], f"{line['pairs_per_second']:.3g}",
+        rows.append(cells(line, baseline_steps.get(line["workload"])))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADS))]
+    text = []
+    for row in rows:
+        names = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2])]
+        values = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:])]
+        text.append("  ".join(names + values).rstrip())
+    return "\n".join(text)
+
+
+def cells(line, baseline_step):
+    """One line of the table as a list of texts, one per column; empty if not measured.
+
+    baseline_step: the seconds of a step of the baseline, or None.
+    """
+    if "failed" in line:
+        return [line["workload"], line["rung"], line["failed"]] + [""] * (len(HEADS) - 3)
+    row_length = gflops = executed = reference = faster = ""
+    if "mfu_executed" in line:
+        lengths = sorted({line["shortest_row"], line["longest_row"]})
+        row_length = "-".join(map(str, lengths))
+        gflops = f"{line['gflops_executed']:.0f}"
+        executed = f"{line['mfu_executed']:.1%}"
+    if "reference" in line:
+        reference = f"{line['reference']:.3f}"
+    if baseline_step:
+        faster = f"{baseline_step / line['step']:.2f}"
+    return [line["workload"], line["rung"], f"{line['pairs_per_second']:.3g}",
             f"{line['step']:.3f}", f"{line['fastest']:.3f}-{line['slowest']:.3f}",
-            f"{line['memory'] / 1e9:.2f}",
-            "-".join(map(str, sorted({line["shortest_row"], line["longest_row"]})))
-            if executed else "",
-            f"{line['gflops_executed']:.0f}" if executed else "",
-            f"{line['mfu_useful']:.1%}", f"{line['mfu_executed']:.1%}" if executed else "",
-            f"{line['reference']:.3f}" if "reference" in line else "",
-            f"{speed / line['step']:.2f}" if speed else ""])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    return "\n".join("  ".join(
-        cell.ljust(width) if i < 2 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
+            f"{line['memory'] / 1e9:.2f}", row_length, gflops, f"{line['mfu_useful']:.1%}",
+            executed, reference, faster]
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv):
@@ -545,35 +654,41 @@ def parse_args(argv):
     add = parser.add_argument
     names = [*rungs("cpu"), *TRL]
     add("--workload", nargs="+", default=["hh"], choices=[*WORKLOADS, "data"],
-        help="hh: prompts and answers of median 150 and 60 tokens; tldr: 350 and 35; c1: 2 to 8 "
-             "and four answers of 48, all six pairs (default hh)")
+        help="hh: prompts and answers with medians of 150 and 60 tokens; tldr: 350 and 35; c1: "
+             "prompts of 2 to 8 tokens with four answers of 48, all six pairs (default hh)")
     add("--data", type=Path, help="preferences, .jsonl or .jsonl.gz, instead of a workload")
     add("--rungs", nargs="+", choices=names, metavar="RUNG",
-        help=f"which to measure, of {', '.join(names)}; one named twice is measured twice, in "
-             "the order given (default all of ours)")
+        help=f"which rungs to measure, of {', '.join(names)}; a rung that is named twice is "
+             "measured twice, in the order given (default: all of ours)")
     add("--against", choices=["trl"],
-        help="measure TRL's DPOTrainer too, where it is installed: trl at its defaults, trl-best "
-             "with the reference computed before and no gradient checkpointing")
-    add("--compile-trl", action="store_true", help="and trl-best-compile, the same compiled")
-    add("--pairs", type=number_type(int, 1), help="pairs a step (default 8 on CPU, 64 on CUDA)")
+        help="also measure TRL's DPOTrainer, which has to be installed: trl with its defaults, "
+             "trl-best with the reference computed beforehand and no gradient checkpointing")
+    add("--compile-trl", action="store_true",
+        help="also measure trl-best-compile, which is trl-best with torch.compile")
+    add("--pairs", type=number_type(int, 1),
+        help="pairs per step (default 8 on CPU, 64 on CUDA)")
     add("--accumulate", type=number_type(int, 1), default=1,
-        help="micro-batches of a step, for every rung and TRL; more need less memory (default 1)")
-    add("--warmup", type=number_type(int, 1), default=2, help="steps not counted (default 2)")
-    add("--steps", type=number_type(int, 1), default=5, help="steps counted, a round (default 5)")
+        help="micro-batches per step, for every rung and TRL; more need less memory (default 1)")
+    add("--warmup", type=number_type(int, 1), default=2,
+        help="steps at the start that are not counted (default 2)")
+    add("--steps", type=number_type(int, 1), default=5,
+        help="steps that are counted, per round (default 5)")
     add("--rounds", type=number_type(int, 1), default=1,
-        help="how often all rungs are gone through (default 1)")
+        help="how often to go through all rungs (default 1)")
     add("--row-length", type=number_type(int, 2),
-        help="tokens of a packed row (default: what is best for each batch; compiled, for all of "
-             "them together)")
-    add("--n-layer", type=number_type(int, 1), default=12, help="default 12, GPT-2 124M's")
-    add("--n-head", type=number_type(int, 1), default=12, help="default 12")
-    add("--n-embd", type=number_type(int, 1), default=768, help="default 768")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    add("--threads", type=number_type(int, 1), help="CPU threads (default: torch's own choice)")
+        help="tokens of a packed row (default: the best for each batch, or with compile, the best "
+             "for all of them together)")
+    add("--n-layer", type=number_type(int, 1), default=12,
+        help="layers (default 12, as in GPT-2 124M)")
+    add("--n-head", type=number_type(int, 1), default=12, help="attention heads (default 12)")
+    add("--n-embd", type=number_type(int, 1), default=768, help="channels (default 768)")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one, else cpu")
+    add("--threads", type=number_type(int, 1), help="CPU threads (default: PyTorch's own choice)")
     add("--peak-tflops", type=number_type(float, 0, above=True),
         help="the machine's peak, for MFU (default: measured with matrix products)")
-    add("--seed", type=number_type(int, 0), default=0, help="of lengths, ids and weights (default 0)")
-    add("--json", type=Path, help="write all that was measured here")
+    add("--seed", type=number_type(int, 0), default=0,
+        help="seed of lengths, ids and weights (default 0)")
+    add("--json", type=Path, help="file to write everything that was measured to")
     add("--one-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -585,30 +700,41 @@ def parse_args(argv):
     if args.pairs % args.accumulate:
         raise UserError(f"--pairs {args.pairs} is not a multiple of --accumulate "
                         f"{args.accumulate}")
+    choose_rungs(args)
+    return args
+
+
+def choose_rungs(args):
+    """Set --rungs to its default, add those of --against, and check that TRL is installed if it is
+    needed."""
     args.rungs = args.rungs or [*rungs(args.device)]
     if args.against:
-        args.rungs += [name for name in TRL if name not in args.rungs
-                       and (args.compile_trl or name != "trl-best-compile")]
+        for name in TRL:
+            wanted = args.compile_trl or name != "trl-best-compile"
+            if wanted and name not in args.rungs:
+                args.rungs.append(name)
     if set(args.rungs) & set(TRL) and not importlib.util.find_spec("trl"):
-        raise UserError("--against trl: TRL is not installed here; pip install trl puts it and "
-                        "what it needs beside the packages of requirements.txt")
-    return args
+        raise UserError("--against trl: TRL is not installed; pip install trl adds it to the "
+                        "packages of requirements.txt, with everything it needs")
 
 
 def device_name(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines()
-             if line.startswith("model name")] if cpuinfo.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def machine(args):
-    """What a number means nothing without."""
+    """The device, versions, threads and load, without which a time means nothing."""
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for name in ("trl", "transformers") if set(args.rungs) & set(TRL) else ():
-        versions[name] = importlib.metadata.version(name)
+    if set(args.rungs) & set(TRL):
+        for name in ("trl", "transformers"):
+            versions[name] = importlib.metadata.version(name)
     return {"device": args.device, "name": device_name(args.device), "versions": versions,
             "threads": args.threads or torch.get_num_threads(), "load": os.getloadavg()[0]}
 
@@ -621,37 +747,55 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.one_process:
-        name = args.rungs[0]
-        result = (measure_trl if name in TRL else measure_rung)(name, args, config)
-        print("\n" + json.dumps(result | {"pairs": args.pairs}))
+        measure_here(args, config)
         return
-    facts, runs = machine(args), {}
-    plan = [(workload, rung) for _ in range(args.rounds) for workload in args.workload
-            for rung in args.rungs]
-    for workload, rung in tqdm(plan, "rungs"):
-        runs.setdefault((workload, rung), []).append(run_apart(argv, workload, rung))
-    lines = [summary(workload, rung, found, args.warmup)
-             for (workload, rung), found in runs.items()]
-    baseline = "trl" if "trl" in args.rungs else args.rungs[0]
-    print(table(lines, baseline))
-    n = sum(p.numel() for p in GPT(config).parameters())
-    print(f"\n{n / 1e6:.0f}M parameters, {facts['name']}, {args.device}, {facts['threads']} "
-          f"threads; {', '.join(f'{k} {v}' for k, v in facts['versions'].items())}; median of "
-          f"{args.rounds} x {args.steps} steps after {args.warmup}; x faster than {baseline}; "
-          f"load {facts['load']:.1f} before, {os.getloadavg()[0]:.1f} after")
-    for line in lines:
-        for run in line["runs"][:1]:
-            if "check" in run:
-                loss, chosen, rejected = run["check"]["found"]
-                _, ours, ours_rejected = run["check"]["expected"]
-                print(f"{line['workload']} {line['rung']} at step 0: loss {loss:.6f}, mean "
-                      f"log-probs {chosen:.4f} and {rejected:.4f}; ours {ours:.4f} and "
-                      f"{ours_rejected:.4f}")
+    facts = machine(args)
+    lines = measure_all(argv, args)
+    print_report(lines, facts, args, config)
     if args.json:
         settings = {key: str(value) if isinstance(value, Path) else value
                     for key, value in vars(args).items()}
-        args.json.write_text(json.dumps({"machine": facts, "settings": settings, "lines": lines},
-                                        indent=1) + "\n")
+        content = {"machine": facts, "settings": settings, "lines": lines}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def measure_here(args, config):
+    """Measure one rung in this process and print what was measured as the last line, as JSON."""
+    name = args.rungs[0]
+    measure = measure_trl if name in TRL else measure_rung
+    result = measure(name, args, config)
+    print("\n" + json.dumps(result | {"pairs": args.pairs}))
+
+
+def measure_all(argv, args):
+    """Measure every rung on every workload, in every round. Returns the lines of the table."""
+    plan = [(workload, rung) for _ in range(args.rounds) for workload in args.workload
+            for rung in args.rungs]
+    runs = {}
+    for workload, rung in tqdm(plan, "rungs"):
+        runs.setdefault((workload, rung), []).append(run_apart(argv, workload, rung))
+    return [summary(workload, rung, rounds, args.warmup)
+            for (workload, rung), rounds in runs.items()]
+
+
+def print_report(lines, facts, args, config):
+    """Print the table, the machine and, for TRL, its loss and log-probs at step 0 beside ours."""
+    baseline = "trl" if "trl" in args.rungs else args.rungs[0]
+    print(table(lines, baseline))
+    n = sum(p.numel() for p in GPT(config).parameters())
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    print(f"\n{n / 1e6:.0f}M parameters, {facts['name']}, {args.device}, {facts['threads']} "
+          f"threads; {versions}; median of {args.rounds} x {args.steps} steps after "
+          f"{args.warmup}; x faster than {baseline}; load {facts['load']:.1f} before, "
+          f"{os.getloadavg()[0]:.1f} after")
+    for line in lines:
+        check = line["runs"][0].get("check")
+        if check:
+            loss, chosen, rejected = check["found"]
+            _, our_chosen, our_rejected = check["expected"]
+            print(f"{line['workload']} {line['rung']} at step 0: loss {loss:.6f}, mean "
+                  f"log-probs {chosen:.4f} and {rejected:.4f}; ours {our_chosen:.4f} and "
+                  f"{our_rejected:.4f}")
 
 
 if __name__ == "__main__":

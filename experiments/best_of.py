@@ -20,17 +20,17 @@ from pathlib import Path
 import torch
 
 from data import Encoded
-from runtime.cli import Parser, add_measuring_flags, add_shared_flags, choose_task, command, set_up
+from runtime.checkpoint import common_block_size, open_policies
+from runtime.cli import Parser, command, set_up
 from runtime.errors import UserError
 from runtime.files import make_folder, write_json
+from runtime.flags import add_measuring_flags, add_shared_flags, choose_task
 from runtime.report import names_of, table
 from sample import (
-    common_block_size,
     decode_answer,
     encode_prompt,
     held_out_pairs,
     means,
-    open_policies,
     sample,
     score,
 )

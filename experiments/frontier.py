@@ -1,32 +1,36 @@
-"""The frontier: what reward each method buys at what distance from the reference.
+"""The frontier: how much reward each method gains at which KL divergence from the reference.
 
-    python -m experiments.frontier              # trains, measures, draws; interrupted, it goes on
+    python -m experiments.frontier              # train, measure and draw; continues if interrupted
     python -m experiments.frontier --seeds 1    # half the time
 
-The paper's central picture, on the embedded reviews task. From one SFT model and one set of
-preferences this trains, --seeds times each (the seed orders the batches),
+This is the paper's central figure, for the embedded reviews task. All runs start from one SFT model
+and one set of preferences. Each setting is trained --seeds times, with the batches in a different
+order each time:
 
-    dpo             on pairs, for several beta
-    plackett_luce   on rankings (A.3), for the same beta
+    dpo             on pairs, for several values of beta
+    plackett_luce   on rankings (A.3), for the same values of beta
     unlikelihood    the baseline of C.3, which has no beta, for several numbers of steps
     sft_chosen      maximum likelihood on the best answer to each prompt, for several epochs
 
-and measures them as train_dpo.py does: ground-truth reward and sampled KL to the SFT model, on
-held-out prompts at temperature 1. Beside them, from 128 answers of the SFT model to each of 256
-prompts, best of N at its KL bound log N - (N - 1) / N, and the best that any policy can do,
+Each policy is measured as in train_dpo.py: ground-truth reward and sampled KL to the SFT model, on
+held-out prompts at temperature 1. For comparison, 128 answers of the SFT model to each of 256
+prompts give best of N, at its KL bound log N - (N - 1) / N, and the best that any policy can do,
 
     pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x)                                  (Eq. 15)
 
-with pi_ref replaced by those answers: over them KL and reward of pi* are sums, for any beta.
+Here pi_ref is replaced by a uniform draw from those answers, so the reward and the KL of pi* are
+finite sums for any beta.
 
-Writes to out/frontier/: a folder with result.json for each run, which is not run again while its
-settings are the same; frontier.json with all numbers; frontier.svg, where matplotlib is installed.
-Any flag of train_dpo.py that is not named here is passed on to it. Left out on purpose: PPO.
+Writes to out/frontier/: a folder with result.json for each run, which is reused as long as the
+settings of the run stay the same; frontier.json with all numbers; and frontier.svg, if matplotlib
+is installed. Flags that are not listed below are passed on to train_dpo.py. Left out on purpose:
+PPO.
 """
 
 import copy
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,6 +41,7 @@ import train_sft
 from data import Encoded
 from experiments.best_of import best_of, draw_answers
 from experiments.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, pyplot, save
+from model import GPT
 from runtime.checkpoint import open_checkpoint
 from runtime.cli import Parser, command, number_type, set_up
 from runtime.errors import UserError
@@ -48,190 +53,278 @@ from tasks import encode_splits, reviews
 from tasks.reviews import prefixes, reward, well_formed
 
 BETAS = [0.05, 0.15, 0.5, 1.5, 5]
-STEPS = [180, 270, 352, 450, 600]       # of unlikelihood; 352 is the one epoch of the others
+STEPS = [180, 270, 352, 450, 600]       # of unlikelihood; 352 are the one epoch of DPO
 EPOCHS = [1, 4, 16]                     # of sft_chosen
-NUMBERS = [1, 2, 4, 8, 16, 32, 64, 128]
+NUMBERS = [1, 2, 4, 8, 16, 32, 64, 128]     # N of best of N
 GRADES = {"reward": reward, "well_formed": well_formed}
 
 
+# ------------------------------------------------------------------------------------------------
+# The runs
+# ------------------------------------------------------------------------------------------------
+
+
 def grid(seeds):
-    """Every run as (name, loss, its flags), the first seed of all before the second of any."""
+    """Yield every run as (name, loss, flags): the first seed of all settings, then the second."""
     for seed in range(seeds):
-        tail = ["--seed", str(seed)]
+        seed_flags = ["--seed", str(seed)]
         for beta in BETAS:
-            yield f"dpo, beta {beta}, {seed}", "dpo", ["--beta", str(beta), *tail]
-            # 11 rankings of four answers are 66 pairs: about the 64 of a batch of the others.
+            beta_flags = ["--beta", str(beta)]
+            yield f"dpo, beta {beta}, {seed}", "dpo", [*beta_flags, *seed_flags]
+            # 11 rankings of four answers are 66 pairs, about as many as the 64 of the other runs.
             yield (f"plackett_luce, beta {beta}, {seed}", "plackett_luce",
-                   ["--beta", str(beta), "--batch", "11", *tail])
+                   [*beta_flags, "--batch", "11", *seed_flags])
         for steps in STEPS:
             yield (f"unlikelihood, {steps} steps, {seed}", "unlikelihood",
-                   ["--steps", str(steps), *tail])
+                   ["--steps", str(steps), *seed_flags])
         for epochs in EPOCHS:
             yield (f"sft_chosen, {epochs} epochs, {seed}", "sft_chosen",
-                   ["--epochs", str(epochs), "--lr", "5e-4", *tail])
+                   ["--epochs", str(epochs), "--lr", "5e-4", *seed_flags])
 
 
+@dataclass
 class Start:
-    """What all runs start from: the SFT model, its tokenizer, and preferences with their reference
-    log-probs."""
+    """What all runs start from."""
 
-    def __init__(self, args):
-        """args: those of train_dpo.py."""
-        device, sft = set_up(args), args.sft or Path("out/reviews/sft.pt")
-        if not (args.sft or sft.exists()):
-            train_sft.main([])
-        self.model, self.tokenizer, _ = open_checkpoint(sft, device, args)
-        args.row_length = self.row_length = self.model.config.block_size
-        train_dpo.sample_preferences(self.model, self.tokenizer, args)
-        self.training, self.held_out = encode_splits(
-            reviews.preferences(args), reviews.name(args), self.tokenizer, args)
-        self.key = [fingerprint(self.model), fingerprint(self.training + self.held_out)]
-        train_dpo.add_reference(self.model, self.training + self.held_out, args)
+    model: GPT              # the SFT model
+    tokenizer: object
+    row_length: int
+    training: list          # of Encoded, with their reference log-probs
+    held_out: list          # of Encoded, with their reference log-probs
+    key: list               # fingerprints of the model and of the preferences
+
+
+def prepare(args):
+    """Open the SFT model, sample preferences and compute their reference log-probs. Returns a
+    Start. If no SFT model is named and the default run has none, it is trained first.
+
+    args: those of train_dpo.py. Sets args.row_length to the block size of the model.
+    """
+    device = set_up(args)
+    sft = args.sft or Path("out/reviews/sft.pt")
+    if args.sft is None and not sft.exists():
+        train_sft.main([])
+    model, tokenizer, _ = open_checkpoint(sft, device, args)
+    args.row_length = model.config.block_size
+    train_dpo.sample_preferences(model, tokenizer, args)
+    training, held_out = encode_splits(reviews.preferences(args), reviews.name(args), tokenizer,
+                                       args)
+    key = [fingerprint(model), fingerprint(training + held_out)]
+    train_dpo.add_reference(model, training + held_out, args)
+    return Start(model, tokenizer, args.row_length, training, held_out, key)
 
 
 def train(start, loss, flags, folder):
-    """Train a policy. Returns it."""
+    """Train a copy of the SFT model with one of the losses. Returns the policy."""
     policy = copy.deepcopy(start.model)
-    module = train_sft if loss == "sft_chosen" else train_dpo
-    args = module.parse_args(flags if loss == "sft_chosen" else [*flags, "--loss", loss])
-    args.out, args.row_length, args.log_every = folder, start.row_length, 10**9
-    for state in folder.glob("*_state.*"):      # an interrupted run starts again
-        state.unlink()
     training, held_out = start.training, start.held_out
     if loss == "sft_chosen":
+        module = train_sft
+        args = train_sft.parse_args(flags)
         training, held_out = best_answers(training), best_answers(held_out)
+    else:
+        module = train_dpo
+        args = train_dpo.parse_args([*flags, "--loss", loss])
+    args.out = folder
+    args.row_length = start.row_length
+    args.log_every = 10**9          # log the first and the last step only
+    remove_training_state(folder)   # an interrupted run starts over
     module.train(policy, training, held_out, args)
-    for state in folder.glob("*_state.*"):      # the run has finished
-        state.unlink()
+    remove_training_state(folder)   # the run has finished
     return policy
 
 
+def remove_training_state(folder):
+    for state in folder.glob("*_state.*"):
+        state.unlink()
+
+
 def best_answers(items):
-    """The best answer of each of a list of Encoded, as what SFT trains on."""
-    return [Encoded(item.prompt, [item.answers[item.pairs[0][0]]], []) for item in items]
+    """For SFT: each of a list of Encoded with only its best answer, the winner of its first pair.
+    """
+    best = []
+    for item in items:
+        winner, _ = item.pairs[0]
+        best.append(Encoded(item.prompt, [item.answers[winner]], []))
+    return best
 
 
-def once(folder, config, compute):
-    """compute(), a dict, kept in result.json with its settings; read from there the next time."""
+def train_and_measure(start, args, loss, flags, folder):
+    """Train and measure one run. Returns what `measure` returns."""
+    policy = train(start, loss, flags, folder)
+    return measure(policy, start, args)
+
+
+def cached(folder, config, compute, *arguments):
+    """compute(*arguments), a dict. It is saved in result.json together with config, the settings it
+    depends on, and read from there as long as config stays the same."""
     path = folder / "result.json"
     try:
-        found = json.loads(path.read_text())
-        if found["config"] == config:
-            return found["result"]
+        saved = json.loads(path.read_text())
+        if saved["config"] == config:
+            return saved["result"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass
+        pass                        # no result yet, or not a whole one
     make_folder(folder)
-    result = compute()
-    # Complete or not there: an interrupted run runs again.
+    result = compute(*arguments)
+    # The file is complete or absent, so an interrupted run is run again.
     write_json(path, {"config": config, "result": result})
     return result
 
 
+# ------------------------------------------------------------------------------------------------
+# The measurements
+# ------------------------------------------------------------------------------------------------
+
+
 def measure(policy, start, args):
-    """{"measures": reward, KL, ..., "answers": to the first two held-out prompts}."""
+    """Measure a policy on held-out prompts. Returns {"measures": reward, kl and so on, "prompts":
+    the first two prompts, "answers": the answers to these}."""
     prompts = prefixes(args.eval_prompts, True, start.tokenizer, args.seed + 1)
     measures, texts = evaluate({"policy": policy}, start.model, prompts, start.tokenizer,
                                args.max_new_tokens, args.seed + 1, **GRADES)
     measures = {name: value for name, value in measures["policy"].items()
-                if not name.startswith("win_rate")}             # it would be against itself
+                if not name.startswith("win_rate")}     # that would be against the policy itself
     return {"measures": measures, "prompts": prompts[:2], "answers": texts["policy"][:2]}
 
 
-def of_reference(start, args, numbers):
-    """{"best_of": measures by N, "optimum": [{beta, reward, kl}, ...]} from answers of SFT."""
+def measure_reference(start, args, numbers):
+    """Measure best of N, for each N of `numbers`, and the optimum, both over answers of the SFT
+    model. Returns {"best_of": {"N = ...": measures}, "optimum": [{beta, reward, kl}, ...]}."""
     prompts = prefixes(min(256, args.eval_prompts), True, start.tokenizer, args.seed + 1)
     columns = draw_answers(start.model, prompts, start.tokenizer, max(numbers),
                            args.max_new_tokens, args.seed + 1, **GRADES)
+    betas = torch.logspace(1, -1.7, 55).tolist()
     return {"best_of": best_of(columns, numbers, "reward"),
-            "optimum": [optimum(columns["reward"], beta)
-                        for beta in torch.logspace(1, -1.7, 55).tolist()]}
+            "optimum": [optimum(columns["reward"], beta) for beta in betas]}
 
 
 def optimum(rewards, beta):
-    """Reward and KL of Eq. 15 where the reference is a draw among (P, M) answers of each prompt."""
-    ref_logps = torch.full_like(rewards, -math.log(rewards.size(1)))
-    logps = train_dpo.optimal_policy(ref_logps, rewards, beta)
+    """Reward and KL of the optimal policy of Eq. 15, if the reference draws uniformly from M
+    answers to each of P prompts. rewards: (P, M). Returns {"beta", "reward", "kl"}."""
+    ref_logps = torch.full_like(rewards, -math.log(rewards.size(1)))        # (P, M)
+    logps = train_dpo.optimal_policy(ref_logps, rewards, beta)              # (P, M)
+    expected_reward = (logps.exp() * rewards).sum(1).mean()
     kl = (logps.exp() * (logps - ref_logps)).sum(1).mean()
-    return {"beta": beta, "reward": (logps.exp() * rewards).sum(1).mean().item(), "kl": kl.item()}
+    return {"beta": beta, "reward": expected_reward.item(), "kl": kl.item()}
 
 
 # ------------------------------------------------------------------------------------------------
 # The picture
 # ------------------------------------------------------------------------------------------------
 
+# Colour, marker, line style and label of each loss.
 STYLES = {"dpo": (BLUE, "o", "-", "DPO, pairs"),
           "plackett_luce": (GREEN, "^", "--", "DPO, rankings (Plackett-Luce)"),
           "sft_chosen": (PURPLE, "s", ":", "SFT on the chosen answers"),
           "unlikelihood": (ORANGE, "X", "-.", "unlikelihood")}
 
-
-FURTHEST = 7.5          # nats at which the picture ends; runs beyond it are marked at its edge
+FURTHEST = 7.5          # KL in nats at the right edge, where runs beyond it are marked
 
 
 def draw(runs, reference, path):
-    """Reward and well-formed share against KL. runs: {name: result with its loss and setting}."""
+    """Draw reward and the share of well-formed texts against KL, as an SVG file.
+
+    runs: {name: a result of `measure`, with its loss and setting}. reference: what
+    measure_reference returns.
+    """
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.8))
     for ax, measure in zip(panels, ("reward", "well_formed")):
         for loss in STYLES:
             draw_loss(ax, measure, loss, [run for run in runs.values() if run["loss"] == loss])
-        picks = list(reference["best_of"].values())
-        ax.errorbar([p["kl_bound"] for p in picks], [p[measure] for p in picks],
-                    yerr=[p[f"{measure}_se"] for p in picks], fmt="D", color=GREY, fillstyle="none",
-                    linestyle=(0, (1, 3)), markersize=5, label="best of N of SFT, at its KL bound")
+        draw_best_of(ax, measure, reference["best_of"])
         ax.set_xlabel("KL to the SFT model, nats")
         ax.set_xlim(-0.15, FURTHEST)
-    best = [p for p in reference["optimum"] if p["kl"] < 3.5]
-    panels[0].plot([p["kl"] for p in best], [p["reward"] for p in best], color=GREY, linewidth=1,
-                   label="the best possible (Eq. 15)")
-    for name in ("N = 4", "N = 16", "N = 128"):
-        pick = reference["best_of"].get(name)
-        if pick:
-            panels[0].annotate(name, (pick["kl_bound"], pick["reward"]), xytext=(-8, 4),
-                               textcoords="offset points", ha="right", fontsize=9)
-    panels[0].set_ylabel("ground-truth reward, from -1 to 1")
-    panels[1].set_ylabel("share of well-formed texts")
-    panels[1].set_ylim(-0.03, 1.03)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=3,
+    left, right = panels
+    draw_optimum(left, reference["optimum"])
+    label_best_of(left, reference["best_of"])
+    left.set_ylabel("ground-truth reward, from -1 to 1")
+    right.set_ylabel("share of well-formed texts")
+    right.set_ylim(-0.03, 1.03)
+    figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=3,
                   bbox_to_anchor=(0.5, -0.12))
     figure.tight_layout()
     save(figure, path)
 
 
 def draw_loss(ax, measure, loss, runs):
-    """The runs of one loss: each with its error bars, a line through the means of the settings."""
+    """The runs of one loss with their error bars, and a line through the means of the settings."""
     colour, marker, line, label = STYLES[loss]
-    means = {}
-    for setting in {run["setting"]: None for run in runs}:
+    means = {}                          # {setting: (mean KL, mean of the measure)}
+    for setting in dict.fromkeys(run["setting"] for run in runs):
         points = [run["measures"] for run in runs if run["setting"] == setting]
-        ax.errorbar([p["kl"] for p in points], [p[measure] for p in points],
-                    xerr=[p["kl_se"] for p in points], yerr=[p[f"{measure}_se"] for p in points],
+        kls = [point["kl"] for point in points]
+        values = [point[measure] for point in points]
+        ax.errorbar(kls, values, xerr=[point["kl_se"] for point in points],
+                    yerr=[point[f"{measure}_se"] for point in points],
                     fmt=marker, color=colour, markersize=5, elinewidth=0.8, alpha=0.7)
-        means[setting] = [sum(p[m] for p in points) / len(points) for m in ("kl", measure)]
-    ax.plot(*zip(*sorted(means.values())), line, color=colour, alpha=0.6)
+        means[setting] = (sum(kls) / len(kls), sum(values) / len(values))
+    curve = sorted(means.values())
+    ax.plot([kl for kl, _ in curve], [value for _, value in curve], line, color=colour, alpha=0.6)
     ax.plot([], [], line, marker=marker, markersize=5, color=colour, label=label)
-    for setting, (kl, y) in means.items():
+    for setting, (kl, value) in means.items():
         if kl > FURTHEST:
-            ax.plot([FURTHEST], [y], ">", color=colour, clip_on=False)
-            ax.annotate(f"{setting}: KL {kl:.0f}", (FURTHEST, y), xytext=(-8, -5), ha="right",
-                        va="center", textcoords="offset points", color=colour, fontsize=9)
+            mark_at_edge(ax, setting, kl, value, colour)
         elif measure == "reward" and loss == "dpo":
-            above = kl > 3                      # where the line no longer rises
-            ax.annotate(setting, (kl, y), xytext=(0, 9) if above else (10, -3), color=colour,
-                        ha="center" if above else "left", va="bottom" if above else "center",
-                        textcoords="offset points", fontsize=9)
+            label_setting(ax, setting, kl, value, colour)
+
+
+def mark_at_edge(ax, setting, kl, value, colour):
+    """An arrow at the right edge for a setting whose KL is beyond it."""
+    ax.plot([FURTHEST], [value], ">", color=colour, clip_on=False)
+    ax.annotate(f"{setting}: KL {kl:.0f}", (FURTHEST, value), xytext=(-8, -5), ha="right",
+                va="center", textcoords="offset points", color=colour, fontsize=9)
+
+
+def label_setting(ax, setting, kl, value, colour):
+    """The name of a setting: right of its point, or above it where the line no longer rises."""
+    place = {"xytext": (10, -3), "ha": "left", "va": "center"}
+    if kl > 3:
+        place = {"xytext": (0, 9), "ha": "center", "va": "bottom"}
+    ax.annotate(setting, (kl, value), color=colour, textcoords="offset points", fontsize=9, **place)
+
+
+def draw_best_of(ax, measure, measures_by_n):
+    """Best of N with its error bars. measures_by_n: {"N = ...": measures}."""
+    points = list(measures_by_n.values())
+    ax.errorbar([point["kl_bound"] for point in points], [point[measure] for point in points],
+                yerr=[point[f"{measure}_se"] for point in points],
+                fmt="D", color=GREY, fillstyle="none", linestyle=(0, (1, 3)), markersize=5,
+                label="best of N of SFT, at its KL bound")
+
+
+def label_best_of(ax, measures_by_n):
+    for name in ("N = 4", "N = 16", "N = 128"):
+        if name in measures_by_n:
+            point = measures_by_n[name]
+            ax.annotate(name, (point["kl_bound"], point["reward"]), xytext=(-8, 4),
+                        textcoords="offset points", ha="right", fontsize=9)
+
+
+def draw_optimum(ax, points):
+    """The reward of the optimal policies, up to a KL of 3.5. points: [{beta, reward, kl}, ...]."""
+    shown = [point for point in points if point["kl"] < 3.5]
+    ax.plot([point["kl"] for point in shown], [point["reward"] for point in shown], color=GREY,
+            linewidth=1, label="the best possible (Eq. 15)")
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv):
     """Returns (args of train_dpo.py, number of seeds, the flags passed on)."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out/frontier"), help="default out/frontier")
+    add("--out", type=Path, default=Path("out/frontier"),
+        help="folder for the runs, the numbers and the picture (default out/frontier)")
     add("--seeds", type=number_type(int, 1), default=2, help="runs of each setting (default 2)")
     own, rest = parser.parse_known_args(argv)
     args = train_dpo.parse_args([*rest, "--out", str(own.out)])
     if args.data:
-        raise UserError("--data: a file of preferences has no ground truth to draw")
+        raise UserError("--data: a file of preferences has no ground-truth reward to draw")
     return args, own.seeds, rest
 
 
@@ -239,24 +332,31 @@ def parse_args(argv):
 def main(argv=None):
     args, seeds, rest = parse_args(argv)
     make_folder(args.out)
-    start, runs = Start(args), {}
+    start = prepare(args)
     shared = {"start": start.key, "prompts": args.eval_prompts, "flags": rest}
-    reference = once(args.out / "reference", {**shared, "numbers": NUMBERS},
-                     lambda: of_reference(start, args, NUMBERS))
-    for name, loss, flags in tqdm(list(grid(seeds)), "runs"):
+    reference = cached(args.out / "reference", {**shared, "numbers": NUMBERS},
+                       measure_reference, start, args, NUMBERS)
+    runs = {}
+    for name, loss, own_flags in tqdm(list(grid(seeds)), "runs"):
         folder = args.out / name.replace(", ", "-").replace(" ", "_")
-        result = once(folder, {**shared, "loss": loss, "own": flags}, lambda: measure(
-            train(start, loss, flags if loss == "sft_chosen" else [*rest, *flags], folder),
-            start, args))
-        runs[name] = {"loss": loss, "setting": name.split(", ")[1], **result}
-    print(f"{table({name: run['measures'] for name, run in runs.items()})}\n\n"
-          f"best of N of SFT\n{table(reference['best_of'])}")
-    prompts = next(iter(runs.values()))["prompts"]
-    print(side_by_side(prompts, {f"{name}:": run["answers"] for name, run in runs.items()
-                                 if name.endswith(", 0")}, reward))
+        config = {**shared, "loss": loss, "own": own_flags}
+        flags = own_flags if loss == "sft_chosen" else [*rest, *own_flags]
+        result = cached(folder, config, train_and_measure, start, args, loss, flags, folder)
+        _, setting, _ = name.split(", ")
+        runs[name] = {"loss": loss, "setting": setting, **result}
+    print_report(runs, reference)
     write_json(args.out / "frontier.json", {"runs": runs, "reference": reference})
     print(f"\nwrote {args.out / 'frontier.json'}")
     draw(runs, reference, args.out / "frontier.svg")
+
+
+def print_report(runs, reference):
+    """Print the measures of all runs, and two answers of the first run of each setting."""
+    measures = {name: run["measures"] for name, run in runs.items()}
+    print(f"{table(measures)}\n\nbest of N of SFT\n{table(reference['best_of'])}")
+    prompts = next(iter(runs.values()))["prompts"]
+    answers = {f"{name}:": run["answers"] for name, run in runs.items() if name.endswith(", 0")}
+    print(side_by_side(prompts, answers, reward))
 
 
 if __name__ == "__main__":

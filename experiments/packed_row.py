@@ -15,8 +15,9 @@ import sys
 import torch
 
 from data import Batches, encode_all, pack
-from runtime.cli import Parser, add_shared_flags, choose_task, command, number_type, set_up
+from runtime.cli import Parser, command, number_type, set_up
 from runtime.errors import UserError
+from runtime.flags import add_shared_flags, choose_task
 from runtime.rows import read_and_report
 from tasks import task_of
 from tasks.tokenizers import TOKENIZERS, get_tokenizer

@@ -1,8 +1,9 @@
-"""What the pictures share: matplotlib where there is one, colours, axes.
+"""What the pictures of curves.py and frontier.py share: matplotlib, colours and axes.
 
-A picture has no background and all its lines and letters are of middling brightness, so it can be
-read on a light page and on a dark one. The colours differ for colour-blind eyes too (they are
-Okabe and Ito's, darkened to one brightness), and no two lines differ by colour alone.
+This module is imported, not run. A picture has no background, and its lines and text have medium
+brightness, so it can be read on a light page and on a dark one. The colours are those of Okabe and
+Ito, darkened to one brightness, which colour-blind readers can tell apart; still, no two lines
+differ by colour alone.
 """
 
 from runtime.errors import UserError
@@ -12,12 +13,13 @@ BLUE, ORANGE, GREEN, PURPLE = "#1f7fc4", "#d55e00", "#0a8f6a", "#b5609a"
 
 
 def pyplot():
-    """matplotlib.pyplot, set for the same bytes each time. Raises UserError where it is missing."""
+    """matplotlib.pyplot, set up so that the same picture is the same bytes every time. Raises
+    UserError if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
-        raise UserError("pictures need matplotlib: pip install matplotlib, then the same command "
-                        "again") from None
+        raise UserError("pictures need matplotlib: pip install matplotlib, then run the same "
+                        "command again") from None
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     plt.rcParams |= {"svg.hashsalt": "dpo", "font.size": 11, "legend.frameon": False,
@@ -29,6 +31,6 @@ def pyplot():
 
 
 def save(figure, path):
-    """Write an SVG without a background."""
+    """Write a figure as an SVG file with a transparent background."""
     figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
     print(f"wrote {path}")

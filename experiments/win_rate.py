@@ -1,28 +1,31 @@
-"""Which of two policies do people, or a model, prefer? The judges of C.2 and D.3.
+"""Win rates of one policy over another, judged by a model (C.2) or by people (D.3).
 
     python -m experiments.win_rate --ask judge.jsonl --task hh     # for a model: C.2's prompts
     python -m experiments.win_rate --ask study.html --task hh      # for people: D.3's form
     python -m experiments.win_rate --read judge.key.json answers.jsonl rater_1.json rater_2.json
 
---ask samples an answer of each of two checkpoints to held-out prompts and writes the questions.
-Which of the two is A is drawn at random for each question and kept apart, in judge.key.json: the
-file of questions does not tell, neither a model nor a person. A name in .jsonl gives one request a
-line in the common chat-batch form, {"custom_id", "method", "url", "body": {"model", "messages"}};
-one in .html a page that needs no other file: open it, or send it to raters; it lets them download
-their answers as JSON.
+--ask samples one answer from each of two checkpoints to held-out prompts and writes the questions.
+Which of the two answers is called A is drawn at random for each question. Only the key,
+judge.key.json, records it, so neither a model nor a person can tell from the questions. The
+extension of the file decides its format:
 
---read takes the key and any number of files of answers: replies to a batch, one a line with its
-custom_id and the reply as response.body.choices[0].message.content, or what raters downloaded. It
-reports
+    .jsonl    one request per line in the common chat-batch form,
+              {"custom_id", "method", "url", "body": {"model", "messages"}}
+    .html     a page that needs no other file: open it, or send it to raters, who download their
+              answers as JSON
+
+--read takes the key and any number of files of answers: replies to a batch, one per line, each with
+its custom_id and the text as response.body.choices[0].message.content; or files that raters
+downloaded. The report shows
 
     win rate        of the first checkpoint, with Wilson's 95 % interval; "I can't tell" is left
-                    out, as in D.3, and counted
-    order bias      how often A was chosen: a half, if where an answer stands does not matter
-    unparsable      replies whose last line is not the verdict asked for, to the letter
-    agreement       of two judges on the questions that both decided: raters among each other, and
-                    each with the model
+                    out, as in D.3, and counted separately
+    order bias      how often A was chosen: half of the time, if the order does not matter
+    unparsable      replies whose last line is not exactly the verdict that was asked for
+    agreement       of two judges on the questions that both decided: between raters, and of the
+                    raters with the model
 
-Left out on purpose: sending anything anywhere. What is asked, and of whom, is yours to decide.
+Left out on purpose: sending anything anywhere. What to ask, and whom, is up to you.
 """
 
 import html
@@ -34,12 +37,14 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from runtime.cli import Parser, add_shared_flags, choose_task, command, number_type, set_up
+from runtime.checkpoint import open_policies
+from runtime.cli import Parser, command, number_type, set_up
 from runtime.errors import UserError
-from sample import decode_answer, encode_prompt, held_out_pairs, open_policies, sample, wilson
+from runtime.flags import add_shared_flags, choose_task
+from sample import decode_answer, encode_prompt, held_out_pairs, sample, wilson
 from tasks import task_of
 
-# C.2, word for word but for the typesetting: {prompt}, {A} and {B} are filled in.
+# The prompts of C.2, word for word except for typesetting. `requests` fills in {prompt}, {A}, {B}.
 SUMMARY = """\
 Which of the following summaries does a better job of summarizing the most \
 important points in the given forum post{criterion}
@@ -87,39 +92,49 @@ FORMS = {"dialogue": DIALOGUE, "summary_s": SUMMARY.format(criterion="?"),
 
 
 def draw_order(prompts, texts, seed):
-    """(questions, order) of two policies' answers ({name: texts}) to prompts: questions are what a
-    judge sees, {id: {"prompt", "A", "B"}}, order is {id: {"A": name, "B": name}}. The ids begin
-    with a checksum of all that is asked, so that answers to other questions are noticed."""
-    rng, (first, second) = random.Random(f"order {seed}"), texts
+    """Turn two policies' answers to prompts, {name: texts}, into questions in random order.
+
+    Returns (questions, order): what a judge sees, {id: {"prompt", "A", "B"}}, and whose answers
+    these are, {id: {"A": name, "B": name}}. Each id begins with a checksum of everything that is
+    asked, so that answers to other questions are noticed.
+    """
+    first, second = texts
+    rng = random.Random(f"order {seed}")
     study = zlib.crc32(json.dumps([prompts, texts, seed]).encode())
     questions, order = {}, {}
     for i, prompt in enumerate(prompts):
-        names = [first, second] if rng.random() < 0.5 else [second, first]
-        name = f"{study:08x}-{i + 1}"
-        order[name] = dict(zip("AB", names))
-        questions[name] = {"prompt": prompt,
-                           **{letter: texts[who][i] for letter, who in order[name].items()}}
+        a, b = first, second
+        if rng.random() >= 0.5:
+            a, b = second, first
+        question_id = f"{study:08x}-{i + 1}"
+        order[question_id] = {"A": a, "B": b}
+        questions[question_id] = {"prompt": prompt, "A": texts[a][i], "B": texts[b][i]}
     return questions, order
 
 
 def requests(questions, form, model):
-    """The questions as lines of a chat batch. Text of policies is filled in once: braces in it, or
-    a policy that writes "{B}", change nothing."""
-    for name, question in questions.items():
-        content = re.sub(r"\{(prompt|A|B)\}", lambda found: question[found[1]].strip(), FORMS[form])
-        yield json.dumps({"custom_id": name, "method": "POST", "url": "/v1/chat/completions",
-                          "body": {"model": model,
-                                   "messages": [{"role": "user", "content": content}]}}) + "\n"
+    """Yield the questions as lines of a chat batch.
+
+    All of a form is filled in at once, so braces in a text change nothing, even if a policy writes
+    "{B}".
+    """
+    for question_id, question in questions.items():
+        content = re.sub(r"\{(prompt|A|B)\}", lambda match: question[match[1]].strip(), FORMS[form])
+        body = {"model": model, "messages": [{"role": "user", "content": content}]}
+        request = {"custom_id": question_id, "method": "POST", "url": "/v1/chat/completions",
+                   "body": body}
+        yield json.dumps(request) + "\n"
 
 
 def page(questions, form):
     """The questions as an HTML page that needs no other file."""
     question = FORMS[form].split("\n\n")[0]
-    what = "summaries" if form.startswith("summary") else "responses"
-    # "<" as \u003c: no text of a policy can end the script or begin a tag.
+    noun = "summaries" if form.startswith("summary") else "responses"
+    # "<" is written as \u003c, so that no text of a policy can end the script or begin a tag.
     data = json.dumps(questions).replace("<", "\\u003c")
-    return (PAGE.replace("QUESTION", html.escape(question)).replace("WHAT", what)
-            .replace("DATA", data))
+    text = PAGE.replace("QUESTION", html.escape(question))
+    text = text.replace("WHAT", noun)
+    return text.replace("DATA", data)
 
 
 PAGE = """<!DOCTYPE html>
@@ -192,7 +207,7 @@ addEventListener("beforeunload", event => { if (!saved) event.preventDefault(); 
 
 
 def ask(args):
-    """Sample both checkpoints, and write the questions and their key."""
+    """Sample answers of both checkpoints, and write the questions and their key."""
     device = set_up(args)
     paths = args.between or [args.out / "dpo.pt", args.out / "sft.pt"]
     policies, tokenizer, _ = open_policies(paths, device, args)
@@ -204,19 +219,22 @@ def ask(args):
     prompts = task.prompts(items, tokenizer, args)
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     texts = {}
-    for i, (name, model) in enumerate(policies.items(), 1):     # one seed would make them alike
+    for i, (name, model) in enumerate(policies.items(), 1):
+        # With one seed for both, similar policies would sample similar answers.
         answers = sample(model, encoded, args.max_new_tokens, args.seed + i, tokenizer.eot_token,
                          args.temperature, progress=f"sampling {name}")
         texts[name] = [decode_answer(ids, tokenizer) for ids in answers]
     questions, order = draw_order(prompts, texts, args.seed)
-    args.ask.write_text(page(questions, args.form) if args.ask.suffix == ".html" else
-                        "".join(requests(questions, args.form, args.judge_model)),
-                        encoding="utf-8")
-    key = args.ask.with_suffix(".key.json")
-    key.write_text(json.dumps({"form": args.form, "policies": list(texts), "order": order},
-                              indent=1) + "\n")
-    print(f"wrote {len(questions)} questions to {args.ask}, and to {key} which answer is whose: "
-          "keep it from the judges")
+    if args.ask.suffix == ".html":
+        content = page(questions, args.form)
+    else:
+        content = "".join(requests(questions, args.form, args.judge_model))
+    args.ask.write_text(content, encoding="utf-8")
+    key_path = args.ask.with_suffix(".key.json")
+    key = {"form": args.form, "policies": list(texts), "order": order}
+    key_path.write_text(json.dumps(key, indent=1) + "\n")
+    print(f"wrote {len(questions)} questions to {args.ask}, and to {key_path} which answer is "
+          "whose; keep it from the judges")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -225,18 +243,38 @@ def ask(args):
 
 
 def verdict(reply, form):
-    """"A" or "B", if the last line of a reply is the verdict in the format asked for, and no other
-    line claims to be one; else None."""
-    label = FORMS[form].splitlines()[-1].split(":")[0]
+    """"A" or "B", if the last line of a reply is the verdict in exactly the format asked for and no
+    other line begins like a verdict; otherwise None."""
+    label = FORMS[form].splitlines()[-1].split(":")[0]      # "More helpful" or "Preferred"
     lines = [line.strip() for line in reply.splitlines() if line.strip()]
-    found = re.fullmatch(rf'{label}: (?:([AB])|"([AB])")', lines[-1] if lines else "")
-    alone = sum(line.startswith(f"{label}:") for line in lines) == 1
-    return (found[1] or found[2]) if found and alone else None
+    verdict_lines = [line for line in lines if line.startswith(f"{label}:")]
+    if len(verdict_lines) != 1:
+        return None
+    match = re.fullmatch(rf'{label}: (?:([AB])|"([AB])")', lines[-1])
+    if match is None:
+        return None
+    return match[1] or match[2]
+
+
+def read_key(path):
+    """Read the key that --ask wrote. Returns a dict with form, policies and order. Raises
+    UserError."""
+    refusal = f"{path}: not a key that --ask wrote; the key comes first"
+    try:
+        key = json.loads(path.read_text(encoding="utf-8"))
+        form, order = key["form"], key["order"]
+        _, _ = key["policies"]          # there must be two
+        valid = form in FORMS and all(set(names) == {"A", "B"} for names in order.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(refusal) from error
+    if not valid:
+        raise UserError(refusal)
+    return key
 
 
 def read_answers(path, key):
-    """("raters" or "model", {question: "A", "B", "tie" or None}) of a file of answers; None is an
-    answer that cannot be read. Raises UserError."""
+    """Read a file of answers. Returns ("raters" or "model", {question: answer}), where an answer is
+    "A", "B", "tie", or None if it cannot be parsed. Raises UserError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -244,104 +282,144 @@ def read_answers(path, key):
     try:
         kind, answers = "raters", dict(json.loads(text)["answers"])
     except (ValueError, KeyError, TypeError):
-        kind, answers = "model", {}
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                name, answer = read_reply(line, key["form"], f"{path}, line {number}")
-                if name in answers:
-                    raise UserError(f"{path}, line {number}: a second answer to {name}")
-                answers[name] = answer
-    strange = [name for name in answers if name not in key["order"]]
-    if strange or not answers:
-        raise UserError(f"{path}: answers to other questions than those of the key" if strange
-                        else f"{path}: no answer is in it")
+        kind, answers = "model", read_replies(text, key["form"], path)
+    if not answers:
+        raise UserError(f"{path}: it has no answers")
+    if any(question not in key["order"] for question in answers):
+        raise UserError(f"{path}: it answers other questions than those of the key")
     if kind == "raters":
-        answers = {name: answer if answer in ("A", "B", "tie") else None
-                   for name, answer in answers.items()}
+        for question, answer in answers.items():
+            if answer not in ("A", "B", "tie"):
+                answers[question] = None
     return kind, answers
 
 
+def read_replies(text, form, path):
+    """{question: verdict} of the replies to a chat batch, one per line. path: for messages."""
+    answers = {}
+    for i, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {i}"
+        question, answer = read_reply(line, form, where)
+        if question in answers:
+            raise UserError(f"{where}: a second answer to {question}")
+        answers[question] = answer
+    return answers
+
+
 def read_reply(line, form, where):
-    """(question, verdict) of a line of replies to a chat batch."""
+    """(question, verdict) of one line of replies to a chat batch."""
     try:
         row = json.loads(line)
-        name = row["custom_id"]
+        question = row["custom_id"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: neither a reply with a custom_id nor what a rater downloaded") \
-            from error
+        raise UserError(f"{where}: neither a reply with a custom_id nor a file that a rater "
+                        "downloaded") from error
     try:
-        return name, verdict(row["response"]["body"]["choices"][0]["message"]["content"], form)
+        reply = row["response"]["body"]["choices"][0]["message"]["content"]
+        return question, verdict(reply, form)
     except (KeyError, IndexError, TypeError, AttributeError):
-        return name, None               # a request that failed has no reply
+        return question, None           # a request that failed has no reply
+
+
+# ------------------------------------------------------------------------------------------------
+# The report
+# ------------------------------------------------------------------------------------------------
 
 
 def report(files, key):
-    """Text: what read_answers found in files, a list of (kind, answers), and how far they agree."""
-    first, second = key["policies"]
+    """The report as text. files: what read_answers returned for each file."""
     lines = []
     for kind in ("raters", "model"):
-        answers = [pair for of, mine in files if of == kind for pair in mine.items()]
-        if not answers:
-            continue
-        decided = [(name, letter) for name, letter in answers if letter in ("A", "B")]
-        counts = Counter(letter for _, letter in answers)
-        n_files = sum(of == kind for of, _ in files)
-        lines += ["", f"{kind}: {n_files} file{'s' * (n_files > 1)}, {len(answers)} answers"]
-        won = sum(key["order"][name][letter] == first for name, letter in decided)
-        lines += [share(f"win rate of {first} over {second}", won, len(decided)),
-                  share("order bias: A was chosen", counts["A"], len(decided)),
-                  share("can't tell", counts["tie"], len(answers)),
-                  share("unparsable", counts[None], len(answers))]
-    for what, kinds in [("raters among each other", ["raters", "raters"]),
-                        ("raters with the model", ["model", "raters"])]:
-        same = [mine[name] == theirs[name]
-                for (kind, mine), (other, theirs) in itertools.combinations(files, 2)
-                if sorted([kind, other]) == kinds
-                for name in mine if {mine[name], theirs.get(name)} <= {"A", "B"}]
-        if same:
-            lines += [""] * (what[-1] == "r") + [share(f"agreement, {what}", sum(same), len(same))]
+        files_of_kind = [answers for other, answers in files if other == kind]
+        if files_of_kind:
+            lines += ["", *report_kind(kind, files_of_kind, key)]
+    between_raters = agreements(files, ["raters", "raters"])
+    if between_raters:
+        lines += ["", share("agreement between raters", sum(between_raters), len(between_raters))]
+    with_model = agreements(files, ["model", "raters"])
+    if with_model:
+        lines += [share("agreement of raters with the model", sum(with_model), len(with_model))]
     return "\n".join(lines[1:])
 
 
-def share(what, count, n):
-    """A line of the report: count of n as a share with its 95 % interval."""
+def report_kind(kind, files, key):
+    """The lines of the report on the raters or on the model. files: {question: answer} of each."""
+    first, second = key["policies"]
+    answers = [pair for file in files for pair in file.items()]
+    counts = Counter(answer for _, answer in answers)
+    decided = [(question, answer) for question, answer in answers if answer in ("A", "B")]
+    won = sum(key["order"][question][answer] == first for question, answer in decided)
+    plural = "s" if len(files) > 1 else ""
+    return [f"{kind}: {len(files)} file{plural}, {len(answers)} answers",
+            share(f"win rate of {first} over {second}", won, len(decided)),
+            share("order bias: A was chosen", counts["A"], len(decided)),
+            share("can't tell", counts["tie"], len(answers)),
+            share("unparsable", counts[None], len(answers))]
+
+
+def agreements(files, kinds):
+    """Whether two judges gave the same answer, for each two files of these kinds (sorted) and each
+    question that both decided."""
+    same = []
+    for (kind, answers), (other_kind, other_answers) in itertools.combinations(files, 2):
+        if sorted([kind, other_kind]) != kinds:
+            continue
+        for question, answer in answers.items():
+            other_answer = other_answers.get(question)
+            if answer in ("A", "B") and other_answer in ("A", "B"):
+                same.append(answer == other_answer)
+    return same
+
+
+def share(label, count, n):
+    """A line of the report: count as a share of n, with its 95 % interval."""
     if not n:
-        return f"  {what:<40} none to count"
+        return f"  {label:<40} none to count"
     low, high = wilson(count, n)
-    return f"  {what:<40} {count / n:.3f}  {low:.3f}-{high:.3f}  {count} of {n}"
+    return f"  {label:<40} {count / n:.3f}  {low:.3f}-{high:.3f}  {count} of {n}"
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv):
     parser = Parser(__doc__)
     add_shared_flags(parser)
     add = parser.add_argument
-    add("--ask", type=Path, metavar="FILE", help="write questions: .jsonl for a model, .html for "
-        "people")
+    add("--ask", type=Path, metavar="FILE",
+        help="write questions: a name in .jsonl for a model, in .html for people")
     add("--read", type=Path, nargs="+", metavar="FILE",
-        help="the key that --ask wrote, then files of answers")
+        help="read the key that --ask wrote, then files of answers, and report")
     add("--between", type=Path, nargs=2, metavar="FILE",
-        help="the two checkpoints (default dpo.pt and sft.pt of the run)")
+        help="the two checkpoints (default: dpo.pt and sft.pt of the run)")
     add("--form", choices=FORMS,
-        help="C.2's question: dialogue, or summaries without (s) or with (c) a word on concision "
-             "(default summary_c for --task tldr, else dialogue)")
+        help="C.2's question: about dialogue, or about summaries without (summary_s) or with "
+             "(summary_c) a request for conciseness (default: summary_c for --task tldr, else "
+             "dialogue)")
     add("--questions", type=number_type(int, 1), default=25, dest="eval_prompts",
-        help="held-out prompts to ask about (default 25, as many as D.3 gives a rater)")
-    add("--max-new-tokens", type=number_type(int, 1), default=96, help="longest answer (default 96)")
+        help="held-out prompts to ask about (default 25, the number each rater gets in D.3)")
+    add("--max-new-tokens", type=number_type(int, 1), default=96,
+        help="longest sampled answer (default 96)")
     add("--temperature", type=number_type(float, 0), default=1.0,
-        help="of the answers (default 1; the paper's summaries are sampled at 0.25)")
+        help="sampling temperature (default 1; the paper samples its summaries at 0.25)")
     add("--judge-model", default="gpt-4-0314",
-        help="the name that requests carry (default gpt-4-0314, the paper's)")
-    parser.set_defaults(strict=False)       # data that cannot teach is counted, not an error
+        help="the model that the requests name (default gpt-4-0314, the paper's)")
+    parser.set_defaults(strict=False)       # rows that teach nothing are counted
     args = parser.parse_args(argv)
     choose_task(args)
     if bool(args.ask) == bool(args.read):
         raise UserError("choose: --ask FILE writes questions, --read KEY FILE... reads answers")
     if args.ask and args.ask.suffix not in (".jsonl", ".html"):
-        raise UserError(f"--ask {args.ask}: a name in .jsonl for a model or in .html for people")
+        raise UserError(f"--ask {args.ask}: the name must end in .jsonl (for a model) or .html "
+                        "(for people)")
     if args.read and len(args.read) < 2:
-        raise UserError("--read needs the key that --ask wrote, and then at least one file of "
-                        "answers")
-    args.form = args.form or ("summary_c" if args.task == "tldr" else "dialogue")
+        raise UserError("--read needs the key that --ask wrote and at least one file of answers")
+    if args.form is None:
+        args.form = "summary_c" if args.task == "tldr" else "dialogue"
     return args
 
 
@@ -351,16 +429,10 @@ def main(argv=None):
     if args.ask:
         ask(args)
         return
-    path, *files = args.read
-    try:
-        key = json.loads(path.read_text(encoding="utf-8"))
-        form, (_, _), order = key["form"], key["policies"], key["order"]
-        known = form in FORMS and all(set(letters) == {"A", "B"} for letters in order.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a key that --ask wrote; it goes first") from error
-    if not known:
-        raise UserError(f"{path}: not a key that --ask wrote; it goes first")
-    print(report([read_answers(file, key) for file in files], key))
+    key_path, *paths = args.read
+    key = read_key(key_path)
+    files = [read_answers(path, key) for path in paths]
+    print(report(files, key))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     files       files that are written whole or not at all; downloads
     hub         GPT-2's weights in the layout of the Hugging Face hub
     rows        the four forms of a preference in a JSON lines file
+    packing     which answer goes into which row of a batch
     checkpoint  sft.pt and dpo.pt: a model, its tokenizer and where it came from
     memory      how many micro-batches fit in the free memory
     run         the log, the training state that --resume needs, Ctrl-C

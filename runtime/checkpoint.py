@@ -10,7 +10,8 @@ import torch
 from model import GPT, GPTConfig
 from runtime.errors import UserError
 from runtime.files import reading, replacing
-from runtime.parallel import set_precision
+from runtime.parallel import set_compiled, set_precision
+from runtime.report import names_of
 from tasks.tokenizers import TOKENIZERS, get_tokenizer
 
 
@@ -48,7 +49,33 @@ def open_checkpoint(path, device, args):
         raise UserError(f"{path}: made for {model.config.vocab_size} ids, but the {name} tokenizer "
                         f"has {tokenizer.n_vocab}")
     set_precision(model, args.precision)
+    set_compiled(model, getattr(args, "compile", "off"))
     return model, tokenizer, facts
+
+
+def open_policies(paths, device, args):
+    """({name: model}, tokenizer, {name: beta}) of checkpoints; each file is opened once. Raises
+    UserError if they cannot be used together."""
+    policies, betas, tokenizers = {}, {}, set()
+    for path, name in names_of(paths).items():
+        if name in policies:
+            continue
+        policies[name], tokenizer, facts = open_checkpoint(path, device, args)
+        tokenizers.add(facts["tokenizer"])
+        if "beta" in facts:
+            betas[name] = facts["beta"]
+    if len(tokenizers) > 1:
+        raise UserError(f"{' and '.join(map(str, paths))} have different tokenizers")
+    return policies, tokenizer, betas
+
+
+def common_block_size(models):
+    """The block size of models ({name: model}). Raises UserError if they differ."""
+    sizes = sorted({model.config.block_size for model in models.values()})
+    if len(sizes) > 1:
+        raise UserError(f"checkpoints for {' and '.join(map(str, sizes))} tokens: to be measured "
+                        "together they must have one block size")
+    return sizes[0]
 
 
 def data_source(args):

@@ -1,4 +1,4 @@
-"""The command line: flags shared by the scripts, their checks, and errors as one sentence."""
+"""The command line: the parser, how a command begins, and how it ends with one sentence."""
 
 import argparse
 import functools
@@ -14,10 +14,8 @@ import torch
 import torch.distributed as dist
 
 from runtime.errors import Interrupted, UserError
-from runtime.hub import RELEASED
 from runtime.parallel import choose_device, join_processes
 from tasks import TASKS
-from tasks.tokenizers import TOKENIZERS
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,6 +47,44 @@ def number_type(kind, least, above=False, most=math.inf):
             raise argparse.ArgumentTypeError(f"expected {wanted}, not {text!r}")
         return value
     return parse
+
+
+# ------------------------------------------------------------------------------------------------
+# How a command begins
+# ------------------------------------------------------------------------------------------------
+
+
+def set_up(args):
+    """Set the run's folder, connect to the other processes if there are any, return the device."""
+    choose_folder(args)
+    device = choose_device(args.device)
+    join_processes(device)
+    return device
+
+
+def choose_folder(args):
+    """Set --out to its default if it was not given."""
+    if args.out is not None:
+        return
+    name = args.task or args.data.name.removesuffix(".gz").removesuffix(".jsonl")
+    if args.data and name in ("", *TASKS):
+        raise UserError(f"--data {args.data}: name a folder for this run with --out")
+    args.out = Path("out") / name
+
+
+def choose_row_length(args, block_size):
+    """Set --row-length to the block size if it was not given. Raises UserError if it is larger."""
+    args.row_length = args.row_length or block_size
+    if args.row_length > block_size:
+        raise UserError(f"--row-length {args.row_length} is above the block size, {block_size}")
+
+
+def warn_of_large_lr(args, usual, init):
+    """Warn if pretrained weights are about to be trained at a rate that ruins them."""
+    if init != "random" and args.lr / usual > 10.1:
+        print(f"warning: --lr {args.lr:g} is {args.lr / usual:.0f} times the usual {usual:g} for "
+              "pretrained weights; watch the samples, the model may lose its language",
+              file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -112,128 +148,3 @@ def explain(error):
         number, message = error.args or (signal.SIGINT, "stopped; what was finished is kept")
         return 128 + number, message
     return None, None
-
-
-# ------------------------------------------------------------------------------------------------
-# Flags
-# ------------------------------------------------------------------------------------------------
-
-
-def add_shared_flags(parser):
-    """Flags of all three scripts."""
-    add = parser.add_argument
-    add("--task", choices=TASKS,
-        help="reviews, written by a grammar; hh, Anthropic's helpful dialogues; tldr, summaries of "
-             "Reddit posts (default reviews)")
-    add("--data", type=Path,
-        help="your own preferences instead, .jsonl or .jsonl.gz (see docs/preferences.md); to talk "
-             "to a model, sample.py only needs the name, to find the run")
-    add("--data-dir", type=Path,
-        help="hh and tldr: folder for the published files (default: the cache of torch.hub)")
-    add("--out", type=Path, help="folder of the run (default out/<task>, or out/<name of --data>)")
-    add("--seed", type=number_type(int, 0, most=2**31), default=0,
-        help="same seed, same machine: same run (default 0)")
-    add("--device", default="auto", metavar="NAME",
-        help="cpu, cuda, or another accelerator that PyTorch sees, such as mps on a Mac, which is "
-             "untested (default: cuda if there is one, else cpu)")
-    add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of matrix products; parameters stay float32 (default: bfloat16 on CUDA, or float16 "
-             "if the card lacks it; float32 elsewhere)")
-
-
-def add_training_flags(parser, batch, batch_unit, warmup):
-    """Flags of both training scripts, with their default batch and warm-up."""
-    add = parser.add_argument
-    add("--init",
-        help=f"weights SFT starts from: random, {', '.join(RELEASED)}, or a folder with "
-             "config.json and model.safetensors or pytorch_model.bin (default gpt2; random for "
-             "reviews)")
-    add("--tokenizer", choices=TOKENIZERS, help="default: reviews for that task, else gpt2")
-    add("--compile", default="auto", choices=["auto", "on", "off"],
-        help="torch.compile (default: on CUDA, for models of at least 10M parameters)")
-    add("--batch", type=number_type(int, 1), default=batch,
-        help=f"{batch_unit} per step (default {batch})")
-    add("--accumulate", type=number_type(int, 1),
-        help="micro-batches per step; more save memory and change nothing else (default: as few as "
-             "fit in the free memory, by an estimate; --resume keeps their number)")
-    add("--row-length", type=number_type(int, 2),
-        help="longest packed row, in tokens, at most the model's block size, which is the default")
-    add("--epochs", type=number_type(float, 0, above=True, most=10**6), default=1.0,
-        help="default 1")
-    add("--steps", type=number_type(int, 1), help="optimizer steps, instead of --epochs")
-    add("--warmup", type=number_type(int, 0), default=warmup,
-        help=f"steps over which the learning rate rises linearly to --lr (default {warmup})")
-    add("--weight-decay", type=number_type(float, 0), default=0.0,
-        help="of matrices (default 0: plain Adam)")
-    add("--clip", type=number_type(float, 0, above=True), default=1.0,
-        help="largest gradient norm (default 1)")
-    add("--resume", action="store_true",
-        help="continue a run with the same flags that was stopped or killed")
-    add("--save-every", type=number_type(float, 0), default=5.0,
-        help="minutes between saves of the training state, for --resume (default 5; 0: every step)")
-    add("--strict", action="store_true",
-        help="treat rows that are skipped or cut as errors (default: count them)")
-    add("--log-every", type=number_type(int, 1), default=20,
-        help="steps between log lines (default 20)")
-    add("--eval-every", type=number_type(int, 1), default=100,
-        help="steps between evaluations on held-out data (default 100)")
-
-
-def add_measuring_flags(parser):
-    """Flags of the final table of train_dpo.py and of sample.py --evaluate, which show the same."""
-    add = parser.add_argument
-    add("--max-new-tokens", type=number_type(int, 1), default=96,
-        help="longest sampled answer (default 96)")
-    add("--eval-prompts", type=number_type(int, 2), default=1024,
-        help="held-out prompts to evaluate on (default 1,024)")
-
-
-def choose_task(args):
-    """Check --task against --data and set the default. Exactly one of the two is None afterwards.
-    """
-    if args.task and args.data:
-        raise UserError(f"--task {args.task} and --data {args.data}: choose one")
-    if not args.data:
-        args.task = args.task or "reviews"
-
-
-def set_up(args):
-    """Set the run's folder, connect to the other processes if there are any, return the device."""
-    choose_folder(args)
-    device = choose_device(args.device)
-    join_processes(device)
-    return device
-
-
-def choose_folder(args):
-    """Set --out to its default if it was not given."""
-    if args.out is not None:
-        return
-    name = args.task or args.data.name.removesuffix(".gz").removesuffix(".jsonl")
-    if args.data and name in ("", *TASKS):
-        raise UserError(f"--data {args.data}: name a folder for this run with --out")
-    args.out = Path("out") / name
-
-
-def check_row_length(args, block_size):
-    """Set --row-length to the block size if it was not given. Raises UserError if it is larger."""
-    args.row_length = args.row_length or block_size
-    if args.row_length > block_size:
-        raise UserError(f"--row-length {args.row_length} is above the block size, {block_size}")
-
-
-def warn_of_large_lr(args, usual, init):
-    """Warn if pretrained weights are about to be trained at a rate that ruins them."""
-    if init != "random" and args.lr / usual > 10.1:
-        print(f"warning: --lr {args.lr:g} is {args.lr / usual:.0f} times the usual {usual:g} for "
-              "pretrained weights; watch the samples, the model may lose its language",
-              file=sys.stderr)
-
-
-def flags_for_sft(args):
-    """The flags of a run of train_dpo.py that its SFT run shares."""
-    names = ["task", "data", "data_dir", "out", "seed", "device", "precision", "compile", "init",
-             "tokenizer", "row_length", "save_every"]
-    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names
-             if getattr(args, name) is not None]
-    return flags + [f"--{name}" for name in ("resume", "strict") if getattr(args, name)]

@@ -77,16 +77,23 @@ def make_folder(path):
 # ------------------------------------------------------------------------------------------------
 
 
-def write_cached(path, key, text):
-    """Write a text file, and beside it a .key file: a digest of the text and of the key, which says
-    what the text was computed from. `read_cached` returns the text until either changes."""
+def cached(path, key, compute):
+    """compute(), a text, which is kept in the file at `path`. Beside it, a .key file has a digest
+    of the text and of the key, which says what the text is computed from. The file is used again
+    until one of the two changes."""
+    text = read_cached(path, key)
+    if text is not None:
+        print(f"{path}: already computed from the same model, data and flags")
+        return text
+    text = compute()
     for where, content in [(path, text), (path.with_suffix(".key"), digest_of(key, text))]:
         with replacing(where) as file:
             file.write(content.encode())
+    return text
 
 
 def read_cached(path, key):
-    """The text that `write_cached` wrote to `path` under this key, else None."""
+    """The text that `cached` wrote to `path` for this key, else None."""
     try:
         text = path.read_text(encoding="utf-8")
         digest = path.with_suffix(".key").read_text()

@@ -1,7 +1,8 @@
 """GPT-2's weights in the layout of the Hugging Face hub: config.json and model.safetensors.
 
-`read_pretrained` and `write_pretrained` serve GPT.from_pretrained and GPT.save_pretrained. Names
-are those of our own modules, with "transformer." in front in the files.
+`find_or_download`, `read_weights` and `from_hub_layout` serve GPT.from_pretrained, and
+`write_pretrained` serves GPT.save_pretrained. Weights have the names of our own modules, with
+"transformer." in front in the files.
 """
 
 import json
@@ -26,7 +27,7 @@ GPT2_CONFIG = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_n
                "add_cross_attention": False, "tie_word_embeddings": True}
 
 
-def locate(name_or_dir):
+def find_or_download(name_or_dir):
     """(sizes, path of the weights) of a released GPT-2, which is downloaded once, or of a folder.
     sizes are keyword arguments of GPTConfig. Raises UserError."""
     if name_or_dir in RELEASED:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import count_tokens
+from runtime.packing import count_tokens
 from runtime.parallel import all_reduce, world_size
 
 

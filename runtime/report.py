@@ -56,3 +56,10 @@ def names_of(paths):
     names = {resolved: path.stem if stems[path.stem] == 1 else str(path)
              for resolved, path in files.items()}
     return {path: names[path.resolve()] for path in paths}
+
+
+def final_report(prompts, texts, measures, reward=None, note=""):
+    """What a measurement prints: the answers to the first four prompts, not picked, and the table.
+    note: a line about the measures."""
+    line = f"{len(prompts):,} held-out prompts, one sample each, mean +- standard error"
+    return f"{side_by_side(prompts[:4], texts, reward)}\n\n{line}{note}\n{table(measures)}"

@@ -5,11 +5,13 @@ A loop uses it in three places:
     log = Log(args.out / "metrics.csv", COLUMNS, batches, scaler)
     state = TrainingState(args.out / "dpo_state.pt", args, policy, optimizer, scaler, log, batches,
                           held_out)
-    for step in state.steps(n_steps, "DPO"):
-        ...                                 # log.add what a micro-batch measured
-        log.end_step(step, grad_norm, lr)
-        ...                                 # log.write a line every so many steps
+    for step in state.steps(n_steps, "DPO"):        # restores what --resume asks for
+        log.add(count, loss=total)                  # for each micro-batch
+        log.note_update(step, grad_norm, lr)        # once a step
+        log.write(step)                             # every so many steps
         state.save_if_due(step)
+
+With several processes, all of them call log.write and state.save_if_due at the same steps.
 """
 
 import hashlib
@@ -30,9 +32,8 @@ from runtime.memory import fewest_micro_batches
 from runtime.parallel import all_reduce, barrier, process_rank, world_size
 
 
-def is_time(step, n_steps, every):
-    """Whether to do something at this step that is done at the first, at every `every`-th after it,
-    and at the last."""
+def is_due(step, n_steps, every):
+    """Whether this step is the first, an `every`-th after it, or the last."""
     return step % every == 0 or step == n_steps - 1
 
 
@@ -65,7 +66,7 @@ class Log:
             self.sums[name] = self.sums[name] + value       # not in place: devices may differ
             self.counts[name] += count
 
-    def end_step(self, step, grad_norm, lr):
+    def note_update(self, step, grad_norm, lr):
         """Note the gradient norm, a tensor, and the learning rate of a step."""
         self.norms.append((step, grad_norm))
         self.latest = {"grad_norm": grad_norm, "lr": lr}
@@ -174,7 +175,8 @@ class TrainingState:
         self.path, self.args, self.batches, self.log = path, args, batches, log
         self.saved_objects = {"model": model, "optimizer": optimizer, "scaler": scaler, "log": log}
         self.held_out = held_out
-        self.step, self.micro_batches = 0, args.accumulate      # per process
+        self.step = 0
+        self.n_micro_batches = args.accumulate          # per process; None until steps() begins
         self.signals, self.stop_signal = [], 0          # those of this process; that of any process
         self.saved_at = time.monotonic()
 
@@ -209,7 +211,7 @@ class TrainingState:
         resuming = self.args.resume and self.path.exists()
         saved = load_state(self.path) if resuming else None
         barrier()                           # until all processes have looked
-        self.choose_micro_batches(saved)
+        self.choose_n_micro_batches(saved)
         model = self.saved_objects["model"]
         self.flags = {name: getattr(self.args, name) for name in SAME_ON_RESUME
                       if hasattr(self.args, name)}
@@ -226,7 +228,7 @@ class TrainingState:
             self.move_aside()
         self.save()                         # from the first moment on, the run can be resumed
 
-    def choose_micro_batches(self, saved):
+    def choose_n_micro_batches(self, saved):
         """Keep the number of the run that is resumed; else take --accumulate, or as many as the
         free memory asks for. Raises UserError if there are fewer prompts than processes."""
         if world_size() > 1:
@@ -234,13 +236,13 @@ class TrainingState:
             if fewest < world_size():
                 raise UserError(f"--batch {self.args.batch} is {fewest} prompts in some step, and "
                                 f"there are {world_size()} processes: each needs a prompt")
-        if self.micro_batches is None and saved:
-            self.micro_batches = math.ceil(saved["micro_batches"] / world_size())
-        elif self.micro_batches is None:
-            self.micro_batches = fewest_micro_batches(
+        if self.n_micro_batches is None and saved:
+            self.n_micro_batches = math.ceil(saved["micro_batches"] / world_size())
+        elif self.n_micro_batches is None:
+            self.n_micro_batches = fewest_micro_batches(
                 self.saved_objects["model"], self.batches, self.args.row_length)
-        if self.args.accumulate is None and self.micro_batches > 1:
-            print(f"{self.micro_batches} micro-batches per step, to fit in the free memory")
+        if self.args.accumulate is None and self.n_micro_batches > 1:
+            print(f"{self.n_micro_batches} micro-batches per step, to fit in the free memory")
 
     def load(self, saved):
         for name, now in self.flags.items():
@@ -260,7 +262,7 @@ class TrainingState:
         self.log.check_gradients()          # never save weights after a NaN
         state = {name: value.state_dict() for name, value in self.saved_objects.items()}
         state |= {"flags": self.flags, "digests": self.digests, "step": self.step,
-                  "micro_batches": self.micro_batches * world_size()}
+                  "micro_batches": self.n_micro_batches * world_size()}
         with replacing(self.path) as file:
             torch.save(state, file)
         self.saved_at = time.monotonic()
@@ -299,6 +301,12 @@ def load_state(path):
                 "log"} <= state.keys():
             raise ValueError("something is missing")
         return state
+
+
+def cache_key(*parts):
+    """A key for runtime.files.cached from models, lists of Encoded and plain values."""
+    return " ".join(fingerprint(part) if isinstance(part, (torch.nn.Module, list)) else str(part)
+                    for part in parts)
 
 
 def fingerprint(content):

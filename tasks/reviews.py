@@ -9,12 +9,15 @@
 A quality is "good", "very good", "not good", ...; a feeling is "liked", "really liked", "did not
 like", ... Verbs agree with their nouns, and "a" or "an" with the next word. `well_formed` checks
 this and no more. What the grammar writes also makes sense: "and" joins two clauses of the same
-sign, "but" two of opposite signs; most clauses have the sign of the review, and the verdict always
-has. So a model can keep to the grammar and still be judged by `reward`, which is exact.
+sign, "but" two of opposite signs; most clauses agree with the tone of the review, and the verdict
+always does. Grammar and reward are separate: a text may be well-formed and unfavourable, or
+favourable and broken. Both are known without error.
 """
 
+import hashlib
 import random
 import re
+from pathlib import Path
 
 from data import Preference, is_held_out
 from runtime.errors import UserError
@@ -98,7 +101,7 @@ def opinion_value(opinion):
 
 
 def well_formed(text):
-    """Whether the grammar could have written a review, to the letter."""
+    """Whether the grammar could have written exactly this review."""
     return REVIEW.fullmatch(text) is not None
 
 
@@ -117,7 +120,7 @@ def write_review(rng):
 
 
 def write_sentences(rng, tone):
-    """An opener, perhaps, two sentences and a verdict, mostly of sign `tone`."""
+    """Three in ten times an opener, then two sentences and a verdict, mostly of sign `tone`."""
     aspects = rng.sample(SINGULAR + PLURAL, 4)
     text = ""
     if rng.random() < 0.3:
@@ -127,9 +130,9 @@ def write_sentences(rng, tone):
         sign = tone if rng.random() < 0.93 else -tone
         sentence = write_clause(rng, aspects.pop(), sign)
         if rng.random() < 0.6:
-            joint = rng.choice(["and", "and", "but"])
-            sign = sign if joint == "and" else -sign
-            sentence += f", {joint} " + write_clause(rng, aspects.pop(), sign)
+            conjunction = rng.choice(["and", "and", "but"])
+            sign = sign if conjunction == "and" else -sign
+            sentence += f", {conjunction} " + write_clause(rng, aspects.pop(), sign)
         text += sentence[0].upper() + sentence[1:] + ". "
     return text + pick(rng, VERDICTS, tone) + "."
 
@@ -154,7 +157,7 @@ def prefixes(count, held_out, tokenizer, seed):
     while len(found) < count:
         draws += 1
         if draws > 1000 * (len(found) + 100):
-            raise UserError(f"the reviews have hardly {count:,} different beginnings; lower "
+            raise UserError(f"the reviews do not have {count:,} different beginnings; lower "
                             f"{'--eval-prompts' if held_out else '--prefixes'}")
         ids = tokenizer.encode_ordinary(write_review(rng))[:rng.randint(2, 8)]
         text = tokenizer.decode(ids)
@@ -168,6 +171,11 @@ def prefixes(count, held_out, tokenizer, seed):
 # ------------------------------------------------------------------------------------------------
 
 
+def digest():
+    """A digest of this file, on which the sampled preferences depend."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
 def sft_examples(args):
     """Whole reviews, after an empty prompt."""
     rng = random.Random(f"reviews {args.seed}")
@@ -176,7 +184,7 @@ def sft_examples(args):
 
 
 def preferences(args):
-    """What train_dpo.py sampled."""
+    """The sampled and ranked answers that train_dpo.py wrote, split as a file of your own is."""
     return own_file.read_split(name(args), args)
 
 

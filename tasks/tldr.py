@@ -45,7 +45,7 @@ def load_comparisons(held_out, folder, skipped):
         file_name = f"comparisons/batch{batch}.json"
         path = download(f"{URL}/dataset/{file_name}", (folder or cache_folder()) / file_name)
         found += read_rows(path, parse, skipped)
-    return [to_preference(row) for row in limit_held_out(found, held_out, skipped)]
+    return [to_preference(*row) for row in limit_held_out(found, held_out, skipped)]
 
 
 def load_summaries(held_out, folder, skipped):

@@ -1,10 +1,10 @@
-"""Settings of the whole suite: the repository root on the path, the marker for tests that need a
-GPU, and the exercises of a class.
+"""Settings of the whole test suite: the import path, the marker for tests that need a GPU, and the
+exercises of a class.
 
     pytest --exercise 3             # the claims of one exercise, and in words what is still wrong
 
-In a student's copy, a test that needs an exercise which is not its own is skipped until that one is
-written, so that what fails is what there is to do.
+In a student's copy, a test that needs an unwritten function of another exercise is skipped. So the
+tests that fail show what the student still has to do.
 """
 
 import functools
@@ -18,27 +18,43 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from classroom.exercises import (EXERCISES, is_a_students_copy, message,            # noqa: E402
-                                 sentence, unwritten)
+from classroom.exercises import (  # noqa: E402
+    EXERCISES,
+    is_a_students_copy,
+    message,
+    sentence,
+    unwritten,
+)
 
 
 def pytest_addoption(parser):
     parser.addoption("--exercise", type=int, metavar="N",
-                     help=f"run the tests of exercise N alone, 1 to {len(EXERCISES)}")
+                     help=f"run only the tests of exercise N, 1 to {len(EXERCISES)}")
+
+
+def chosen_exercise(config):
+    """The Exercise of --exercise, or None. Raises UsageError if there is none with that number."""
+    exercise_number = config.getoption("--exercise")
+    if exercise_number is None:
+        return None
+    if exercise_number not in EXERCISES:
+        raise pytest.UsageError(f"--exercise {exercise_number}: expected a number from 1 to "
+                                f"{len(EXERCISES)}")
+    return EXERCISES[exercise_number]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
-    torch.set_num_threads(1)        # on models of a few thousand weights threads only wait
-    number = config.getoption("--exercise")
-    if number is not None and number not in EXERCISES:
-        raise pytest.UsageError(f"--exercise {number}: there are exercises 1 to {len(EXERCISES)}")
-    if number:      # the smallest example is worth a wait, but not what hypothesis explains of it
-        phases = set(hypothesis.Phase) - {hypothesis.Phase.explain}
-        hypothesis.settings.register_profile("exercise", phases=phases, report_multiple_bugs=False)
-        hypothesis.settings.load_profile("exercise")
-    if number and config.option.tbstyle == "auto" and not config.option.verbose:
-        config.option.tbstyle, config.option.reportchars = "no", ""     # the words below instead
+    torch.set_num_threads(1)        # with models of a few thousand weights, threads only cost time
+    if chosen_exercise(config) is None:
+        return
+    # Find the smallest failing example, but leave out hypothesis's slow explanation of it.
+    phases = set(hypothesis.Phase) - {hypothesis.Phase.explain}
+    hypothesis.settings.register_profile("exercise", phases=phases, report_multiple_bugs=False)
+    hypothesis.settings.load_profile("exercise")
+    if config.option.tbstyle == "auto" and not config.option.verbose:
+        config.option.tbstyle = "no"        # pytest_terminal_summary explains the failures instead
+        config.option.reportchars = ""
 
 
 def pytest_collection_modifyitems(config, items):
@@ -46,8 +62,9 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-    if number := config.getoption("--exercise"):
-        chosen = [item for item in items if name(item) in EXERCISES[number].tests]
+    exercise = chosen_exercise(config)
+    if exercise:
+        chosen = [item for item in items if original_name(item) in exercise.tests]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
     if is_a_students_copy():
@@ -57,80 +74,103 @@ def pytest_collection_modifyitems(config, items):
                 handle.inner_test = without_search(handle.inner_test)
 
 
-def name(item):
+def original_name(item):
+    """The name of a test without its parameters."""
     return getattr(item, "originalname", None)
 
 
 def without_search(test):
-    """hypothesis looks for the smallest example of a failure, for seconds. An unwritten function
-    fails for all of them; a skip ends the search, and the report below makes of it what it is."""
+    """Do not let hypothesis look for the smallest example if a function is unwritten, which takes
+    seconds: every example fails. A skip ends the search, and pytest_runtest_makereport turns it
+    into a failure if necessary."""
     @functools.wraps(test)
-    def once(*arguments, **named):
+    def wrapped(*arguments, **named):
         try:
             return test(*arguments, **named)
         except NotImplementedError as error:
             if unwritten(error):
                 pytest.skip(str(error))
             raise
-    return once
+    return wrapped
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """An unwritten function is a failure of its own exercise's tests; all others wait for it."""
+    """An unwritten function fails the tests of its own exercise. All other tests that call it are
+    skipped."""
     report = yield
-    report.originalname = name(item)
+    report.originalname = original_name(item)
     error = call.excinfo.value if call.excinfo else None
-    report.words = [type(error).__name__, str(error), *getattr(error, "__notes__", [])]
-    number = unwritten(error)
-    if number in EXERCISES:
-        own = report.originalname in EXERCISES[number].tests
-        words = message(EXERCISES[number])
-        report.outcome = "failed" if own else "skipped"
-        report.words = [f"{words} is not written yet"]
-        report.longrepr = f"E   {report.words[0]}" if own else (
-            str(item.path), item.location[1] or 0, f"Skipped: waits for {words}")
+    report.details = [type(error).__name__, str(error), *getattr(error, "__notes__", [])]
+    exercise = EXERCISES.get(unwritten(error))
+    if exercise is None:
+        return report
+    report.details = [f"{message(exercise)} is not written yet"]
+    if report.originalname in exercise.tests:
+        report.outcome = "failed"
+        report.longrepr = f"E   {report.details[0]}"
+    else:
+        report.outcome = "skipped"
+        reason = f"Skipped: needs {message(exercise)}, which is not written yet"
+        report.longrepr = (str(item.path), item.location[1] or 0, reason)
     return report
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if session.config.getoption("--exercise") and exitstatus == 0 and any(
-            session.config.pluginmanager.getplugin("terminalreporter").stats.get("skipped", [])):
-        session.exitstatus = 1                          # what waits is not done
+    """A skipped claim does not hold, so --exercise does not succeed."""
+    if session.config.getoption("--exercise") and exitstatus == 0:
+        reporter = session.config.pluginmanager.getplugin("terminalreporter")
+        if reporter.stats.get("skipped"):
+            session.exitstatus = 1
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """With --exercise: each claim as a sentence, and of what fails why it matters and what came."""
-    number = config.getoption("--exercise")
-    if not number:
+    """With --exercise: print each claim as a sentence. For a claim that fails, print why it matters
+    and what happened."""
+    exercise = chosen_exercise(config)
+    if exercise is None:
         return
-    exercise, write = EXERCISES[number], terminalreporter.write_line
-    docs = {item.originalname: " ".join((item.function.__doc__ or "").split())
-            for item in terminalreporter._session.items}
-    outcomes = {}
-    for outcome in ("passed", "skipped", "failed", "error"):    # the worst of a claim's cases last
-        for report in terminalreporter.stats.get(outcome, []):
-            outcomes[report.originalname] = outcome, report
+    write = terminalreporter.write_line
+    docstrings = {item.originalname: " ".join((item.function.__doc__ or "").split())
+                  for item in terminalreporter._session.items}
+    reports = worst_reports(terminalreporter.stats)
     terminalreporter.section(message(exercise))
     write(f"{', '.join(exercise.functions)}: {exercise.equation}")
+    held = 0
     for test in exercise.tests:
-        outcome, report = outcomes.get(test, ("not run", None))
-        word = {"passed": "holds", "skipped": "waits", "not run": "not run"}.get(outcome, "wrong")
-        write(f"\n{word:8}{sentence(test)}" if word == "wrong" else f"{word:8}{sentence(test)}")
-        if outcome == "skipped":
+        outcome, report = reports.get(test, ("not run", None))
+        if outcome == "passed":
+            held += 1
+            write(f"holds   {sentence(test)}")
+        elif outcome == "not run":
+            write(f"not run {sentence(test)}")
+        elif outcome == "skipped":
+            write(f"skipped {sentence(test)}")
             write(f"        {report.longrepr[2].removeprefix('Skipped: ')}")
-        elif word == "wrong":
-            write(f"        {docs[test]}")
+        else:
+            write(f"\nwrong   {sentence(test)}")
+            write(f"        {docstrings[test]}")
             for line in what_happened(report):
                 write(f"        > {line}")
-    held = sum(outcomes.get(test, ("",))[0] == "passed" for test in exercise.tests)
-    write(f"\n{held} of {len(exercise.tests)} claims hold"
-          + ("" if held == len(exercise.tests) else "; pytest -v --exercise "
-             f"{number} shows where in the code"))
+    advice = ""
+    if held < len(exercise.tests):
+        advice = f"; pytest -v --exercise {exercise.number} shows where in the code"
+    write(f"\n{held} of {len(exercise.tests)} claims hold{advice}")
+
+
+def worst_reports(stats):
+    """{name of a test: (outcome, report)}: of a test that ran with several parameters, the worst.
+    stats: pytest's {outcome: reports}."""
+    found = {}
+    for outcome in ("passed", "skipped", "failed", "error"):    # a later one replaces an earlier
+        for report in stats.get(outcome, []):
+            found[report.originalname] = outcome, report
+    return found
 
 
 def what_happened(report):
-    """The error in a few lines, with the example at which it was found."""
-    lines = [line.strip() for words in report.words for line in words.splitlines()]
+    """The error in a few lines, with the example that caused it."""
+    lines = [line.strip() for text in report.details for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("#", "You can reproduce"))]
-    return [line[:150] for line in lines[1:] or lines][:16]
+    shown = lines[1:] or lines              # the first line is only the type of the error
+    return [line[:150] for line in shown][:16]

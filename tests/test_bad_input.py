@@ -2,9 +2,9 @@
 
     pytest tests/test_bad_input.py
 
-The corpus is made here, by code: files, lines, rows, flags, checkpoints, over a hundred. A row that
-cannot teach must not cost a run; it is left out and counted, or with --strict it is an error too.
-What people will think of next is hypothesis's part.
+The corpus of over a hundred cases is made here, by code: files, lines, rows, flags, checkpoints. A
+row that teaches nothing must not end a run: it is skipped and counted, and only with --strict is it
+an error. hypothesis adds what nobody has thought of.
 """
 
 import gzip
@@ -18,8 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import runtime.checkpoint
 import sample
@@ -57,7 +56,7 @@ def pairs(n):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A folder with sft.pt of two steps on pairs.jsonl."""
+    """A folder with pairs.jsonl and sft.pt, trained on it for two steps."""
     out = tmp_path_factory.mktemp("run")
     (out / "pairs.jsonl").write_bytes(lines(*pairs(40)))
     train_sft.main(["--data", str(out / "pairs.jsonl"), "--out", str(out), *TINY])
@@ -65,7 +64,7 @@ def run(tmp_path_factory):
 
 
 def refused(main, argv, capsys):
-    """The one sentence on stderr with which a command ends at once."""
+    """Run a command that must end with code 2 and one sentence on stderr. Returns that sentence."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         main([str(word) for word in argv])
@@ -79,7 +78,7 @@ def refused(main, argv, capsys):
 # Files, lines, rows
 # ------------------------------------------------------------------------------------------------
 
-WHOLE_FILES = {                                         # what the sentence must say beside the path
+WHOLE_FILES = {                                         # content, and words of the sentence
     "empty": (b"", "the file is empty"), "blank lines": (b"\n \r\n\t\n", "the file is empty"),
     "binary": (bytes(range(128, 256)), "line 1: not UTF-8"),
     "UTF-16": (json.dumps(ROW).encode("utf-16"), "line 1: not UTF-8"),
@@ -130,7 +129,7 @@ BROKEN_LINES = {
     "a summary without text": (lines(TLDR | {"summaries": [{"text": "b"}, {}]}), '"text"'),
     "no post": (lines(TLDR | {"info": {"subreddit": "s", "title": "t"}}), '"post"'),
 }
-CANNOT_TEACH = {                                        # one such row must not cost the run
+CANNOT_TEACH = {                                        # one such row must not end the run
     "empty": (ROW | {"chosen": ""}, "empty answer"),
     "white space": (ROW | {"rejected": " \n\t\u3000"}, "empty answer"),
     "empty in a ranking": (RANKING | {"answers": ["b", "", "d"]}, "empty answer"),
@@ -163,7 +162,8 @@ def test_a_file_without_a_usable_row_is_refused_by_name(script, kind, run, capsy
 
 @pytest.mark.parametrize("kind", BROKEN_LINES)
 def test_a_broken_line_is_refused_by_file_and_number(kind, tmp_path):
-    """Line 4: blank lines count, as they do in an editor; so do the marks of Windows."""
+    """It is line 4, because blank lines count, as they do in an editor. A byte order mark and a
+    Windows line end do no harm."""
     line, words = BROKEN_LINES[kind]
     path = tmp_path / "file.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + lines(ROW) + b"\r\n" + lines(ROW) + line.strip() + b"\n")
@@ -233,7 +233,7 @@ rows = st.one_of(
 
 
 def read_or_refused(path):
-    """What a run does with a file before it trains: items that can be packed, or one sentence."""
+    """Read a file as a run does before it trains: it can be packed, or the error is a sentence."""
     skipped = Skipped()
     try:
         items = encode_all(load_preferences(path, skipped), TOKENIZER, 40, skipped)
@@ -305,7 +305,7 @@ def test_a_flag_out_of_range_is_refused_by_name(script, flag, value, capsys, tmp
     message = refused(script.main, [f"{flag}={value}" if flag[1] == "-" else flag + value], capsys)
     assert message.startswith(f"{script.__name__}.py: ")
     assert flag in message and "--help" in message
-    assert not list(tmp_path.iterdir())                 # before any file is made
+    assert not list(tmp_path.iterdir())                 # before any file is written
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -336,7 +336,7 @@ def test_contradictions_are_refused(run, capsys, tmp_path):
 
 
 def test_another_file_of_the_same_name_is_not_the_one_that_sft_has_read(run, capsys, tmp_path):
-    """HH alone has four files called train.jsonl.gz."""
+    """Content counts, not the name: HH alone has four files called train.jsonl.gz."""
     other = tmp_path / "pairs.jsonl"
     other.write_bytes(lines(*pairs(41)))
     message = refused(train_dpo.main, ["--data", other, "--out", run, *QUICK], capsys)
@@ -344,7 +344,7 @@ def test_another_file_of_the_same_name_is_not_the_one_that_sft_has_read(run, cap
 
 
 def test_too_little_memory_is_one_sentence_and_no_damaged_file(run, capsys, tmp_path, monkeypatch):
-    """PyTorch says it in three ways; a good checkpoint must not be called damaged for it."""
+    """PyTorch reports it in three ways, and a good checkpoint must not be called damaged for it."""
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
         def load(*arguments, error=error, **more):
@@ -368,7 +368,7 @@ def test_letters_that_the_terminal_cannot_show_do_not_stop_a_run(run, capsys, tm
 
 
 def test_a_reader_of_the_output_that_goes_away_costs_one_sentence(run):
-    """`python -m experiments.packed_row | head -1`."""
+    """As in `python -m experiments.packed_row | head -1`."""
     process = subprocess.Popen([sys.executable, "-m", "experiments.packed_row", "--data",
                                 run / "pairs.jsonl", "--tokenizer", "reviews"], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -385,12 +385,12 @@ def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
 
 
 def test_more_prompts_than_there_are_are_refused():
-    with pytest.raises(UserError, match="hardly 3,000 different beginnings; lower --eval-prompts"):
+    with pytest.raises(UserError, match="not have 3,000 different beginnings; lower --eval-prompts"):
         prefixes(3000, True, OneReview(), 0)
 
 
 class OneReview:
-    """A tokenizer to which all reviews are one."""
+    """A tokenizer for which all reviews are the same, so they have few different beginnings."""
 
     def encode_ordinary(self, text):
         return list(range(8))
@@ -413,8 +413,9 @@ def test_missing_checkpoints_are_refused_by_name(run, capsys, tmp_path):
 
 
 def test_checkpoints_that_do_not_fit_are_refused(run, capsys, tmp_path):
-    """No tokenizer named, not the tokenizer's ids, no room for reviews, SFT of another file; sizes
-    that are not the weights', the state of a run, a checkpoint of another program."""
+    """Checkpoints without a tokenizer's name, with another number of ids, without room for reviews,
+    from SFT on another file, with sizes that do not match the weights, with NaN weights, without a
+    configuration, or of another program."""
     there = ["--out", tmp_path, "--device", "cpu"]
     model, vocabulary = GPT(GPTConfig(16, 20, 1, 1, 8)), TOKENIZER.n_vocab
     save_checkpoint(tmp_path / "a.pt", model)

@@ -1,4 +1,4 @@
-"""The benchmark: that what it compares is comparable, and what it counts is so by hand.
+"""The benchmark: its rungs compute the same step, and its FLOPs are those counted by hand.
 
     pytest tests/test_benchmark.py
 """
@@ -13,10 +13,22 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import benchmark
-from experiments.benchmark import (WORKLOADS, add_reference, collate, executed_flops, gradients, load_steps,
-                       pad, parse_args, rungs, sequences, synthetic, useful_flops)
 from data import Encoded, pack
+from experiments import benchmark
+from experiments.benchmark import (
+    WORKLOADS,
+    add_reference,
+    collate,
+    executed_flops,
+    gradients,
+    load_steps,
+    pad,
+    parse_args,
+    rungs,
+    sequences,
+    synthetic,
+    useful_flops,
+)
 from model import GPT, GPTConfig
 from tasks.tokenizers import get_tokenizer
 from train_dpo import dpo_loss
@@ -29,7 +41,7 @@ ITEMS = [Encoded([49, 1, 2], [[3, 4, 49], [5, 49]], [(0, 1)]),
 
 
 def small_gpt(seed):
-    """Weights large enough that no two answers have a log-prob in common."""
+    """A GPT with weights large enough that no two answers have the same log-prob."""
     torch.manual_seed(seed)
     return GPT(SMALL, init_std=0.3)
 
@@ -43,7 +55,7 @@ def small_gpt(seed):
                                                   ("c1", None, 48)])
 def test_a_workload_has_the_medians_it_claims(name, prompt, answer):
     """The median of n draws is off by about 1.25 sigma / sqrt(n) of itself: with sigma 0.55 and
-    2,000 draws by 1.5 per cent; four times that is allowed."""
+    2,000 draws by 1.5 %. Four times that is allowed."""
     items = synthetic(WORKLOADS[name], 2000, GPTConfig(), seed=0)
     answers = [len(ids) for item in items for ids in item.answers]
     assert statistics.median(answers) == pytest.approx(answer, rel=0.06)
@@ -80,8 +92,7 @@ def test_ids_begin_and_end_as_encoded_text_does_and_fit_in_a_block():
 
 
 def test_your_own_pairs_are_a_workload_too(tmp_path, monkeypatch):
-    """Any file of preferences; here in the bytes and words of the reviews, which need no network.
-    """
+    """Any file of preferences will do. The reviews tokenizer is used, as it needs no network."""
     monkeypatch.setattr(benchmark, "get_tokenizer", lambda name: get_tokenizer("reviews"))
     rows = [{"prompt": f"The {i}", "chosen": " was good", "rejected": " was dull"}
             for i in range(5)]
@@ -97,7 +108,7 @@ def test_your_own_pairs_are_a_workload_too(tmp_path, monkeypatch):
 
 
 def step_by_hand(policy, reference, items):
-    """The loss of train_dpo.py, from packed rows, with the reference of another model."""
+    """The mean DPO loss of packed rows, with another model as the reference."""
     batch = pack(items, 32)
     with torch.no_grad():
         ref_logps = reference.logps(batch)
@@ -107,7 +118,7 @@ def step_by_hand(policy, reference, items):
 @pytest.mark.parametrize("name", [name for name in rungs("cpu") if name != "compile"])
 def test_every_rung_computes_the_loss_and_gradient_of_our_step(name):
     """No rung may win by computing something else. The reference is another model, so the loss is
-    not log 2 whatever is done. (That compiling changes nothing is test_model.py's.)"""
+    not simply log 2. (test_model.py shows that compiling changes nothing.)"""
     policy, twin, reference = small_gpt(0), small_gpt(0), small_gpt(1)
     expected = step_by_hand(twin, reference, ITEMS)
     expected.backward()
@@ -133,7 +144,7 @@ def test_micro_batches_change_nothing():
 
 
 def test_an_answer_of_three_pairs_is_padded_three_times_and_packed_once():
-    """ITEMS have 3 pairs, so 6 sequences, the longest of 2 + 4 tokens; but 5 answers."""
+    """ITEMS have 3 pairs, so 6 sequences, the longest of 2 + 4 tokens; but only 5 answers."""
     batch = pad(sequences(ITEMS))
     assert batch.tokens.tolist() == [
         [49, 1, 2, 3, 4, 49], [49, 1, 2, 5, 49, 0], [49, 6, 7, 49, 0, 0], [49, 6, 8, 9, 10, 49],
@@ -143,9 +154,9 @@ def test_an_answer_of_three_pairs_is_padded_three_times_and_packed_once():
 
 @pytest.mark.parametrize("name, lengths", [("packed", [60, 10]), ("shared", [90, 11])])
 def test_each_batch_has_rows_of_its_own_best_length(name, lengths):
-    """The first micro-batch, a prompt of 30 tokens with two answers of 30, is a row of 90; where
-    they share nothing, two of 60. The second, 9 tokens and twice 1, is a row of 11; or two of 10.
-    A row length that is asked for is taken as it is."""
+    """The first micro-batch, a prompt of 30 tokens with two answers of 30, is one row of 90, or two
+    rows of 60 if nothing is shared. The second, a prompt of 9 tokens with two answers of 1, is one
+    row of 11, or two of 10. A row length that is given is used as it is."""
     step = [Encoded([1] * 30, [[1] * 30, [1] * 30], [(0, 1)]),
             Encoded([1] * 9, [[1], [1]], [(0, 1)])]
     config, rung = GPTConfig(block_size=100), rungs("cpu")[name]
@@ -162,22 +173,28 @@ def test_each_batch_has_rows_of_its_own_best_length(name, lengths):
 
 
 def test_useful_flops_are_those_counted_by_hand():
-    """One prompt of 3 tokens, answers of 3 and 2; 2 layers, 8 channels, 50 ids. Forward:
+    """One prompt of 3 tokens, answers of 3 and 2; 2 layers, 8 channels, 50 ids. The forward pass:
 
-    blocks: 8 tokens x 2 layers x 12 C^2 weights (3 for query, key, value, 1 for the projection, 8
-    for the MLP) x 2 operations = 8 x 2 x 768 x 2 = 24,576
-    keys: 1 + 2 + 3 in the prompt, 4 + 5 + 6 and 4 + 5 in the answers = 30; each is met by a query
-    and by a weight in C channels: 30 x 2 layers x 2 x 2 C = 1,920
-    head: 5 answer tokens x 8 x 50 x 2 = 4,000
+        blocks: 8 tokens x 2 layers x 12 C^2 weights (3 C^2 for query, key and value, 1 C^2 for the
+                projection, 8 C^2 for the MLP) x 2 operations = 8 x 2 x 768 x 2 = 24,576
+        keys:   1 + 2 + 3 in the prompt, 4 + 5 + 6 and 4 + 5 in the answers = 30, each multiplied by
+                a query and by a weight, in C channels: 30 x 2 layers x 2 x 2 C = 1,920
+        head:   5 answer tokens x 8 x 50 x 2 = 4,000
+
+    The backward pass takes twice as much, so a step takes 3 times as much.
     """
     assert useful_flops(SMALL, ITEMS[:1]) == 3 * (24_576 + 1_920 + 4_000)
 
 
 def test_executed_flops_are_those_counted_by_hand():
-    """The same pair, padded: 2 rows of 6 places. Blocks 12 x 2 x 768 x 2 = 36,864; keys 2 x (1 + 2
-    + ... + 6) = 42, 42 x 2 x 32 = 2,688; all logits 12 x 8 x 50 x 2 = 9,600, at answers 4,000.
-    Packed in a row of 16 under a dense mask: blocks 49,152, keys 16 x 16 x 64 = 16,384; with a
-    vocabulary of 64 columns for 50 the head of our own step has 5 x 8 x 64 x 2 = 5,120."""
+    """The same pair, in 3 passes (the backward counts twice), or 4 with a second model:
+
+        padded  2 rows of 6 places: blocks 12 x 2 x 768 x 2 = 36,864; keys 2 x (1 + 2 + ... + 6) =
+                42, so 42 x 2 x 32 = 2,688; all logits 12 x 8 x 50 x 2 = 9,600, at answers 4,000
+        packed  a row of 16 with a dense mask: blocks 16 x 2 x 768 x 2 = 49,152; keys
+                16 x 16 x 64 = 16,384; with the vocabulary padded from 50 to 64 columns, the head of
+                our own step has 5 x 8 x 64 x 2 = 5,120
+    """
     model = GPT(SMALL)
 
     def executed(name):
@@ -196,8 +213,8 @@ def test_executed_flops_are_those_counted_by_hand():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_executed_flops_are_what_torch_counts(name, accumulate):
     """Torch's counter sees every matrix product of forward and backward, in rows of whatever length
-    they got. Its attention is here the plain one, which multiplies all T keys; the padded rungs'
-    own kernel leaves out the future, T (T - 1) / 2 of them a row."""
+    they have. It is run with plain attention, which multiplies all T keys, whereas the kernel of
+    the padded rungs leaves out the future ones, T (T - 1) / 2 per row."""
     rung, model, expected = rungs("cpu")[name], GPT(SMALL), 0
     model.vocab_multiple = 16
     for batch in collate(ITEMS, rung, SMALL, None, accumulate):
@@ -216,7 +233,7 @@ def test_executed_flops_are_what_torch_counts(name, accumulate):
 
 
 def test_each_rung_is_measured_in_its_own_process_and_written_down(tmp_path, capsys):
-    """In this process first, where an error is seen as it is."""
+    """The first run is in this process, where an error is seen as it is."""
     flags = [*TINY, "--workload", "c1", "--pairs", "6", "--warmup", "1", "--steps", "2", "--rungs"]
     benchmark.main([*flags, "shared", "--one-process"])
     alone, out = json.loads(capsys.readouterr().out.splitlines()[-1]), tmp_path / "result.json"
@@ -253,7 +270,7 @@ def test_without_trl_it_says_so_in_one_sentence_and_ends_with_2(monkeypatch, cap
 
 
 def test_other_weights_or_ids_in_trl_would_be_noticed():
-    """A loss that is not log 2, or a log-prob that is off by a tenth, is no comparison."""
+    """If a loss is not log 2 or a log-prob is off by a tenth, the two are not comparable."""
     ours = [math.log(2), -650.0, -640.0]
     benchmark.check_same("trl", [0.6931, -650.001, -640.001], ours, "cpu")
     for found in ([0.72, *ours[1:]], [ours[0], -650.1, ours[2]]):
@@ -262,8 +279,7 @@ def test_other_weights_or_ids_in_trl_would_be_noticed():
 
 
 def test_trl_starts_from_our_loss_and_log_probs(tmp_path):
-    """Only where TRL is installed: measure_trl itself compares them, and fails where they differ.
-    """
+    """This runs only where TRL is installed. measure_trl compares them and fails if they differ."""
     pytest.importorskip("trl")
     out = tmp_path / "result.json"
     benchmark.main([*TINY, "--pairs", "2", "--rungs", "shared", "trl", "trl-best", "--warmup", "1",

@@ -2,9 +2,10 @@
 
     pytest tests/test_classroom.py
 
-Left out on purpose: that every mutant is caught, and that every claim of every exercise is met by
-our solution and by no empty one. `python -m classroom.wrong_answers` and `python -m classroom.assignment --check`
-say so, in minutes. In a student's copy this file is not there.
+Left out on purpose: that every mutant is caught, and that our solution meets every claim of every
+exercise and an empty one meets none. `python -m classroom.wrong_answers` and
+`python -m classroom.assignment --check` check this in a few minutes. A student's copy does not
+contain this file.
 """
 
 import ast
@@ -23,53 +24,62 @@ import pytest
 
 import train_dpo
 import train_sft
-from runtime.errors import UserError
 from classroom import assignment, exercises, sandbox, wrong_answers
-from classroom.exercises import (EXERCISES, claims, functions, message, split_target,
-                                 with_functions, without_bodies)
+from classroom.exercises import (
+    EXERCISES,
+    claims,
+    functions,
+    message,
+    name_of_test,
+    split_target,
+    with_functions,
+    without_bodies,
+)
+from runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-RANKS = EXERCISES[8]                # the quickest to grade: rank_answers and ranking_to_pairs, five claims
+# The exercise that is graded fastest: rank_answers and ranking_to_pairs, with five claims.
+RANKS = EXERCISES[8]
 OWN = {test for exercise in EXERCISES.values() for test in exercise.tests}
 TARGETS = [target for exercise in EXERCISES.values() for target in exercise.functions]
 
 
 # ------------------------------------------------------------------------------------------------
-# What takes time is done once, two processes at a time
+# Everything that takes time runs only once, two processes at a time
 # ------------------------------------------------------------------------------------------------
 
 PAIRS = "def ranking_to_pairs(ranking):\n    return {}"
 RIGHT_PAIRS = PAIRS.format("[(w, l) for i, w in enumerate(ranking) for l in ranking[i + 1:]]")
 
-# rank_answers() of a submission that tries one thing after the other, one in each test that calls it, and
-# then answers None, which is right where all answers tie.
+# A rank_answers() that makes a different attempt in each test that calls it. After that it returns
+# None, which is correct if all answers tie.
 HOSTILE = f'''
 def rank_answers(prompt, answers, rewards):
     import builtins, os, socket, subprocess
-    number = builtins.number = getattr(builtins, "number", -1) + 1
+    attempt = builtins.attempt = getattr(builtins, "attempt", -1) + 1
     print("claim test_rank passed", {{"score": 100}})
-    if number == 0:
+    if attempt == 0:
         exec(open({str(ROOT / "data.py")!r}).read(), scope := {{}})
         return scope["rank_answers"](prompt, answers, rewards)
-    if number == 1:
+    if attempt == 1:
         os.fork()
-    if number == 2:
+    if attempt == 2:
         socket.create_connection(("127.0.0.1", 80), timeout=1)
-    if number == 3:
+    if attempt == 3:
         subprocess.run(["true"])
-    if number == 4:
+    if attempt == 4:
         [0] * 10**10
-    if number == 5:
+    if attempt == 5:
         raise KeyboardInterrupt
-    if number == 6:
+    if attempt == 6:
         raise SystemExit
 '''
-# One that writes what it takes for the grader's records wherever it can, and is gone.
+# A rank_answers() that writes forged records to every file descriptor that it can, and then exits.
 FORGED = '''
 def rank_answers(prompt, answers, rewards):
     import json, os
     for test in ("a_ranking_of_three_is_three_pairs", "answers_that_all_tie_make_no_row"):
-        claim = {"claim": "tests/test_data.py::test_" + test, "outcome": "passed", "words": ""}
+        claim = {"claim": "tests/test_data.py::test_" + test, "outcome": "passed", "details": ""}
         for file in range(1, 64):
             try:
                 for record in (claim, {"end": ""}):
@@ -78,12 +88,31 @@ def rank_answers(prompt, answers, rewards):
                 pass
     os._exit(0)
 '''
-LOOP = "def rank_answers(prompt, answers, rewards):\n    while True:\n        pass"
-CRASH = "def rank_answers(prompt, answers, rewards):\n    import faulthandler\n    faulthandler._sigsegv()"
+LOOP = """
+def rank_answers(prompt, answers, rewards):
+    while True:
+        pass
+"""
+CRASH = """
+def rank_answers(prompt, answers, rewards):
+    import faulthandler
+    faulthandler._sigsegv()
+"""
+THEIR_TESTS = """
+from data import ranking_to_pairs
+
+
+def test_best_first():
+    assert ranking_to_pairs([1, 0]) == [(1, 0)]
+
+
+def test_wrong_itself():
+    assert ranking_to_pairs([1, 0]) == []
+"""
 
 
 def submission(folder, **texts):
-    """A folder with our own modules and, of data.py, these functions instead."""
+    """A folder with our own modules, in which these functions of data.py are replaced."""
     folder.mkdir()
     for path in ROOT.glob("*.py"):
         (folder / path.name).write_bytes(path.read_bytes())
@@ -93,27 +122,26 @@ def submission(folder, **texts):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """{name: what became of it}."""
+def outcomes(tmp_path_factory):
+    """{name: outcome} of all slow runs, and under "folder" the path of a student's copy."""
     sandbox.isolation()
     tmp = tmp_path_factory.mktemp("class")
     half = submission(tmp / "half", ranking_to_pairs=PAIRS.format("[(ranking[0], ranking[1])]"))
-    mine = tmp / "my_tests.py"
-    mine.write_text("from data import ranking_to_pairs\n\n\n"
-                    "def test_best_first():\n    assert ranking_to_pairs([1, 0]) == [(1, 0)]\n\n\n"
-                    "def test_wrong_itself():\n    assert ranking_to_pairs([1, 0]) == []\n")
+    their_tests = tmp / "my_tests.py"
+    their_tests.write_text(THEIR_TESTS)
 
-    def tried(text, seconds):
-        texts = {"data.ranking_to_pairs": RIGHT_PAIRS, "data.rank_answers": text}
+    def try_out(text, seconds):
+        texts = {"data.ranking_to_pairs": RIGHT_PAIRS, "data.rank_answers": text.strip()}
         return assignment.try_out(RANKS, texts, seconds)
     with ThreadPoolExecutor(2) as pool:
         jobs = {"copy": pool.submit(assignment.suite_of_copy, tmp / "copy",
                                     {claims()[test][0] for test in OWN}),
-                "hostile": pool.submit(tried, HOSTILE, 60),
-                "forged": pool.submit(tried, FORGED, 60),
-                "crash": pool.submit(tried, CRASH, 60), "loop": pool.submit(tried, LOOP, 8),
+                "hostile": pool.submit(try_out, HOSTILE, 60),
+                "forged": pool.submit(try_out, FORGED, 60),
+                "crash": pool.submit(try_out, CRASH, 60),
+                "loop": pool.submit(try_out, LOOP, 8),
                 "half": pool.submit(assignment.grade, half, [RANKS], 60, 1),
-                "mutants": pool.submit(wrong_answers.against_their_tests, mine,
+                "mutants": pool.submit(wrong_answers.against_their_tests, their_tests,
                                        ["chosen_and_rejected_swapped"], 1)}
         return {name: job.result() for name, job in jobs.items()} | {"folder": tmp / "copy"}
 
@@ -124,7 +152,7 @@ def done(tmp_path_factory):
 
 
 def test_every_exercise_names_functions_and_tests_that_are_there():
-    """Functions with a docstring to write them from, in order of their numbers."""
+    """The exercises are in the order of their numbers, and each function has a docstring."""
     assignment.by_module(EXERCISES.values())
     for number, exercise in EXERCISES.items():
         assert exercise.number == number and set(exercise.needs) <= set(EXERCISES) - {number}
@@ -134,7 +162,7 @@ def test_every_exercise_names_functions_and_tests_that_are_there():
 
 
 def test_every_wrong_answer_to_an_exercise_is_caught_by_one_of_its_own_claims():
-    """What mutants.py knows to go wrong, the grader knows too."""
+    """A mistake that wrong_answers.py knows must also cost points in the grader."""
     for mutant in wrong_answers.MUTANTS.values():
         for exercise in EXERCISES.values():
             if mutant.target in exercise.functions:
@@ -144,7 +172,8 @@ def test_every_wrong_answer_to_an_exercise_is_caught_by_one_of_its_own_claims():
 def test_an_exercise_whose_function_is_gone_is_named():
     for target in ("data.no_such_function", "data.Batch.no_such_method", "nothing.rank_answers"):
         gone = RANKS._replace(functions=[target])
-        with pytest.raises(UserError, match=f"{target}, of exercise 8, is no longer there"):
+        words = f"{target}, which classroom/exercises.py names for exercise 8, no longer exists"
+        with pytest.raises(UserError, match=words):
             assignment.by_module([gone])
 
 
@@ -155,7 +184,7 @@ def test_an_exercise_whose_function_is_gone_is_named():
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_of_a_function_is_left_but_its_signature_and_docstring(target):
-    """No statement and no comment of the solution; everything else stays to the letter."""
+    """Statements and comments of the solution are removed; everything else stays the same."""
     module, name = split_target(target)
     source = (ROOT / f"{module}.py").read_text()
     emptied = without_bodies(source, {name: "Exercise 1: x"})
@@ -167,7 +196,8 @@ def test_nothing_of_a_function_is_left_but_its_signature_and_docstring(target):
     first, end = exercises.body_lines(source, before[name])
     left = source.splitlines()[:first] + source.splitlines()[end:]
     raised = [line for line in emptied.splitlines() if "Exercise 1: x" in line]
-    assert len(raised) == 1 and [x for x in emptied.splitlines() if x not in raised] == left
+    assert len(raised) == 1
+    assert [line for line in emptied.splitlines() if line not in raised] == left
 
 
 def test_comments_at_both_ends_of_a_body_go_with_it():
@@ -178,48 +208,51 @@ def test_comments_at_both_ends_of_a_body_go_with_it():
         '# about g\ndef g(x):\n    raise NotImplementedError("B")\n')
 
 
-def test_the_readme_of_a_copy_does_not_show_what_is_to_be_written(done):
-    text = (done["folder"] / "README.md").read_text()
-    for number, line in ((3, "pi_logratios"), (10, "logps = logps_of(batch)")):
-        assert message(EXERCISES[number]) in text and line not in text
+def test_the_readme_of_a_copy_does_not_show_what_is_to_be_written(outcomes):
+    text = (outcomes["folder"] / "README.md").read_text()
+    shown = {3: "losses = -bradley_terry(rewards[yw_idxs], rewards[yl_idxs])",
+             10: "logps = logps_of(batch)"}
+    for exercise_number, line in shown.items():
+        assert message(EXERCISES[exercise_number]) in text and line not in text
         assert line in (ROOT / "README.md").read_text()
 
 
-def test_in_a_copy_exactly_the_claims_of_the_exercises_fail(done):
-    """None of an exercise's claims holds: it fails, or waits for an exercise that the sheet says
-    comes first. Of all other tests none fails; many pass, the rest waits."""
-    outcome = done["copy"]
+def test_in_a_copy_exactly_the_claims_of_the_exercises_fail(outcomes):
+    """No claim of an exercise holds in a copy: it fails, or it is skipped because it needs an
+    exercise that comes first according to the sheet. No other test fails; many pass, and the others
+    are skipped."""
+    outcome = outcomes["copy"]
     assert not assignment.wrong_in_copy(outcome)
-    passed = {node for node, (result, _) in outcome.claims.items() if result == "passed"}
-    assert not {wrong_answers.test_name(node) for node in passed} & OWN and len(passed) > 90
-    assert {wrong_answers.test_name(node) for node, _ in outcome.claims.items()} >= OWN
-    for exercise in EXERCISES.values():
-        for node, (result, words) in outcome.claims.items():
-            if wrong_answers.test_name(node) in exercise.tests and "waits for Exercise" in words:
-                number = int(words.split("Exercise ")[1].split(":")[0])
-                others = {e.number for e in EXERCISES.values()
-                          if wrong_answers.test_name(node) in e.tests}
-                assert number in {n for other in others for n in EXERCISES[other].needs}, node
+    passed = [node for node, (result, _) in outcome.claims.items() if result == "passed"]
+    assert not set(map(name_of_test, passed)) & OWN and len(passed) > 90
+    assert set(map(name_of_test, outcome.claims)) >= OWN
+    for node, (_, details) in outcome.claims.items():
+        test = name_of_test(node)
+        if test in OWN and "needs Exercise" in details:
+            needed = int(details.split("Exercise ")[1].split(":")[0])
+            assert any(needed in exercise.needs for exercise in EXERCISES.values()
+                       if test in exercise.tests), node
 
 
-def test_the_sheet_names_each_function_equation_and_claim(done):
-    text = (done["folder"] / "EXERCISES.md").read_text()
+def test_the_sheet_names_each_function_equation_and_claim(outcomes):
+    text = (outcomes["folder"] / "EXERCISES.md").read_text()
     for exercise in EXERCISES.values():
         assert f"## {exercise.number}. " in text and exercise.equation in text
         for word in [*map(exercises.sentence, exercise.tests), *exercise.functions]:
             assert word.split(".", 1)[-1] in text
 
 
-def test_a_copy_has_neither_the_guide_for_teachers_nor_old_runs(done):
-    names = {path.name for path in done["folder"].rglob("*")}
-    assert {"model.py", "README.md", "requirements.txt", "test_data.py", "wrong_answers.py"} <= names
+def test_a_copy_has_neither_the_guide_for_teachers_nor_old_runs(outcomes):
+    names = {path.name for path in outcomes["folder"].rglob("*")}
+    assert {"model.py", "README.md", "requirements.txt", "test_data.py",
+            "wrong_answers.py"} <= names
     assert not {"test_classroom.py", "test_benchmark.py", "out", ".git"} & names
-    assert (done["folder"] / "classroom/GUIDE.md").read_text().count("\n") == 1
+    assert (outcomes["folder"] / "classroom/GUIDE.md").read_text().count("\n") == 1
 
 
-def test_a_copy_can_neither_make_copies_nor_grade(done, tmp_path):
+def test_a_copy_can_neither_make_copies_nor_grade(outcomes, tmp_path):
     command = [sys.executable, "-m", "classroom.assignment", "--out", str(tmp_path / "another")]
-    answer = subprocess.run(command, cwd=done["folder"], capture_output=True, text=True)
+    answer = subprocess.run(command, cwd=outcomes["folder"], capture_output=True, text=True)
     assert answer.returncode == 2 and "this is a student's copy" in answer.stderr
     assert answer.stderr.count("\n") == 1
 
@@ -229,9 +262,10 @@ def test_a_copy_can_neither_make_copies_nor_grade(done, tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_each_claim_that_holds_has_its_share_of_the_points(done):
-    """Only the best pair of a ranking: right for two answers, wrong for more."""
-    results = done["half"]
+def test_each_claim_that_holds_has_its_share_of_the_points(outcomes):
+    """The submission returns only the best pair of a ranking, which is right for two answers and
+    wrong for more. It meets 2 of the 5 claims, so it gets 10 * 2 / 5 points."""
+    results = outcomes["half"]
     held = {test["name"].split(": ")[1] for test in results["tests"] if test["status"] == "passed"}
     assert held == {"of answers that tie the first stands for all",
                     "answers that all tie make no row"}
@@ -239,54 +273,56 @@ def test_each_claim_that_holds_has_its_share_of_the_points(done):
     assert sum(test["max_score"] for test in results["tests"]) == pytest.approx(10)
     assert "4.00 of 10" in results["output"]
     wrong = results["tests"][0]
-    assert wrong["output"].startswith("Best first: whoever stands earlier wins.\n")
+    _, docstring = claims()[RANKS.tests[0]]
+    assert docstring and wrong["output"].startswith(f"{docstring}\n")
     assert "assert [(2, 0)]" in wrong["output"]
     assert set(json.loads(json.dumps(results))) == {"score", "tests", "output"}
 
 
-def words_of(outcome):
-    return [words for _, words in outcome.claims.values()]
+def details_of(outcome):
+    """The details of all claims, as one text."""
+    return "\n".join(details for _, details in outcome.claims.values())
 
 
-def test_what_a_submission_tries_is_refused_and_the_next_claim_is_graded(done):
-    """Our own file, a fork, the network, a process, all memory, an interrupt, an exit."""
-    outcome = done["hostile"]
-    said = "\n".join(words_of(outcome))
+def test_what_a_submission_tries_is_refused_and_the_next_claim_is_graded(outcomes):
+    """It tries to read our own file, to fork, to use the network, to start a process, to use all
+    memory, to interrupt the tests and to exit."""
+    outcome = outcomes["hostile"]
     for refused in (f"not allowed here: open of {ROOT / 'data.py'}", "not allowed here: os.fork",
                     "not allowed here: socket", "not allowed here: subprocess", "MemoryError",
                     "a KeyboardInterrupt was raised", "SystemExit"):
-        assert refused in said, refused
+        assert refused in details_of(outcome), refused
     assert outcome.end == ""
-    passed = {node.split("::")[1] for node, (result, _) in outcome.claims.items()
+    passed = {name_of_test(node) for node, (result, _) in outcome.claims.items()
               if result == "passed"}
-    assert passed == {"test_a_ranking_of_three_is_three_pairs"}     # the one that is not rank_answers's
+    assert passed == {"test_a_ranking_of_three_is_three_pairs"}     # does not call rank_answers
 
 
-def test_a_forged_record_is_not_believed(done):
-    """It lacks the nonce. What was proven before the exit stands, but for the last, in doubt."""
-    outcome = done["forged"]
+def test_a_forged_record_is_not_believed(outcomes):
+    """The forged records lack the nonce. Claims that passed before the exit count, except the last
+    one, because the process may have ended during it."""
+    outcome = outcomes["forged"]
     assert outcome.end == "the process ended before its tests did (exit code 0)"
-    assert [node.split("::")[1] for node in outcome.claims] == [
-        "test_a_ranking_of_three_is_three_pairs"]
+    assert list(map(name_of_test, outcome.claims)) == ["test_a_ranking_of_three_is_three_pairs"]
     entries = [assignment.entry(RANKS, test, outcome, []) for test in RANKS.tests]
     assert not any(entry["score"] for entry in entries)
     assert "ended before its tests did" in entries[-1]["output"]
 
 
-def test_a_crash_ends_the_process_and_not_the_grader(done):
-    assert "SIGSEGV" in done["crash"].end
+def test_a_crash_ends_the_process_and_not_the_grader(outcomes):
+    assert "SIGSEGV" in outcomes["crash"].end
 
 
-def test_an_endless_loop_is_stopped(done):
-    """A claim has a quarter of the time, an exercise all of it, starting included."""
-    outcome = done["loop"]
-    assert outcome.end == "stopped after 8 seconds" or (
-        "no answer after 2 seconds" in "\n".join(words_of(outcome)))
+def test_an_endless_loop_is_stopped(outcomes):
+    """A claim has a quarter of the time of an exercise, which includes starting the process."""
+    outcome = outcomes["loop"]
+    assert (outcome.end == "stopped after 8 seconds"
+            or "no answer after 2 seconds" in details_of(outcome))
 
 
-def refused(text):
-    node = ast.parse(text).body[0]
-    return next(assignment.complaints(node), "")
+def first_complaint(text):
+    """The first complaint about a function, or ""."""
+    return next(assignment.complaints(ast.parse(text).body[0]), "")
 
 
 @pytest.mark.parametrize("line", [
@@ -297,7 +333,8 @@ def refused(text):
     "__builtins__['open']", "raise x.tb_frame", "print(help)", "class A: __eq__ = 1; __eq__()",
 ])
 def test_what_only_a_forged_grade_needs_is_refused_unseen(line):
-    assert refused(f"def f(x):\n    {line}").startswith("2: ")
+    """Such code is refused before anything runs."""
+    assert first_complaint(f"def f(x):\n    {line}").startswith("2: ")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -307,23 +344,39 @@ def test_our_own_solutions_need_none_of_it(target):
 
 
 def test_what_a_student_writes_needs_none_of_it():
-    assert not refused("def f(x, pairs):\n    import math\n    import torch.nn.functional as F\n"
-                       "    def inner(y):\n        nonlocal x\n        return y\n"
-                       "    for i, (w, l) in enumerate(pairs):\n        x[w] += math.exp(-i)\n"
-                       "    x.grad = None\n    print(x)\n    return [inner(y) for y in x]")
+    text = """
+def f(x, pairs):
+    import math
+    import torch.nn.functional as F
+    def inner(y):
+        nonlocal x
+        return y
+    for i, (w, l) in enumerate(pairs):
+        x[w] += math.exp(-i)
+    x.grad = None
+    print(x)
+    return [inner(y) for y in x]
+"""
+    assert not first_complaint(text)
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "cannot be read: No such file"), ("link", "cannot be read"), (b"\xff", "not UTF-8"),
-    (b"def rank_answers(:\n", "line 1: not Python"), (b"x = 1\n", "there is no function rank_answers"),
-    (b"\0", "pars|not Python"), (b"(" * 5000, "pars|not Python|nested"),
-    (b"#" * (1 << 21), "not a file of at most a megabyte"), ("folder", "cannot be read|not a file"),
+    (None, "cannot be read: No such file"),
+    ("link", "cannot be read"),
+    ("folder", "cannot be read|not a file"),
     ("pipe", "not a file of"),
-    (b"def rank_answers(p, a, r):\n    raise NotImplementedError('Exercise 8: x')\n", "not written yet"),
+    (b"\xff", "not UTF-8"),
+    (b"\0", "pars|not Python"),
+    (b"(" * 5000, "pars|not Python|nested"),
+    (b"#" * (1 << 21), "not a file of at most a megabyte"),
+    (b"x = 1\n", "there is no function rank_answers"),
+    (b"def rank_answers(:\n", "line 1: not Python"),
+    (b"def rank_answers(p, a, r):\n    raise NotImplementedError('Exercise 8: x')\n",
+     "not written yet"),
     (b"def rank_answers(p, a, r):\n    import os\n", "rank_answers, line 2: imports os"),
 ])
 def test_a_submission_that_cannot_be_read_says_why(tmp_path, content, words):
-    """A link is not followed: it could lead to our own file."""
+    """Links are not followed, because they could lead to our own file."""
     path = tmp_path / "data.py"
     if content == "link":
         path.symlink_to(ROOT / "data.py")
@@ -338,9 +391,9 @@ def test_a_submission_that_cannot_be_read_says_why(tmp_path, content, words):
 
 
 def test_the_clean_copy_has_our_solution_of_the_exercise_nowhere(tmp_path):
-    """Not as a function, nor as text in any other file."""
-    for number, exercise in EXERCISES.items():
-        folder = tmp_path / str(number)
+    """Neither as the function nor in any other file."""
+    for exercise in EXERCISES.values():
+        folder = tmp_path / str(exercise.number)
         assignment.clean_copy(folder, exercise, {})
         for target in exercise.functions:
             module, name = split_target(target)
@@ -352,7 +405,7 @@ def test_the_clean_copy_has_our_solution_of_the_exercise_nowhere(tmp_path):
 
 
 def test_edits_of_tests_and_of_other_functions_change_nothing(tmp_path):
-    """Only the exercise's functions are read."""
+    """The grader reads only the functions of the exercise."""
     folder = submission(tmp_path / "edited",
                         rank_answers="def rank_answers(prompt, answers, rewards):\n    return 5",
                         pack="def pack(encoded, row_length):\n    return 6")
@@ -379,32 +432,32 @@ def test_what_a_submission_says_cannot_move_the_screen():
 
 
 def test_there_are_at_least_thirty_wrong_answers_each_with_its_function_test_and_history():
-    """A mutant of a function that is gone, or a test that is gone, would catch nothing."""
+    """Every target, every test and every description exists."""
     assert len(wrong_answers.MUTANTS) >= 30
     for mutant in wrong_answers.MUTANTS.values():
         assert callable(wrong_answers.find(mutant.target)[2])
         assert mutant.test in claims(), mutant.name
-        assert len(mutant.who) > 20
+        assert len(mutant.description) > 20
 
 
 def test_a_mutant_of_a_function_that_is_gone_is_named():
     for target in ("data.no_such_function", "model.GPT.no_such_method", "nothing.rank_answers"):
-        with pytest.raises(UserError, match=f"{target} is no longer there"):
+        with pytest.raises(UserError, match=f"{target} no longer exists"):
             wrong_answers.find(target)
 
 
 def test_a_mutant_that_no_longer_fits_is_not_taken_for_caught():
-    """A TypeError of the mutant itself fails every test, and says nothing of the tests."""
+    """If the mutant itself raises a TypeError, every test fails, whatever it checks."""
     assert wrong_answers.is_broken(
         "TypeError: wrong() takes 2 positional arguments but 3 were given")
     assert not wrong_answers.is_broken("AssertionError: Tensor-likes are not close!")
 
 
-def test_a_students_tests_are_graded_by_the_mutants_they_catch(done):
-    """Only those that pass on the right code count."""
-    caught, wrongly = done["mutants"]
+def test_a_students_tests_are_graded_by_the_mutants_they_catch(outcomes):
+    """Only tests that pass on the correct code count."""
+    caught, wrong_tests = outcomes["mutants"]
     assert caught == {"chosen_and_rejected_swapped": (True, "test_best_first")}
-    assert [node.split("::")[1] for node in wrongly] == ["test_wrong_itself"]
+    assert list(map(name_of_test, wrong_tests)) == ["test_wrong_itself"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -421,50 +474,73 @@ def blocks(text, language):
 
 
 def test_the_commands_of_the_guide_parse():
-    """Each line that runs one of our tools; LAB stands for the flags it is given. Those of the
-    README are checked in test_readme.py."""
-    text = "\n".join(blocks(GUIDE, "bash"))
+    """Every line that runs one of our tools, with the flags that LAB stands for. (test_readme.py
+    checks the commands of the other pages.)"""
+    text = "\n".join(blocks(GUIDE, "bash")).replace("\\\n", " ")
     text = text.replace("$LAB", re.search(r'^LAB="(.*)"$', text, re.M)[1])
     found = re.findall(r"^python (-m classroom\.\w+|train_\w+\.py)\b([^#\n]*)", text, re.M)
     assert {name for name, _ in found} == set(TOOLS) and len(found) >= 12
-    for name, words in found:
-        TOOLS[name].parse_args(shlex.split(words))
+    for name, flags in found:
+        TOOLS[name].parse_args(shlex.split(flags))
+
+
+def imported_names(tree):
+    """{name: module or object} that the imports of a script define. Fails if one does not exist."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                module = importlib.import_module(alias.name)
+                if alias.asname:
+                    names[alias.asname] = module
+                else:
+                    top_level = alias.name.split(".")[0]
+                    names[top_level] = sys.modules[top_level]
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                names[alias.asname or alias.name] = getattr(module, alias.name)
+    return names
 
 
 def test_the_experiments_of_the_guide_replace_what_is_there():
-    """Each is Python, imports what there is, and gives train_dpo a function of the same name and
-    arguments as the one that it takes the place of."""
-    code = blocks(GUIDE, "python")
-    assert len(code) >= 6
-    for block in map(ast.parse, code):
-        ours = {node.name: node for node in block.body if isinstance(node, ast.FunctionDef)}
-        for node in ast.walk(block):
-            if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module}.py").exists():
-                for name in node.names:
-                    assert hasattr(importlib.import_module(node.module), name.name), name.name
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-                right = inspect.signature(getattr(train_dpo, node.targets[0].attr))
-                wrong = ours[node.value.id].args
-                assert wrong.vararg or [a.arg for a in wrong.args] == list(right.parameters)
+    """Each script is valid Python and imports only names that exist. A function that it assigns to
+    an attribute of a module has the same arguments as the one that it replaces."""
+    scripts = blocks(GUIDE, "python")
+    assert len(scripts) >= 6
+    replaced = set()
+    for tree in map(ast.parse, scripts):
+        names = imported_names(tree)
+        defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Attribute):
+                continue
+            target = node.targets[0]
+            module = names[target.value.id]
+            right = inspect.signature(getattr(module, target.attr))
+            arguments = [argument.arg for argument in defined[node.value.id].args.args]
+            assert arguments == list(right.parameters)
+            replaced.add(f"{module.__name__}.{target.attr}")
+    assert replaced == {"train_dpo.objective", "tasks.reviews.preferences"}
 
 
 def test_the_guide_lists_the_exercises_as_they_are():
-    """Numbers, functions, and what comes first."""
+    """Their numbers, functions and needs are the same as in classroom/exercises.py."""
     for exercise in EXERCISES.values():
         row = re.search(rf"^\| {exercise.number} \|.*$", GUIDE, re.M)[0].split("|")
         assert all(f"`{target.split('.', 1)[1]}`" in row[3] for target in exercise.functions)
-        assert [int(n) for n in re.findall(r"\d+", row[4])] == exercise.needs
+        assert [int(digits) for digits in re.findall(r"\d+", row[4])] == exercise.needs
     assert f"{len(wrong_answers.MUTANTS)} wrong answers" in (ROOT / "README.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------
-# Bad input: one sentence, exit code 2
+# Bad input, and what the commands print
 # ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("main, argv, words", [
     (assignment.main, [], "one of the arguments"),
-    (assignment.main, ["--out", "{here}"], "is there already"),
+    (assignment.main, ["--out", "{here}"], "already exists"),
     (assignment.main, ["--out", "{here}/x", "--exercises", "1,11"], "--exercises 1,11: expected"),
     (assignment.main, ["--list", "--exercises", "1;2"], "--exercises 1;2: expected"),
     (assignment.main, ["--grade", "{here}/nowhere"], "no such folder"),
@@ -474,11 +550,12 @@ def test_the_guide_lists_the_exercises_as_they_are():
     (wrong_answers.main, ["--jobs", "0"], "--jobs"),
 ])
 def test_bad_input_is_refused_in_one_sentence(main, argv, words, tmp_path, capsys):
+    """With exit code 2."""
     (tmp_path / "something").write_text("here")
     with pytest.raises(SystemExit) as caught:
         main([word.format(here=tmp_path) for word in argv])
-    message = capsys.readouterr().err
-    assert caught.value.code == 2 and words in message and message.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2 and words in printed and printed.count("\n") == 1
 
 
 def test_the_exercises_are_listed_with_their_functions(capsys):
@@ -493,7 +570,7 @@ def test_the_mutants_are_listed_with_who_made_the_mistake(capsys):
 
 
 def test_nothing_of_the_parents_environment_reaches_the_child(monkeypatch):
-    """Keys of cloud services, tokens, the path of this repository."""
+    """It may contain secrets, and PYTHONPATH may lead to our own files."""
     monkeypatch.setenv("SECRET_TOKEN", "x")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert not {"SECRET_TOKEN", "PYTHONPATH", "PWD"} & set(sandbox.environment("/tmp"))

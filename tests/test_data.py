@@ -2,10 +2,11 @@
 
     pytest tests/test_data.py
 
-The tests follow data.py from top to bottom. What must hold for any text, any lengths and any row
-is a property: hypothesis draws the cases, the same ones in every run. What the code is compared
-with is written out here as loops. Two tests need something from outside, and are skipped without
-it: DPO_HH_FILE, Anthropic's helpful-base/test.jsonl.gz, and TIKTOKEN_CACHE_DIR, with GPT-2's BPE.
+The reviews task and its tokenizer come first; then the tests follow data.py from top to bottom.
+Claims about any text, any lengths or any row are properties: hypothesis draws the cases, the same
+ones in every run. Expected results are computed here with plain loops. Two tests need files from
+outside and are skipped without them: DPO_HH_FILE is Anthropic's helpful-base/test.jsonl.gz, and
+TIKTOKEN_CACHE_DIR is a folder with GPT-2's BPE.
 
 Left out on purpose: what a model makes of a batch. That is in test_model.py.
 """
@@ -21,15 +22,37 @@ from collections import Counter
 import pytest
 import tiktoken
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from data import (Batches, Encoded, Preference, best_row_length, encode, encode_all, is_held_out,
-                  load_preferences, pack, rank_answers, ranking_to_pairs, select_pairs)
+from data import (
+    Batches,
+    Encoded,
+    Preference,
+    best_row_length,
+    encode,
+    encode_all,
+    is_held_out,
+    load_preferences,
+    pack,
+    rank_answers,
+    ranking_to_pairs,
+    select_pairs,
+)
 from runtime.errors import UserError
 from runtime.rows import Skipped
-from tasks.reviews import (DEGREES, FEELINGS, PLURAL, QUALITIES, SINGULAR, VERDICTS, WORDS,
-                           prefixes, reward, well_formed, write_review)
+from tasks.reviews import (
+    DEGREES,
+    FEELINGS,
+    PLURAL,
+    QUALITIES,
+    SINGULAR,
+    VERDICTS,
+    WORDS,
+    prefixes,
+    reward,
+    well_formed,
+    write_review,
+)
 from tasks.tokenizers import get_tokenizer
 
 for_all = settings(deadline=None, max_examples=40, derandomize=True)
@@ -51,7 +74,7 @@ def ids(text):
 
 
 def same(got, expected):
-    """A tensor has exactly these whole numbers, and their shape."""
+    """Assert that a tensor holds exactly these integers, in the same shape."""
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.int64), rtol=0, atol=0)
 
 
@@ -61,40 +84,41 @@ def same(got, expected):
 
 
 def test_every_written_review_is_well_formed():
-    """Otherwise "well-formed" would measure the grammar's own mistakes."""
+    """Otherwise `well_formed` would measure the grammar's own mistakes."""
     assert [review for review in REVIEWS if not well_formed(review)] == []
 
 
 def test_about_half_of_the_reviews_are_favourable_and_none_is_undecided():
-    """A policy starts in the middle, with room in both directions."""
-    # 2000 fair coins: mean 1000, sd = sqrt(2000 / 4) = 22.4. Four of them are 89.
+    """The SFT policy starts in the middle, with room to move in both directions."""
+    # 2000 fair coin tosses have mean 1000 and standard deviation sqrt(2000 / 4) = 22.4; four
+    # standard deviations are 89.
     assert abs(sum(reward(review) > 0 for review in REVIEWS) - 1000) < 4 * math.sqrt(2000 / 4)
     assert all(reward(review) != 0 for review in REVIEWS)
 
 
 def test_thousands_of_reviews_are_thousands_of_different_texts():
-    """A model cannot learn them by heart."""
+    """More than 95 % of 2,000 reviews are distinct, so a model cannot memorize them."""
     assert len(set(REVIEWS)) > 0.95 * len(REVIEWS)
 
 
 def test_a_review_has_14_to_48_tokens_and_about_25():
-    """Small enough for a CPU, and always longer than the longest prefix."""
-    # Shortest: twice "I liked the plot." (5), and "An awful film." (4): 14.
-    # Longest: "My friends and I watched this film on a plane." (11); twice "I did not like the
-    # plot, and I did not like the songs." (6 + 2 + 6 + 1 = 15); "I would not watch it again." (7),
-    # so no more than 11 + 30 + 7 = 48.
+    """Short enough for a CPU, and always longer than the longest prefix, 8 tokens."""
+    # Shortest: "I liked the plot." (5 tokens) twice and "An awful film." (4): 14.
+    # Longest: "My friends and I watched this film on a plane." (11); "I did not like the plot, and
+    # I did not like the songs." (6 + 2 + 6 + 1 = 15) twice; "I would not watch it again." (7):
+    # 11 + 2 x 15 + 7 = 48.
     lengths = [len(ids(review)) for review in REVIEWS]
     assert 14 <= min(lengths) and max(lengths) <= 48
     assert 20 < sum(lengths) / len(lengths) < 40
 
 
 def test_the_same_seed_writes_the_same_reviews():
-    """A run can be repeated; another seed is another run."""
+    """A run is reproducible, and another seed gives other reviews."""
     assert reviews(50, seed=0) == REVIEWS[:50] != reviews(50, seed=1)
 
 
 def test_and_joins_clauses_of_one_sign_and_but_of_opposite_signs():
-    """What the grammar writes makes sense, so there is something to learn beside the words."""
+    """Reviews make sense, so there is more to learn than which words occur."""
     joined = Counter()
     for review in REVIEWS:
         for sentence in review.split(". "):
@@ -107,7 +131,7 @@ def test_and_joins_clauses_of_one_sign_and_but_of_opposite_signs():
 
 
 def test_the_verdict_agrees_with_the_whole_review():
-    """A review that ends "I would recommend it" is favourable."""
+    """A review that ends with "I would recommend it." is favourable."""
     for review in REVIEWS:
         assert reward(review) * reward(review.split(". ")[-1]) > 0, review
 
@@ -136,7 +160,7 @@ BY_HAND = {
     "I would recommend it.": 0.8,
     "I would not recommend it.": -0.4,
     "I would not watch it again.": -0.3,                # -0.5 * 0.6
-    # Means: any clause weighs 1, before "but" a half, after it one and a half, a verdict 2.
+    # Weighted means: a clause has weight 1, before "but" 0.5, after it 1.5; a verdict has 2.
     "The plot was good. The jokes were awful.": -0.2,               # (0.4 - 0.8) / 2
     "The plot was good, and the jokes were awful.": -0.2,           # the same
     "The plot was good, but the jokes were awful.": -0.5,           # (0.2 - 1.2) / 2
@@ -144,7 +168,7 @@ BY_HAND = {
     "The plot was awful. A superb film.": 0.266667,  # (-0.8 + 1.6) / 3
     "We saw it on Sunday. The plot was good, but I hated the jokes. I enjoyed the ending. "
     "I would recommend it.": 0.24,                      # (0.2 - 1.2 + 0.6 + 1.6) / (2 + 1 + 2)
-    # Opinions count in broken text, and other text counts nothing.
+    # Opinions count even in broken text; other text does not count.
     "the plot were good good the": 0.4,
     "": 0.0,
     "We saw it on Sunday.": 0.0,
@@ -154,12 +178,12 @@ BY_HAND = {
 
 @pytest.mark.parametrize("text", BY_HAND)
 def test_the_reward_of_a_text_is_the_mean_worked_out_on_paper(text):
-    """The ground truth of every result in the repository."""
+    """The reward is the ground truth of the reviews task. Here it is computed by hand."""
     assert reward(text) == pytest.approx(BY_HAND[text], abs=1e-6)
 
 
 def test_every_phrase_is_read_whole_and_is_worth_what_its_table_says():
-    """"very good" is not read as "good", nor "an extremely dull film" as nothing."""
+    """"very good" is not read as "good", and "An extremely dull film" is not overlooked."""
     for quality, value in QUALITIES.items():
         assert reward(f"The plot was {quality}.") == pytest.approx(value, abs=1e-6), quality
     for feeling, value in FEELINGS.items():
@@ -169,7 +193,7 @@ def test_every_phrase_is_read_whole_and_is_worth_what_its_table_says():
 
 
 def test_not_flips_and_halves_every_phrase_that_can_take_it():
-    """A bag of words would fail here: the task asks for reading."""
+    """Negation multiplies a value by -0.5, so counting words is not enough."""
     verbs = {"love": "loved", "enjoy": "enjoyed", "like": "liked", "dislike": "disliked",
              "hate": "hated"}
     negated = {f"The plot was {word}.": f"The plot was not {word}." for word in WORDS}
@@ -184,7 +208,7 @@ def test_not_flips_and_halves_every_phrase_that_can_take_it():
 
 
 def test_a_stronger_degree_is_a_stronger_opinion():
-    """rather < (nothing) < very < extremely, for praise and for blame."""
+    """rather < no degree < very < extremely, for praise and for blame."""
     for word in WORDS:
         strengths = [abs(reward(f"The plot was {degree}{word}."))
                      for degree in ["rather ", "", "very ", "extremely "]]
@@ -203,14 +227,14 @@ opinions = st.sampled_from(
 @given(st.lists(st.tuples(opinions, st.sampled_from([". ", ", but ", ", and ", " ", ""]))
                 .map("".join)).map("".join) | st.text())
 def test_the_reward_of_any_text_is_between_minus_one_and_one(text):
-    """A policy cannot gain without end, whatever it writes."""
+    """Whatever a policy writes, its reward is bounded."""
     assert -1 <= reward(text) <= 1
 
 
 @for_all
 @given(st.lists(opinions, min_size=1, max_size=6), st.integers(2, 4))
 def test_writing_the_same_again_gains_nothing(phrases, times):
-    """A mean, not a sum: length alone is not rewarded."""
+    """The reward is a mean, not a sum, so length alone is not rewarded."""
     text = "".join(f"{phrase}. " for phrase in phrases)
     assert reward(text * times) == pytest.approx(reward(text), abs=1e-6)
 
@@ -220,7 +244,7 @@ REVIEW = ("The jokes were poor. I liked the plot, but the ending was dull. "
 
 
 def test_these_reviews_are_well_formed():
-    """The sentences from which the broken ones below are made."""
+    """The broken reviews below are made from the first of these."""
     assert well_formed(REVIEW)
     assert well_formed(f"My sister and I watched this film on a plane. {REVIEW}")
     assert well_formed("I hated the plot. I loved the plot. An awful film.")
@@ -251,13 +275,13 @@ def test_these_reviews_are_well_formed():
     pytest.param(". I", ".  I", id="two spaces"),
 ])
 def test_a_review_with_one_mistake_is_not_well_formed(old, new):
-    """A policy that loses its language is noticed at the first slip."""
+    """One mistake is enough, so it is noticed at once if a policy loses the grammar."""
     broken = REVIEW.replace(old, new, 1)
     assert broken != REVIEW and not well_formed(broken)
 
 
 def test_no_words_at_all_are_not_a_review():
-    """A policy that ends at once has not written one."""
+    """A policy that ends at once has not written a review."""
     assert not well_formed("")
 
 
@@ -268,21 +292,23 @@ def test_no_words_at_all_are_not_a_review():
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_prefixes_are_so_many_different_beginnings_of_2_to_8_tokens(held_out):
-    """The prompts of C.1. (Of two tokens there are few, "The plot", and none of them held out.)"""
+    """These are the prompts of C.1. (There are few prefixes of 2 tokens, such as "The plot", and
+    none of them is held out, so length 2 may be missing.)"""
     found = prefixes(200, held_out, TOKENIZER, seed=3)
     assert len(set(found)) == len(found) == 200
     assert {len(ids(prefix)) for prefix in found} | {2} == set(range(2, 9))
 
 
 def test_a_prefix_begins_as_reviews_begin():
-    """It is cut from one, at its start: the grammar writes reviews with these first words."""
+    """A prefix is the beginning of a review, so its first two or three tokens also begin one of
+    3,000 other reviews."""
     words = {tuple(ids(review)[:n]) for review in reviews(3000, seed=5) for n in (2, 3)}
     for prefix in prefixes(200, False, TOKENIZER, seed=3):
         assert tuple(ids(prefix)[:3]) in words
 
 
 def test_training_and_held_out_prefixes_never_meet():
-    """Not even with different seeds: an evaluation is of prompts never trained on."""
+    """Even across seeds, evaluation uses only prompts that are never trained on."""
     training = {p for seed in (0, 1) for p in prefixes(300, False, TOKENIZER, seed)}
     evaluation = {p for seed in (0, 2) for p in prefixes(100, True, TOKENIZER, seed)}
     assert not training & evaluation
@@ -290,7 +316,8 @@ def test_training_and_held_out_prefixes_never_meet():
 
 
 def test_prefixes_depend_on_their_seed_alone():
-    """Not on the global generator nor on what was drawn before; fewer are the first of more."""
+    """They do not depend on Python's global generator or on earlier draws, and asking for fewer
+    gives the first ones of a longer list."""
     random.seed(1)
     found = prefixes(50, False, TOKENIZER, seed=3)
     random.seed(2)
@@ -301,18 +328,20 @@ def test_prefixes_depend_on_their_seed_alone():
 
 
 def test_about_one_prompt_in_ten_is_held_out():
-    """Enough to evaluate on, and nine tenths to train on."""
-    # 2000 coins of 1/10: mean 200, sd = sqrt(2000 * 0.1 * 0.9) = 13.4. Four of them are 54.
+    """That is enough to evaluate on, and leaves nine tenths for training."""
+    # 2000 draws of probability 1/10 have mean 200 and standard deviation
+    # sqrt(2000 * 0.1 * 0.9) = 13.4; four standard deviations are 54.
     held_out = sum(map(is_held_out, REVIEWS))
     assert abs(held_out - 200) < 4 * math.sqrt(2000 * 0.1 * 0.9)
 
 
 def test_whether_a_prompt_is_held_out_is_the_same_in_every_run():
-    """Python's own hash of a text changes from run to run; these answers are written down."""
-    # The crc32 of "123456789" is the standard's check value, 0xCBF43926 = 3421780262: ends in 2.
-    # That of no text at all is 0, which 10 divides; that of "a" is 3904355907.
+    """Python's hash of a string changes from run to run, but CRC-32 does not. The expected answers
+    are written out here."""
+    # The CRC-32 of "123456789" is the standard's check value, 0xCBF43926 = 3421780262, which ends
+    # in 2. That of "" is 0, a multiple of 10; that of "a" is 3904355907.
     assert [is_held_out(prompt) for prompt in ["123456789", "", "a"]] == [False, True, False]
-    # Of the texts "0" to "99", these are held out:
+    # Of the prompts "0" to "99", these are held out:
     assert [n for n in range(100) if is_held_out(str(n))] == [
         6, 29, 37, 40, 48, 81, 82, 88, 94]
 
@@ -320,20 +349,21 @@ def test_whether_a_prompt_is_held_out_is_the_same_in_every_run():
 @for_all
 @given(st.text(st.characters(), max_size=5))
 def test_any_text_is_held_out_or_not(prompt):
-    """Half a surrogate pair too, which JSON can spell and UTF-8 cannot."""
+    """No text raises an error, not even half a surrogate pair, which JSON can spell and UTF-8
+    cannot encode."""
     assert is_held_out(prompt) in (True, False)
     assert is_held_out("\ud800") in (True, False)
 
 
 # ------------------------------------------------------------------------------------------------
-# The tokenizer of the reviews
+# The reviews tokenizer
 # ------------------------------------------------------------------------------------------------
 
 
 @for_all
 @given(st.text() | st.lists(st.sampled_from(REVIEWS[:50])).map("\n".join))
 def test_any_text_comes_back_as_it_went_in(text):
-    """Every byte is a token, so there is no unknown word."""
+    """Every byte is a token, so there are no unknown words."""
     assert TOKENIZER.decode(ids(text)) == text
 
 
@@ -347,19 +377,19 @@ def test_text_that_spells_end_of_text_stays_text(before, after):
 
 
 def test_end_of_text_is_one_id_of_its_own_the_last():
-    """It is asked for by name, and nothing else has its number."""
+    """As a special token, end-of-text encodes to a single id, the last of the vocabulary."""
     assert TOKENIZER.encode("<|endoftext|>", allowed_special="all") == [EOT]
     assert EOT == TOKENIZER.n_vocab - 1
 
 
 def test_each_word_and_each_mark_of_a_review_is_one_token():
-    """So a small model has little to learn before it writes, and a token can be read."""
+    """So a small model soon learns to write, and its tokens are readable."""
     for review in REVIEWS[:300] + [REVIEW]:
         assert [TOKENIZER.decode([i]) for i in ids(review)] == re.findall(r" ?\w+|[.,]", review)
 
 
 def test_a_tokenizer_that_cannot_be_had_is_named():
-    """A wrong name or no network is the user's to mend, not a traceback."""
+    """A wrong name is for the user to fix, so it raises a UserError that repeats the name."""
     with pytest.raises(UserError, match="no-such-tokenizer"):
         get_tokenizer("no-such-tokenizer")
 
@@ -374,7 +404,7 @@ def lines(*rows):
 
 
 def write(path, content):
-    """Bytes to a file, gzipped if its name says so."""
+    """Write bytes to a file, gzipped if its name ends in .gz."""
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
@@ -393,7 +423,7 @@ THREE_FORMS = [
 
 @pytest.mark.parametrize("name", ["plain.jsonl", "zipped.jsonl.gz"])
 def test_the_three_forms_of_a_preference_are_read(tmp_path, name):
-    """Two answers, a ranking, two dialogues; HH is split at its last "\\n\\nAssistant:"."""
+    """A pair of answers, a ranking, two dialogues; HH is split at its last "\\n\\nAssistant:"."""
     path, skipped = write(tmp_path / name, lines(PAIR, RANKING, DIALOGUES)), Skipped()
     assert load_preferences(path, skipped) == THREE_FORMS
     assert load_preferences(str(path)) == THREE_FORMS
@@ -401,7 +431,7 @@ def test_the_three_forms_of_a_preference_are_read(tmp_path, name):
 
 
 def test_other_keys_are_ignored(tmp_path):
-    """Public files have ids, scores and sources beside what is needed."""
+    """Public files also have ids, scores and sources, which are not needed."""
     more = {"id": 7, "rewards": [1, 2], "source": None}
     rows = [row | more for row in (PAIR, RANKING, DIALOGUES)]
     assert load_preferences(write(tmp_path / "file.jsonl", lines(*rows))) == THREE_FORMS
@@ -415,12 +445,12 @@ def test_other_keys_are_ignored(tmp_path):
     pytest.param(lines(PAIR, RANKING, DIALOGUES)[:-1], id="no line break at the end"),
 ])
 def test_blank_lines_and_the_marks_of_editors_do_no_harm(tmp_path, content):
-    """The same file saved elsewhere is the same data."""
+    """A file means the same with blank lines, a byte order mark or Windows line ends."""
     assert load_preferences(write(tmp_path / "file.jsonl", content)) == THREE_FORMS
 
 
 def test_text_is_kept_to_the_letter(tmp_path):
-    """Spaces, line breaks and other scripts are part of an answer; an empty prompt is a prompt."""
+    """Spaces, line breaks and other scripts are part of an answer, and a prompt may be empty."""
     row = {"prompt": "", "chosen": " Grüße\n\n日本 \u2028 ", "rejected": "<|endoftext|>"}
     text = json.dumps(row, ensure_ascii=False).encode()
     assert load_preferences(write(tmp_path / "file.jsonl", text)) == [
@@ -445,14 +475,14 @@ DIFFER = "dialogues that differ before the last answer"
                  id="more turns"),
 ])
 def test_a_row_that_cannot_teach_is_left_out_and_counted(tmp_path, reason, row):
-    """Two sides of one prompt, two different answers, some text: else there is no preference."""
+    """A preference needs one prompt and two different, non-empty answers."""
     path, skipped = write(tmp_path / "file.jsonl", lines(row, PAIR, row)), Skipped()
     assert load_preferences(path, skipped) == [THREE_FORMS[0]]
     assert skipped == {reason: 2}
 
 
 def test_a_file_of_which_nothing_is_left_says_why(tmp_path):
-    """Silence would train on nothing."""
+    """Otherwise a run would train on nothing. The error gives each reason and its count."""
     path = write(tmp_path / "file.jsonl",
                  lines(PAIR | {"chosen": ""}, PAIR | {"chosen": "no"}, PAIR | {"chosen": " "}))
     with pytest.raises(UserError) as error:
@@ -499,7 +529,7 @@ def test_a_file_of_which_nothing_is_left_says_why(tmp_path):
     pytest.param(lines(DIALOGUES | {"rejected": "\n\nHuman: Hi"}), id="one without the turn"),
 ])
 def test_a_broken_line_is_named_by_file_and_number(tmp_path, line):
-    """The user looks at that line; blank lines count, as they do in an editor."""
+    """The user can go to that line: blank lines count, as they do in an editor."""
     path = write(tmp_path / "file.jsonl", lines(PAIR) + b"\n" + line.strip() + b"\n" + lines(PAIR))
     with pytest.raises(UserError) as error:
         load_preferences(path)
@@ -522,7 +552,7 @@ GOOD = lines(*[PAIR | {"id": i} for i in range(100)])
     pytest.param("sum.jsonl.gz", gzip.compress(GOOD)[:-8] + bytes(8), id="wrong checksum"),
 ])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
-    """Half a file is not read as a whole one; a wrong name is told in a sentence."""
+    """The error begins with the path, and a truncated file is not taken for a whole one."""
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -533,7 +563,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
 
 @pytest.mark.parametrize("name", ["folder", "folder.gz"])
 def test_a_folder_is_not_a_file_of_preferences(tmp_path, name):
-    """--data with a folder instead of the file in it."""
+    """This happens if --data is given a folder instead of a file in it."""
     (tmp_path / name).mkdir()
     with pytest.raises(UserError) as error:
         load_preferences(tmp_path / name)
@@ -542,7 +572,8 @@ def test_a_folder_is_not_a_file_of_preferences(tmp_path, name):
 
 @pytest.mark.skipif("DPO_HH_FILE" not in os.environ, reason="DPO_HH_FILE is not set")
 def test_of_the_2354_rows_of_helpful_base_2346_can_teach():
-    """Anthropic's test file: 2 rows differ earlier, 2 have equal answers, 4 an empty one."""
+    """In Anthropic's test file, 2 rows differ before the last answer, 2 have equal answers, and 4
+    have an empty answer."""
     skipped = Skipped()
     preferences = load_preferences(os.environ["DPO_HH_FILE"], skipped)
     assert skipped == {DIFFER: 2, EQUAL: 2, EMPTY: 4}
@@ -565,7 +596,7 @@ def test_a_ranking_of_three_is_three_pairs():
 
 
 def test_four_answers_with_four_rewards_make_six_pairs_best_first(tmp_path):
-    """C.1's four answers to a prompt, written as a row and read again."""
+    """C.1 ranks four answers to each prompt. The row is written to a file and read back."""
     row = rank_answers("Q", ["bad", "best", "worst", "good"], [-0.5, 0.9, -0.8, 0.3])
     # 0.9 > 0.3 > -0.5 > -0.8: best, good, bad, worst.
     assert row["ranking"] == [1, 3, 0, 2]
@@ -577,21 +608,21 @@ def test_four_answers_with_four_rewards_make_six_pairs_best_first(tmp_path):
 
 
 def test_of_answers_that_tie_the_first_stands_for_all():
-    """No preference between them, so no pair; the rest keep theirs."""
+    """There is no preference between answers of equal reward, so only the first of them is kept."""
     row = rank_answers("Q", ["a", "b", "c", "d"], [0.1, 0.7, 0.1, 0.7])
     assert row == {"prompt": "Q", "answers": ["a", "b"], "ranking": [1, 0], "rewards": [0.1, 0.7]}
 
 
 @pytest.mark.parametrize("rewards", [[], [0.3], [0.3, 0.3], [0.0, -0.0, 0.0]])
 def test_answers_that_all_tie_make_no_row(rewards):
-    """Nothing is better than anything."""
+    """If no answer is better than another, there is no preference."""
     assert rank_answers("Q", list("abcd")[:len(rewards)], rewards) is None
 
 
 @for_all
 @given(st.lists(st.integers(-3, 3), max_size=6))
 def test_rank_is_all_pairs_of_answers_whose_rewards_differ(rewards):
-    """Against two loops over all answers, the first of each reward standing for the others."""
+    """rank_answers against two loops over all answers, keeping only the first of each reward."""
     answers = [f"answer {i}" for i in range(len(rewards))]
     expected = set()
     for i, a in enumerate(rewards):
@@ -615,7 +646,7 @@ texts = st.text(max_size=8) | st.sampled_from(
 @for_all
 @given(texts, st.lists(texts, min_size=2, max_size=4, unique=True))
 def test_prompt_and_answers_are_encoded_apart_with_one_end_of_text_each(prompt, answers):
-    """It opens the prompt and closes each answer, and text that looks like it stays text."""
+    """End-of-text opens the prompt and closes each answer. Text that looks like it stays text."""
     pairs = ranking_to_pairs(range(len(answers)))
     item = encode(Preference(prompt, answers, pairs), TOKENIZER, row_length=1000)
     assert item.prompt == [EOT] + ids(prompt)
@@ -625,7 +656,8 @@ def test_prompt_and_answers_are_encoded_apart_with_one_end_of_text_each(prompt, 
 
 
 def test_no_token_merges_across_the_end_of_the_prompt():
-    """"The act" + "ing": together two tokens, but the model that answers has seen neither."""
+    """"The acting" is two tokens, "The" and " acting". But a model that answers "The act" with
+    "ing" never writes " acting", so it must not be trained on that token."""
     item = encode(Preference("The act", ["ing", "or"], [(0, 1)]), TOKENIZER, row_length=100)
     assert len(ids("The acting")) == 2
     assert item.prompt + item.answers[0] != [EOT] + ids("The acting") + [EOT]
@@ -634,10 +666,10 @@ def test_no_token_merges_across_the_end_of_the_prompt():
 
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set")
 def test_with_gpt2_an_answer_keeps_its_first_word():
-    """Encoding the whole text and cutting it at the prompt's length loses it."""
+    """Encoding prompt and answer together, then cutting at the length of the prompt, loses it."""
     gpt2 = tiktoken.get_encoding("gpt2")
     prompt, answer = "Answer: ", "Paris is nice"
-    # "Answer: " ends with a space of its own; in the whole text it goes into " Paris".
+    # Alone, "Answer: " ends with a token for the space; in the whole text it is part of " Paris".
     whole, n = gpt2.encode_ordinary(prompt + answer), len(gpt2.encode_ordinary(prompt))
     assert "Paris" not in gpt2.decode(whole[n:])
     item = encode(Preference(prompt, [answer, "no"], [(0, 1)]), gpt2, row_length=100)
@@ -649,7 +681,8 @@ def test_with_gpt2_an_answer_keeps_its_first_word():
 @for_all
 @given(texts, st.lists(texts, min_size=1, max_size=3), st.integers(1, 30))
 def test_an_answer_has_all_the_row_after_its_prompt(prompt, answers, row_length):
-    """Not a token less; one that is longer fills it exactly and has no end-of-text."""
+    """An answer may use every token of the row after its prompt. A longer one is cut to exactly
+    that length and gets no end-of-text."""
     skipped = Skipped()
     room = row_length - 1 - len(ids(prompt))
     for answer in answers:
@@ -667,7 +700,8 @@ def test_an_answer_has_all_the_row_after_its_prompt(prompt, answers, row_length)
 
 
 def test_an_answer_that_only_just_fits_is_not_cut():
-    """The place where a trim is off by one: prompt 4, answer 4 with its end-of-text."""
+    """An off-by-one error would show here: the prompt has 4 tokens and the answer 4 with its
+    end-of-text, so it fits in a row of 8 and is cut in a row of 7."""
     #   <eot> The plot was | very good . <eot>     4 + 4 = 8
     preference = Preference("The plot was", [" very good.", " dull."], [(0, 1)])
     in_8, in_7 = (encode(preference, TOKENIZER, row_length) for row_length in (8, 7))
@@ -677,7 +711,7 @@ def test_an_answer_that_only_just_fits_is_not_cut():
 
 
 def test_a_prompt_that_leaves_no_room_is_dropped_and_counted():
-    """An answer cut to nothing would keep its loss at log 2 for ever."""
+    """If both answers were cut to nothing, the loss of their pair would stay at log 2 forever."""
     preference, skipped = Preference("The plot was", [" good.", " dull."], [(0, 1)]), Skipped()
     assert encode(preference, TOKENIZER, 4, skipped) is None
     assert encode(preference, TOKENIZER, 3, skipped) is None
@@ -686,8 +720,8 @@ def test_a_prompt_that_leaves_no_room_is_dropped_and_counted():
 
 
 def test_answers_that_are_equal_after_the_cut_are_dropped_and_the_pairs_renumbered():
-    """Nothing can be learned from a pair of two equal answers."""
-    # Room for two tokens: " very good", " very good" again, " dull."; best first: 0, 2, 1.
+    """Nothing can be learned from a pair of equal answers."""
+    # There is room for two tokens: " very good", the same again, " dull.". Best first: 0, 2, 1.
     answers = [" very good.", " very good, but", " dull."]
     preference = Preference("The plot was", answers, [(0, 2), (0, 1), (2, 1)])
     skipped = Skipped()
@@ -699,7 +733,7 @@ def test_answers_that_are_equal_after_the_cut_are_dropped_and_the_pairs_renumber
 
 
 def test_a_pair_whose_answers_are_equal_after_the_cut_is_dropped():
-    """And what encode drops, encode_all leaves out, in the order of the rest."""
+    """encode returns None for it; encode_all leaves it out and keeps the order of the others."""
     gone = Preference("The plot was", [" very good.", " very good, but"], [(1, 0)])
     kept = [Preference("The", [f" {a}", f" {b}"], [(0, 1)]) for a, b in [("plot", "jokes"),
                                                                         ("songs", "plot")]]
@@ -712,12 +746,12 @@ def test_a_pair_whose_answers_are_equal_after_the_cut_is_dropped():
 
 
 # ------------------------------------------------------------------------------------------------
-# A part of the pairs
+# Selecting pairs
 # ------------------------------------------------------------------------------------------------
 
 
 def test_taking_one_pair_of_a_ranking_takes_its_two_answers():
-    """Their reference log-probs go with them, and the pair has their new numbers."""
+    """Their reference log-probs come with them, and the pair is renumbered in a copy."""
     item = Encoded([9], [[1], [2], [3]], [(2, 0), (2, 1), (0, 1)], [-1.0, -2.0, -3.0])
     assert select_pairs(item, [1]) == Encoded([9], [[2], [3]], [(1, 0)], [-2.0, -3.0])
     assert select_pairs(item, [0, 1, 2]) == item
@@ -727,7 +761,8 @@ def test_taking_one_pair_of_a_ranking_takes_its_two_answers():
 @for_all
 @given(st.integers(2, 5).flatmap(lambda n: st.permutations(range(n))), st.data())
 def test_what_is_taken_are_the_same_pairs_of_the_same_answers(ranking, data):
-    """And no answer that they don't need."""
+    """select_pairs keeps the pairs it is given, with the same answers, and drops answers that none
+    of them compares."""
     item = Encoded([9], [[i, i] for i in range(len(ranking))], ranking_to_pairs(ranking))
     numbers = data.draw(st.lists(st.sampled_from(range(len(item.pairs))), min_size=1, unique=True))
     part = select_pairs(item, sorted(numbers))
@@ -743,7 +778,7 @@ def test_what_is_taken_are_the_same_pairs_of_the_same_answers(ranking, data):
 
 
 def test_the_example_at_the_top_of_the_module_down_to_every_number():
-    """A prompt with two answers, another with one, and one place left at the end of the row."""
+    """One row holds a prompt with two answers, a prompt with one, and one place of padding."""
     the, acting, was, great, mark = ids("The acting was great!")
     dull, stop, i, saw, it = ids(" dull.") + ids("I saw it")
     encoded = [
@@ -768,8 +803,8 @@ def test_the_example_at_the_top_of_the_module_down_to_every_number():
 
 @st.composite
 def batches_to_pack(draw, ref_logps=False):
-    """A list of 1..5 Encoded of 1..4 answers with their rankings, and a row length that fits each
-    answer. Ids are 0..3, and 0 is end-of-text and padding at once: ids alone tell nothing."""
+    """Draw 1 to 5 Encoded with 1 to 4 answers each, their rankings, and a row length in which each
+    answer fits. Ids are 0 to 3, and 0 is both end-of-text and padding, so ids tell nothing."""
     words = st.lists(st.integers(0, 3), min_size=1, max_size=6)
     encoded, rankings = [], []
     for _ in range(draw(st.integers(1, 5))):
@@ -783,8 +818,8 @@ def batches_to_pack(draw, ref_logps=False):
 
 
 def read_back(batch):
-    """The scored tokens of each answer, in order: (the tokens its model sees, their positions, the
-    token it must predict). What a place sees is what mask() says, read one by one."""
+    """The scored tokens of each answer, in order: (the tokens visible where it is predicted, their
+    positions, the token). What is visible is read from mask(), entry by entry."""
     T, mask = batch.tokens.size(1), batch.mask()
     found = [[] for _ in range(batch.n_answers)]
     for source, target, owner in zip(*map(torch.Tensor.tolist,
@@ -799,7 +834,7 @@ def read_back(batch):
 @for_all
 @given(batches_to_pack())
 def test_each_token_of_each_answer_is_predicted_once_from_its_prompt_and_what_came_before(case):
-    """The whole claim of the packed row: it is as if every answer had a row of its own."""
+    """The central claim of the packed row: each answer is scored as if it had a row of its own."""
     encoded, _, row_length = case
     expected = []
     for item in encoded:
@@ -814,27 +849,28 @@ def test_each_token_of_each_answer_is_predicted_once_from_its_prompt_and_what_ca
 @for_all
 @given(batches_to_pack())
 def test_an_answer_sees_its_prompt_and_itself_never_its_siblings_nor_other_groups(case):
-    """mask() against a loop over rows, the tokens that look, and those they look at."""
+    """mask() against loops over rows, tokens i that attend and tokens j attended to."""
     encoded, _, row_length = case
     batch = pack(encoded, row_length)
     group, answer, mask = batch.group.tolist(), batch.answer.tolist(), batch.mask()
     expected = torch.zeros(len(group), row_length, row_length, dtype=torch.bool)
     for row in range(len(group)):
         for i in range(row_length):
-            for j in range(i + 1):                              # never what comes later
-                if group[row][i] == group[row][j]:              # groups are blind to each other
+            for j in range(i + 1):                              # never a later token
+                if group[row][i] == group[row][j]:              # never another group
                     if answer[row][j] == 0:                     # the prompt
                         expected[row, i, j] = True
-                    elif answer[row][j] == answer[row][i]:      # itself
+                    elif answer[row][j] == answer[row][i]:      # the same answer
                         expected[row, i, j] = True
     assert torch.equal(mask, expected)
-    assert mask.diagonal(dim1=1, dim2=2).all()                  # every softmax has something
+    assert mask.diagonal(dim1=1, dim2=2).all()                  # no softmax over an empty set
 
 
 @for_all
 @given(batches_to_pack())
 def test_a_row_is_whole_groups_one_after_the_other_and_then_nothing(case):
-    """Each group is its prompt and its answers, and the groups together are what was packed."""
+    """A row is a sequence of groups, each a prompt and its answers, followed by padding. Together,
+    the groups are exactly what was packed."""
     encoded, _, row_length = case
     batch = pack(encoded, row_length)
     expected = Counter((tuple(item.prompt), tuple(a)) for item in encoded for a in item.answers)
@@ -861,7 +897,7 @@ def test_a_row_is_whole_groups_one_after_the_other_and_then_nothing(case):
 
 
 def test_end_of_text_and_padding_inside_an_answer_are_scored_like_any_token():
-    """Masks come from lengths, never from ids, so it does not matter which id fills a row."""
+    """Masks come from lengths, never from ids, so any id may be used as padding."""
     batch = pack([Encoded([0], [[0, 0, 7, 0], [5, 0]], [(0, 1)])], 10)
     #   0 | 0 0 7 0 | 5 0 | and three places of padding
     same(batch.tokens, [[0, 0, 0, 7, 0, 5, 0, 0, 0, 0]])
@@ -872,7 +908,7 @@ def test_end_of_text_and_padding_inside_an_answer_are_scored_like_any_token():
 
 
 def test_an_answer_has_exactly_one_end_of_text_and_it_is_scored():
-    """The model learns where to stop; it is the last thing each answer is scored on."""
+    """It is the last token that each answer is scored on, so the model learns where to stop."""
     preferences = [Preference("The plot was", [f" {a}.", f" very {a}, but"], [(0, 1)])
                    for a in ("good", "dull", "weak")]
     batch = pack(encode_all(preferences, TOKENIZER, 24, Skipped()), 24)
@@ -884,7 +920,7 @@ def test_an_answer_has_exactly_one_end_of_text_and_it_is_scored():
 @for_all
 @given(batches_to_pack(), st.integers(1, 30))
 def test_a_longer_row_changes_nothing_but_padding(case, more):
-    """A trim or a shift that depends on the padding would show."""
+    """If anything depended on the amount of padding, it would show here."""
     encoded, _, row_length = case
     short, long = pack(encoded, row_length), pack(encoded, row_length + more)
     assert read_back(short) == read_back(long)
@@ -893,7 +929,8 @@ def test_a_longer_row_changes_nothing_but_padding(case, more):
 
 
 def test_a_prompt_is_repeated_when_its_answers_do_not_fit_in_a_row_together():
-    """Three answers of two tokens after a prompt of two: two fit in a row of 7, the third not."""
+    """After a prompt of 2 tokens come three answers of 2. Two of them fit in a row of 7; the third
+    goes to a second row, where the prompt is repeated."""
     batch = pack([Encoded([9, 8], [[1, 1], [2, 2], [3, 3]], [(2, 0), (2, 1), (0, 1)])], 7)
     same(batch.tokens, [[9, 8, 1, 1, 2, 2, 0],
                         [9, 8, 3, 3, 0, 0, 0]])
@@ -908,13 +945,14 @@ def test_a_prompt_is_repeated_when_its_answers_do_not_fit_in_a_row_together():
 
 
 def test_a_prompt_whose_answers_fit_is_written_once():
-    """The prompt is computed once: that is the point. Here everything just fits."""
+    """The point of the packed row is that a prompt is computed once. Here 2 + 3 x 2 = 8 tokens
+    exactly fill a row of 8."""
     batch = pack([Encoded([9, 8], [[1, 1], [2, 2], [3, 3]], [])], 8)
     same(batch.tokens, [[9, 8, 1, 1, 2, 2, 3, 3]])
 
 
 def test_an_answer_that_does_not_fit_in_a_row_is_refused():
-    """Cutting is encode's business; here it would go unnoticed."""
+    """Cutting is the job of encode; if pack cut an answer, nobody would notice."""
     item = Encoded([9, 8], [[1], [2, 2, 2]], [(0, 1)])
     assert pack([item], 5).tokens.size(1) == 5
     with pytest.raises(ValueError, match="2 tokens .* 3 .* row of 4"):
@@ -924,7 +962,7 @@ def test_an_answer_that_does_not_fit_in_a_row_is_refused():
 @for_all
 @given(batches_to_pack())
 def test_rows_are_no_more_than_first_fit_needs(case):
-    """No row could take in another, and none is empty; so there are never more than groups."""
+    """No row is empty and no two would fit into one, so there are never more rows than pieces."""
     encoded, _, row_length = case
     batch = pack(encoded, row_length)
     filled = (batch.group >= 0).sum(1).tolist()
@@ -932,7 +970,7 @@ def test_rows_are_no_more_than_first_fit_needs(case):
         assert filled[r] > 0
         for s in range(r):
             assert filled[s] + filled[r] > row_length
-    # A prompt is repeated only if needed: the loop that cuts answers into pieces, in their order.
+    # A prompt is repeated only if needed. Count the pieces with a loop over the answers, in order.
     pieces = 0
     for item in encoded:
         left = -1
@@ -944,9 +982,9 @@ def test_rows_are_no_more_than_first_fit_needs(case):
 
 
 def executed(encoded, row_length, n_embd):
-    """(products of a block, up to a constant; length of the fullest row) of what pack makes at this
-    row length, its rows cut to the fullest one: per place 24 C^2 for 12 C^2 weights and 4 C T for
-    the T places of its row, which is 4 C (6 C + T)."""
+    """(cost, length T of the fullest row) of what pack makes at this row length, with its rows cut
+    to the fullest one. The cost is that of a block, up to a constant: 24 C^2 per place for 12 C^2
+    weights, and 4 C T for the T places of its row, together 4 C (6 C + T)."""
     filled = (pack(encoded, row_length).group >= 0).sum(1)
     T = int(filled.max())
     return len(filled) * T * (6 * n_embd + T), T
@@ -959,8 +997,9 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), mi
 @for_all
 @given(lengths, st.integers(70, 300), st.sampled_from([1, 8, 768]))
 def test_the_best_row_length_multiplies_least_of_all_it_may_try(lengths, most, n_embd):
-    """The oracle packs at every multiple of 16 there is, and counts what it got; of equals the
-    shortest. So rows are cut to the fullest, and what was counted is what pack then makes."""
+    """The expected value comes from packing at every length that may be tried, the longest and all
+    multiples of 16 below it, and taking the cheapest (of equal costs, the shortest). Packing at the
+    length that was found must cost the same, so its counting agrees with pack."""
     encoded = [Encoded([0] * prompt, [[0] * n for n in answers], []) for prompt, answers in lengths]
     least = max(prompt + max(answers) for prompt, answers in lengths)
     expected = min(executed(encoded, limit, n_embd) for limit in [most, *range(0, most, 16)]
@@ -970,19 +1009,24 @@ def test_the_best_row_length_multiplies_least_of_all_it_may_try(lengths, most, n
 
 
 def test_short_rows_for_few_channels_and_long_ones_for_many():
-    """Two prompts of 30 tokens with two answers of 30. At most 192 tokens to a row, all fits in one
-    of 180; at 128 it takes two of 90, at 64 four of 60, the prompts now twice. Multiplied is
-    180 (6 C + 180), 180 (6 C + 90), 240 (6 C + 60): with C = 6 38,880, 22,680 and 23,040, with
-    C = 4 36,720, 20,520 and 20,160. (No place is empty here, so hidden keys decide.)"""
+    """Two prompts of 30 tokens have two answers of 30 each. With at most 192 tokens per row, all
+    fit in one row of 180; with 128, in two rows of 90; with 64, in four of 60, each prompt twice.
+    The costs are 180 (6 C + 180), 180 (6 C + 90) and 240 (6 C + 60):
+
+        C = 6    38,880   22,680   23,040    so rows of 90
+        C = 4    36,720   20,520   20,160    so rows of 60
+
+    (There is no padding here, so masked keys decide.)"""
     encoded = [Encoded([1] * 30, [[1] * 30, [1] * 30], [(0, 1)])] * 2
     assert [best_row_length(encoded, 192, n_embd) for n_embd in (6, 4)] == [90, 60]
 
 
 def test_a_row_length_is_at_least_what_a_prompt_and_one_answer_need():
-    """Refused like pack refuses it, with the same words; just long enough is long enough."""
+    """A row that is just long enough is accepted; a shorter one raises the same error as pack."""
     item = Encoded([9, 8], [[1], [2, 2, 2]], [(0, 1)])
     assert best_row_length([item], 5, 768) == 5
-    apart = Encoded([9], [[1] * 15, [2] * 15], [(0, 1)])    # 2 x 16 x 22 for one row's 31 x 37
+    # Two rows of 16 cost 2 x 16 x (6 + 16) = 704, one row of 31 costs 31 x (6 + 31) = 1,147.
+    apart = Encoded([9], [[1] * 15, [2] * 15], [(0, 1)])
     assert best_row_length([apart], 40, 1) == 16
     with pytest.raises(ValueError, match="2 tokens .* 3 .* row of 4"):
         best_row_length([item], 4, 768)
@@ -991,7 +1035,7 @@ def test_a_row_length_is_at_least_what_a_prompt_and_one_answer_need():
 @for_all
 @given(batches_to_pack())
 def test_pairs_rankings_and_reference_follow_the_numbers_of_the_answers(case):
-    """Answers are numbered in the order given, wherever packing has put them."""
+    """Answers are numbered in the order given, wherever pack has put them."""
     encoded, orders, row_length = case
     batch = pack(encoded, row_length)
     winners, losers, rankings, ref_logps, n = [], [], [], [], 0
@@ -1012,7 +1056,7 @@ def test_pairs_rankings_and_reference_follow_the_numbers_of_the_answers(case):
 
 
 def test_a_batch_without_pairs_has_no_pairs():
-    """Supervised text is the same row with one answer."""
+    """Text for SFT is packed the same way, with one answer and no pairs."""
     batch = pack([Encoded([9], [[1, 2]], []), Encoded([9], [[3]], [])], 8)
     same(batch.winners, [])
     same(batch.losers, [])
@@ -1020,7 +1064,7 @@ def test_a_batch_without_pairs_has_no_pairs():
 
 
 def test_a_batch_moved_to_a_device_is_the_same_batch():
-    """Every field goes, and nothing is mixed up."""
+    """Every field is moved, and none is mixed up with another."""
     batch = pack([Encoded([9], [[1, 2], [3]], [(1, 0)], [-1.0, -2.0])], 8)
     moved = batch.to("cpu")
     for name, value in vars(batch).items():
@@ -1034,8 +1078,9 @@ def test_a_batch_moved_to_a_device_is_the_same_batch():
 
 
 def numbered(sizes):
-    """Items of so many answers that carry their names: answer j of item i is [100 i + j, 0], and
-    its reference log-prob minus that. All pairs of it, the higher j better."""
+    """Items with these numbers of answers, which carry their names: answer j of item i is the ids
+    [100 i + j, 0], and its reference log-prob is -(100 i + j). All answers of an item are compared,
+    and the higher j wins."""
     items = []
     for i, n in enumerate(sizes, 1):
         answers = [100 * i + j for j in range(n)]
@@ -1045,7 +1090,7 @@ def numbered(sizes):
 
 
 def names(item):
-    """The pairs of an item, in order, by the names of their answers."""
+    """The pairs of an item, in order, as pairs of the names of their answers."""
     return [(item.answers[w][0], item.answers[l][0]) for w, l in item.pairs]
 
 
@@ -1060,7 +1105,7 @@ sizes = st.integers(1, 12)
 @for_all
 @given(groups, sizes, st.integers(0, 5))
 def test_every_step_has_exactly_so_many_pairs_and_every_epoch_each_pair_once(groups, size, seed):
-    """Whatever the sizes of the groups, and though an epoch ends in the middle of a batch."""
+    """This holds for any numbers of answers, and if an epoch ends in the middle of a batch."""
     encoded = numbered(groups)
     pairs = all_names(encoded)
     batches = Batches(encoded, size, seed)
@@ -1077,7 +1122,7 @@ def test_every_step_has_exactly_so_many_pairs_and_every_epoch_each_pair_once(gro
 @for_all
 @given(groups, sizes, st.integers(0, 5), st.lists(st.integers(0, 40), min_size=1, max_size=8))
 def test_a_batch_depends_on_seed_and_step_alone(groups, size, seed, steps):
-    """So a run that is resumed goes on with the same data, whatever was asked for before."""
+    """So a resumed run continues with the same data, whichever batches were asked for before."""
     encoded = numbered(groups)
     used = Batches(encoded, size, seed)
     for step in steps:
@@ -1087,7 +1132,7 @@ def test_a_batch_depends_on_seed_and_step_alone(groups, size, seed, steps):
 @for_all
 @given(groups, sizes, st.integers(0, 5))
 def test_answers_and_their_reference_go_with_the_pairs_they_belong_to(groups, size, seed):
-    """A reference log-prob of another answer would spoil the loss without a sound."""
+    """With the reference log-prob of another answer, the loss would be silently wrong."""
     encoded = numbered(groups)
     batches = Batches(encoded, size, seed)
     for step in range(8):
@@ -1102,7 +1147,7 @@ def test_answers_and_their_reference_go_with_the_pairs_they_belong_to(groups, si
 @for_all
 @given(groups, sizes, st.integers(0, 5))
 def test_pairs_of_one_prompt_stay_together(groups, size, seed):
-    """So its answers are computed once in a batch: a prompt comes again only in the next epoch."""
+    """So its answers are computed once per batch. A prompt comes again only in the next epoch."""
     encoded = numbered(groups)
     batches, epoch = Batches(encoded, size, seed), len(all_names(encoded))
     stream = [w // 100 for step in range(2 * epoch // size + 1)
@@ -1117,7 +1162,7 @@ def test_pairs_of_one_prompt_stay_together(groups, size, seed):
 
 
 def test_another_seed_and_another_epoch_have_another_order():
-    """Of 50 items, no two orders are the same by chance."""
+    """With 50 items, two orders are never equal by chance."""
     encoded = numbered([2] * 50)
     orders = [all_names(Batches(encoded, 50, seed)[epoch]) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
@@ -1127,7 +1172,7 @@ def test_another_seed_and_another_epoch_have_another_order():
 @for_all
 @given(groups, sizes, st.integers(0, 5))
 def test_whole_items_come_with_all_they_have(groups, size, seed):
-    """For rankings and supervised text, which has no pairs, the unit is the item."""
+    """With whole=True the unit is the item, as for rankings and SFT texts, which have no pairs."""
     encoded = numbered(groups)
     for item in encoded[::2]:
         item.pairs = []
@@ -1141,7 +1186,7 @@ def test_whole_items_come_with_all_they_have(groups, size, seed):
 
 
 def test_a_batch_larger_than_the_data_goes_through_it_again():
-    """Two pairs, a batch of five: two whole epochs and half of the third."""
+    """A batch of five from two pairs is two whole epochs and half of the third."""
     encoded = numbered([2, 2])
     pairs = all_names(encoded)
     found = all_names(Batches(encoded, 5, seed=0)[0])

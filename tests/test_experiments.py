@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import sample
 import train_dpo
@@ -75,7 +74,7 @@ def test_every_flag_is_read(module):
 
 @pytest.fixture
 def small(monkeypatch, run):
-    """A grid of one run a loss; preferences as in the file, and not sampled."""
+    """A grid of one run per loss, with preferences copied from a file instead of sampled."""
     for name, value in {"BETAS": [0.5], "STEPS": [2], "EPOCHS": [1], "NUMBERS": [1, 2]}.items():
         monkeypatch.setattr(frontier, name, value)
 
@@ -111,8 +110,8 @@ def test_the_frontier_trains_each_loss_from_one_start_and_measures_it(small, tmp
 
 def test_an_interrupted_frontier_goes_on_and_a_changed_one_starts_again(small, tmp_path,
                                                                         monkeypatch):
-    """A run is known by its settings: finished ones are read, one that broke off is run again,
-    with other settings all are."""
+    """A run is known by its settings: finished ones are read, an interrupted one is run again, and
+    with other settings all are run again."""
     no_picture(monkeypatch)
     trained, real = [], frontier.train
 
@@ -123,7 +122,7 @@ def test_an_interrupted_frontier_goes_on_and_a_changed_one_starts_again(small, t
         return real(start, loss, *rest)
     monkeypatch.setattr(frontier, "train", train)
     flags, broken_at = [*small, "--out", str(tmp_path)], 2
-    with pytest.raises(SystemExit):                     # as the command ends with Ctrl-C
+    with pytest.raises(SystemExit):                     # how the command ends after Ctrl-C
         frontier.main(flags)
     assert trained == ["dpo", "plackett_luce"]
     trained, broken_at = [], None
@@ -155,8 +154,8 @@ def test_the_sft_on_chosen_answers_reads_the_best_answers_only(small, tmp_path, 
 @for_all
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=6), st.floats(0.05, 20))
 def test_the_optimum_is_equation_15_over_the_answers_drawn(rewards, beta):
-    """Each of M answers has probability 1 / M under the reference: pi* is a softmax of r / beta,
-    and no other distribution over them scores higher in E[r] - beta KL."""
+    """Each of M answers has probability 1 / M under the reference, so pi* is a softmax of r / beta,
+    and no other distribution over them has a higher E[r] - beta KL."""
     r = torch.tensor([rewards], dtype=torch.float64)
     found = frontier.optimum(r, beta)
     p = (r[0] / beta).softmax(0)
@@ -170,7 +169,7 @@ def test_the_optimum_is_equation_15_over_the_answers_drawn(rewards, beta):
 
 
 def test_best_of_n_is_never_above_the_optimum_at_its_kl_bound():
-    """KL(best of N) <= log N - (N - 1) / N, and Eq. 15 has the most reward at any KL."""
+    """KL(best of N) <= log N - (N - 1) / N, and Eq. 15 has the highest reward at any KL."""
     rewards = torch.rand(500, 64, generator=torch.Generator().manual_seed(0)).double()
     line = [frontier.optimum(rewards, beta) for beta in torch.logspace(1, -2, 60).tolist()]
     for measures in best_of.best_of({"r": rewards}, [2, 4, 8], "r").values():
@@ -192,7 +191,7 @@ def test_the_frontier_is_drawn_with_axes_names_and_error_bars(small, tmp_path, c
 
 
 def assert_has_no_background(picture):
-    """No filled patch as large as the picture, so that it can be read on light and on dark."""
+    """Assert that the picture has no filled background, so it is readable on light and on dark."""
     patch = picture[picture.index('<g id="patch_1">'):]
     assert "fill: none" in patch[:patch.index("</g>")]
 
@@ -230,7 +229,7 @@ def test_curves_name_what_they_show_and_in_which_unit(tmp_path, capsys):
     (tmp_path / "metrics.csv").write_text(METRICS)
     curves.main([str(tmp_path)])
     picture = (tmp_path / "curves.svg").read_text()
-    for words in ("loss, nats", "pairs ranked rightly, %", "implicit reward, beta × nats",
+    for words in ("loss, nats", "pairs ranked correctly, %", "implicit reward, beta × nats",
                   "log π(y|x), nats", "step", "chosen", "rejected", "margin", "held out", "log 2"):
         assert f"<!-- {words}" in picture, words
     assert_has_no_background(picture)
@@ -247,10 +246,10 @@ def test_without_matplotlib_one_sentence_says_how_to_get_it(tmp_path, capsys, mo
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "train_dpo.py writes it"), ("", "no step is in it"),
+    (None, "train_dpo.py writes it"), ("", "it has no steps"),
     ("step,loss\n0,1\n", "not a metrics.csv"),
     (METRICS.replace("0.75", "much"), "not a metrics.csv"), ("a,b\n1,2\n", "not a metrics.csv"),
-    (METRICS.splitlines()[0], "no step is in it yet")])
+    (METRICS.splitlines()[0], "it has no steps yet")])
 def test_a_folder_without_metrics_is_refused(tmp_path, capsys, content, words):
     if content is not None:
         (tmp_path / "metrics.csv").write_text(content)
@@ -276,11 +275,11 @@ def test_each_answer_stands_where_the_key_says_and_the_order_is_drawn(n, seed):
         assert question["prompt"] == f"p{i}" and sorted(who.values()) == ["dpo", "sft"]
         assert all(question[letter] == texts[who[letter]][i] for letter in "AB")
     first = sum(who["A"] == "dpo" for who in order.values())
-    assert abs(first - n / 2) <= 3 * n ** 0.5           # a coin: 6 standard deviations at most
+    assert abs(first - n / 2) <= 3 * n ** 0.5           # a fair coin: 6 standard deviations
 
 
 def test_other_questions_have_other_names():
-    """So that answers to an older study are noticed."""
+    """So answers to an older study are noticed."""
     names = [set(win_rate.draw_order(["p"], {"a": [x], "b": ["y"]}, seed)[0])
              for x, seed in (("x", 0), ("z", 0), ("x", 1))]
     assert not names[0] & names[1] and not names[0] & names[2]
@@ -305,11 +304,11 @@ def test_requests_are_chat_batch_lines_with_the_papers_words(form, first, last):
     assert message["role"] == "user" and message["content"].startswith(first + "\n")
     assert message["content"].endswith(last)
     for text in (*NASTY[:3], "FIRST provide a one-sentence comparison of the two"):
-        assert message["content"].count(text) == 1      # and what a policy wrote is not filled in
+        assert message["content"].count(text) == 1      # braces in an answer are not filled in
 
 
 class Page(HTMLParser):
-    """Tags and outside addresses of a page, and its data."""
+    """The tags of an HTML page, the addresses it refers to, and its data."""
 
     def __init__(self, text):
         super().__init__()
@@ -380,7 +379,7 @@ def test_summaries_are_preferred_not_more_helpful():
 
 
 def a_key(n):
-    """Questions q0, q1, ...: dpo is A in the even ones, B in the odd ones."""
+    """The key of questions q0, q1, ...: dpo is A in the even ones, B in the odd ones."""
     return {"form": "dialogue", "policies": ["dpo", "sft"],
             "order": {f"q{i}": dict(zip("AB", ["dpo", "sft"][::1 - 2 * (i % 2)]))
                       for i in range(n)}}
@@ -391,14 +390,14 @@ def reply(name, text):
 
 
 def numbers(report, words):
-    """(share, low, high, count, of) of the first line that has these words."""
+    """[share, low, high, count, n], as text, of the first line that contains these words."""
     line = next(line for line in report.splitlines() if words in line)
     return re.findall(r"[\d.]+", line.split(words)[1].replace("-", " "))
 
 
 def test_win_rate_bias_and_unparsable_share_are_told_apart(tmp_path, capsys):
-    """A judge that always says A, to ten questions of which dpo is A in five, and two replies that
-    cannot be read (q8 failed, q9 says C): it chose A in 8 of 8, dpo won the even ones, 4 of 8."""
+    """A judge always says A to ten questions, of which dpo is A in five. Two replies cannot be
+    read: q8 failed, and q9 says C. So A was chosen in 8 of 8, and dpo won the even ones, 4 of 8."""
     (tmp_path / "k.json").write_text(json.dumps(a_key(10)))
     rows = [reply(f"q{i}", "Comparison: x\nMore helpful: A") for i in range(8)]
     rows += [{"custom_id": "q8", "response": None, "error": {"code": "late"}},
@@ -415,9 +414,9 @@ def test_win_rate_bias_and_unparsable_share_are_told_apart(tmp_path, capsys):
 
 
 def test_agreement_is_over_what_both_decided_and_ties_are_left_out(tmp_path, capsys):
-    """Raters 1 and 2 decide q0-q2 both and agree on two; 1 and 3 share q0 alone (3 cannot tell q1),
-    and agree; 2 and 3 share q0 and agree: 4 of 5. The model says A to q0 and q1; of the six answers
-    of raters to those, five are letters: A B, A A, A: four agree."""
+    """Raters 1 and 2 both decide q0 to q2 and agree on two. Raters 1 and 3 have only q0 in common
+    (3 cannot tell q1), and agree; so do 2 and 3. That is 4 of 5. The model says A to q0 and q1. Of
+    the raters' six answers to those, five are letters (A B, A A, A), and four agree: 4 of 5."""
     (tmp_path / "k.json").write_text(json.dumps(a_key(4)))
     raters = [{"q0": "A", "q1": "B", "q2": "A"}, {"q0": "A", "q1": "A", "q2": "A", "q3": "tie"},
               {"q0": "A", "q1": "tie"}]
@@ -429,15 +428,15 @@ def test_agreement_is_over_what_both_decided_and_ties_are_left_out(tmp_path, cap
     win_rate.main(["--read", str(tmp_path / "k.json"), *map(str, files)])
     report = capsys.readouterr().out
     assert "raters: 3 files, 9 answers" in report and "model: 1 file, 2 answers" in report
-    assert numbers(report, "raters among each other")[::3] == ["0.800", "4"]
+    assert numbers(report, "agreement between raters")[::3] == ["0.800", "4"]
     assert numbers(report, "raters with the model")[::3] == ["0.800", "4"]
     assert numbers(report, "can't tell")[::3] == ["0.222", "2"]
-    # q0 A, q2 A for dpo (even, A), q1 B for dpo, q1 A for sft: dpo wins 3 + 2 + 1 - 0 of 7.
+    # dpo is A in q0 and q2, B in q1. Of 3 answers to q0, 2 to q2 and 2 to q1, it wins 3 + 2 + 1.
     assert numbers(report, "dpo over sft")[3:] == ["6", "7"]
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", "no answer is in it"), ("[1]\n", "line 1: neither a reply"), ("{]\n", "line 1: neither"),
+    ("", "it has no answers"), ("[1]\n", "line 1: neither a reply"), ("{]\n", "line 1: neither"),
     ('{"answers": {"other": "A"}}', "other questions than those of the key"),
     ('{"custom_id": "q0"}\n{"custom_id": "q0"}\n', "line 2: a second answer to q0"),
     (b"\xff\xfe", "not UTF-8"), (None, "No such file")])
@@ -463,7 +462,7 @@ def test_asking_and_reading_are_two_things(run, capsys, tmp_path):
     sft = run / "sft.pt"
     for flags, words in [([], "choose: --ask"),
                          (["--ask", "a.jsonl", "--read", "k", "a"], "choose: --ask"),
-                         (["--ask", "a.txt"], "--ask a.txt: a name in .jsonl"),
+                         (["--ask", "a.txt"], "--ask a.txt: the name must end in .jsonl"),
                          (["--read", "k"], "--read needs the key"),
                          (["--questions", "0"], "--questions"),
                          (["--ask", "a.jsonl", "--between", sft, sft], "two different")]:

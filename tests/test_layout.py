@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     "runtime.errors runtime.parallel runtime.files runtime.hub",
     "model",
-    "runtime.rows data",
+    "runtime.packing runtime.rows data",
     "tasks.own_file tasks.reviews tasks.hh tasks.tldr tasks tasks.tokenizers",
-    "runtime.checkpoint runtime.memory runtime.run runtime.report runtime.cli",
+    "runtime.report runtime.checkpoint runtime.memory runtime.run runtime.cli runtime.flags",
     "train_sft",
     "sample",
     "train_dpo",

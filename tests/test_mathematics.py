@@ -2,13 +2,13 @@
 
     pytest tests/test_mathematics.py
 
-The tests follow the paper (Rafailov et al., 2023, appendices A.1-A.6, B, C.3), then the places
-where its print is wrong, then training to the known optimum, then extreme numbers. What must hold
-for all rewards, policies and beta is a property: hypothesis draws the numbers, the same ones in
-every run. What the code is compared with is written out here: exp, sums, loops over permutations.
+The tests follow the paper (Rafailov et al., 2023, appendices A.1-A.6, B, C.3), then its errata,
+then training to the known optimum, then extreme numbers. Claims about all rewards, policies and
+beta are properties: hypothesis draws the numbers, the same ones in every run. Expected values are
+written out here with exp, sums and loops over permutations.
 
 Left out on purpose: where log pi(y|x) comes from. A policy here is a short list of log-probs, one
-for each answer there is; only one test asks a Transformer for them.
+for each possible answer; only one test computes them with a Transformer.
 """
 
 import math
@@ -16,20 +16,26 @@ from itertools import combinations, permutations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from model import GPT, GPTConfig
 from train_dpo import (
-    bradley_terry, dpo_gradient, dpo_loss, implicit_reward, log_partition, optimal_policy,
-    plackett_luce, plackett_luce_loss, unlikelihood_loss,
+    bradley_terry,
+    dpo_gradient,
+    dpo_loss,
+    implicit_reward,
+    log_partition,
+    optimal_policy,
+    plackett_luce,
+    plackett_luce_loss,
+    unlikelihood_loss,
 )
 
 for_all = settings(deadline=None, max_examples=40, derandomize=True)
 
 
 # ------------------------------------------------------------------------------------------------
-# What the properties range over
+# What hypothesis draws
 # ------------------------------------------------------------------------------------------------
 
 
@@ -42,37 +48,37 @@ def vectors(n, low=-5.0, high=5.0):
 
 
 def policies(n):
-    """log pi(y|x) of the n answers there are, (n,); their exp sums to one."""
+    """log pi(y|x) of all n possible answers, (n,); their exp sums to 1."""
     return vectors(n).map(lambda logits: logits.log_softmax(-1))
 
 
 betas = st.floats(0.05, 5.0)
-shifts = st.floats(-50.0, 50.0)                 # f(x): the same number for all answers of a prompt
+shifts = st.floats(-50.0, 50.0)                 # f(x): the same number for all answers to x
 
 
 @st.composite
 def prompts(draw):
-    """A prompt with N = 2..6 answers in the world: log pi, log pi_ref, rewards, each (N,)."""
+    """A prompt with N = 2 to 6 possible answers: log pi, log pi_ref and rewards, each (N,)."""
     n = draw(st.integers(2, 6))
     return draw(policies(n)), draw(policies(n)), draw(vectors(n))
 
 
 @st.composite
 def rankings(draw, n):
-    """An order of K = 2..n of n answers, best first, (K,)."""
+    """A ranking of K = 2 to n of n answers, best first, (K,)."""
     return torch.tensor(draw(st.permutations(range(n)))[:draw(st.integers(2, n))])
 
 
 @st.composite
 def ranked_rewards(draw):
-    """Rewards of N = 2..5 answers, (N,), and a ranking of K <= N of them, (K,)."""
+    """Rewards of N = 2 to 5 answers, (N,), and a ranking of K <= N of them, (K,)."""
     n = draw(st.integers(2, 5))
     return draw(vectors(n)), draw(rankings(n))
 
 
 @st.composite
 def ranked_answers(draw):
-    """Log-probs of N = 2..5 answers, policy and reference, each (N,), and T rankings, (T, N)."""
+    """Log-probs of N = 2 to 5 answers, policy and reference, each (N,), and G rankings, (G, N)."""
     n = draw(st.integers(2, 5))
     orders = draw(st.lists(st.permutations(range(n)), min_size=1, max_size=4))
     return draw(vectors(n, -60, 0)), draw(vectors(n, -60, 0)), torch.tensor(orders)
@@ -80,8 +86,8 @@ def ranked_answers(draw):
 
 @st.composite
 def paired_answers(draw):
-    """Log-probs of B = 2..5 answers, policy and reference, each (B,), and T pairs, winners and
-    losers, each (T,). An answer may be in many pairs, and win some and lose others."""
+    """Log-probs of N = 2 to 5 answers under policy and reference, each (N,), and winners and losers
+    of P pairs, each (P,). An answer may be in many pairs, and win some and lose others."""
     n = draw(st.integers(2, 5))
     pair = st.sampled_from(list(permutations(range(n), 2)))
     pairs = torch.tensor(draw(st.lists(pair, min_size=1, max_size=8)))
@@ -125,7 +131,7 @@ def project(rewards, ref, beta):
 
 
 def same(got, expected, tolerance=1e-9):
-    """Equal up to float64 rounding, shape included."""
+    """Assert equality up to float64 rounding, shape included."""
     expected = torch.as_tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
@@ -144,7 +150,7 @@ def gradient(loss, logps, *arguments):
 
 
 def test_partition_and_optimal_policy_of_two_answers_worked_out_on_paper():
-    """Z = sum_y pi_ref exp(r / beta); pi* = pi_ref exp(r / beta) / Z: the smallest whole case."""
+    """Z = sum_y pi_ref exp(r / beta) and pi* = pi_ref exp(r / beta) / Z, in the smallest case."""
     # beta = 1/2 and r = (0, log(3)/2) give exp(r / beta) = (1, 3). With pi_ref = (1/2, 1/2):
     # Z = 1/2 + 3/2 = 2, and pi* = (1/4, 3/4).
     ref, rewards = float64([0.5, 0.5]).log(), float64([0.0, math.log(3) / 2])
@@ -155,7 +161,7 @@ def test_partition_and_optimal_policy_of_two_answers_worked_out_on_paper():
 @for_all
 @given(prompt=prompts(), beta=betas)
 def test_partition_is_the_sum_over_all_answers(prompt, beta):
-    """A.1: Z = sum_y pi_ref(y) exp(r(y) / beta), beta dividing the reward."""
+    """A.1: Z = sum_y pi_ref(y) exp(r(y) / beta). The reward is divided by beta."""
     _, ref, rewards = prompt
     same(log_partition(ref, rewards, beta), math.log(partition_by_hand(ref, rewards, beta)))
 
@@ -182,7 +188,7 @@ def test_optimal_policy_is_a_distribution(prompt, beta):
 @for_all
 @given(prompt=prompts(), other=prompts(), beta=betas)
 def test_every_prompt_has_its_own_partition(prompt, other, beta):
-    """Z(x) and pi*(.|x) of two prompts in one call are those of the prompts one by one."""
+    """Z(x) and pi*(.|x) of two prompts in one call are those of each prompt alone."""
     n = min(prompt[1].numel(), other[1].numel())
     refs = torch.stack([prompt[1][:n], other[1][:n]])                   # (2, n)
     rewards = torch.stack([prompt[2][:n], other[2][:n]])                # (2, n)
@@ -204,7 +210,7 @@ def test_no_policy_scores_higher_than_the_optimal_one(prompt, beta):
 @for_all
 @given(prompt=prompts(), direction=vectors(6), beta=betas)
 def test_a_small_step_away_from_the_optimum_loses(prompt, direction, beta):
-    """J(pi* moved a little) <= J(pi*): a random policy is far off, a neighbour a harder rival."""
+    """J is lower near pi*, too: a harder test than random policies, which are far from pi*."""
     _, ref, rewards = prompt
     best = optimal_policy(ref, rewards, beta)
     near = (best + 0.01 * direction[:best.numel()]).log_softmax(-1)
@@ -214,7 +220,7 @@ def test_a_small_step_away_from_the_optimum_loses(prompt, direction, beta):
 @for_all
 @given(prompt=prompts(), beta=betas)
 def test_what_a_policy_loses_is_beta_times_its_divergence_from_the_optimum(prompt, beta):
-    """Eq. 13: J(pi) = beta log Z - beta KL(pi || pi*), so that the optimum is pi* alone."""
+    """Eq. 13: J(pi) = beta log Z - beta KL(pi || pi*), so pi* is the only optimum."""
     pi, ref, rewards = prompt
     best, log_z = optimal_policy(ref, rewards, beta), log_partition(ref, rewards, beta).item()
     assert objective(pi, ref, rewards, beta) == pytest.approx(beta * (log_z - kl(pi, best)))
@@ -232,7 +238,7 @@ def test_the_optimum_is_worth_beta_log_partition(prompt, beta):
 @for_all
 @given(prompt=prompts(), beta=betas, factor=st.floats(1.0, 10.0))
 def test_larger_beta_keeps_the_optimal_policy_closer_to_the_reference(prompt, beta, factor):
-    """KL(pi*_beta || pi_ref) falls as beta grows: beta is the leash, often explained backwards."""
+    """KL(pi*_beta || pi_ref) falls as beta grows; this is often explained backwards."""
     _, ref, rewards = prompt
     near = kl(optimal_policy(ref, rewards, factor * beta), ref)
     far = kl(optimal_policy(ref, rewards, beta), ref)
@@ -240,7 +246,7 @@ def test_larger_beta_keeps_the_optimal_policy_closer_to_the_reference(prompt, be
 
 
 def test_beta_runs_from_the_best_answer_alone_to_the_reference():
-    """beta -> 0: all mass on the highest reward; beta -> infinity: pi_ref."""
+    """As beta -> 0, all mass is on the highest reward; as beta -> infinity, pi* is pi_ref."""
     ref, rewards = float64([0.7, 0.2, 0.1]).log(), float64([0.0, 1.0, 2.0])
     same(optimal_policy(ref, rewards, 1e-3).exp(), [0.0, 0.0, 1.0])
     same(optimal_policy(ref, rewards, 1e9).exp(), [0.7, 0.2, 0.1], tolerance=1e-8)
@@ -261,7 +267,7 @@ def test_bradley_terry_of_rewards_log_three_and_zero_is_three_quarters():
 @for_all
 @given(r=vectors(2))
 def test_bradley_terry_is_equation_16_written_out(r):
-    """Eq. 16: p(y_1 > y_2) = exp(r_1) / (exp(r_1) + exp(r_2)), its log in nats."""
+    """Eq. 16: log p(y_1 > y_2) = log(exp(r_1) / (exp(r_1) + exp(r_2)))."""
     e1, e2 = math.exp(r[0]), math.exp(r[1])
     same(bradley_terry(r[0], r[1]), math.log(e1 / (e1 + e2)))
 
@@ -269,14 +275,14 @@ def test_bradley_terry_is_equation_16_written_out(r):
 @for_all
 @given(r=vectors(2))
 def test_one_of_two_answers_is_preferred(r):
-    """p(y_1 > y_2) + p(y_2 > y_1) = 1: no ties in the model."""
+    """p(y_1 > y_2) + p(y_2 > y_1) = 1: the model has no ties."""
     same(bradley_terry(r[0], r[1]).exp() + bradley_terry(r[1], r[0]).exp(), 1.0)
 
 
 @for_all
 @given(prompt=prompts(), beta=betas)
 def test_reward_is_the_log_ratio_of_its_optimal_policy_plus_beta_log_partition(prompt, beta):
-    """Eq. 17: r = beta log(pi* / pi_ref) + beta log Z, the step that makes a policy a reward."""
+    """Eq. 17: r = beta log(pi* / pi_ref) + beta log Z, which turns a policy into a reward."""
     _, ref, rewards = prompt
     best = optimal_policy(ref, rewards, beta)
     rhat = implicit_reward(best, ref, beta)
@@ -286,7 +292,7 @@ def test_reward_is_the_log_ratio_of_its_optimal_policy_plus_beta_log_partition(p
 @for_all
 @given(prompt=prompts(), beta=betas)
 def test_the_partition_cancels_in_every_preference(prompt, beta):
-    """Eq. 17 into Eq. 16: at pi* the DPO loss is -log p*(y_w > y_l) of the true reward, any Z."""
+    """Eq. 17 in Eq. 16: the DPO loss at pi* is -log p*(y_w > y_l) of the true reward."""
     _, ref, rewards = prompt
     pairs = torch.tensor(list(permutations(range(rewards.numel()), 2)))
     winners, losers = pairs[:, 0], pairs[:, 1]
@@ -301,7 +307,7 @@ def test_the_partition_cancels_in_every_preference(prompt, beta):
 
 
 def test_plackett_luce_of_three_answers_worked_out_on_paper():
-    """Eq. 18 with exp(r) = 1, 2, 3: each draw is among those that are left, best first."""
+    """Eq. 18 with exp(r) = 1, 2, 3: each answer is drawn from those that are left, best first."""
     rewards = float64([1.0, 2.0, 3.0]).log()
     # Answer 2, then 1, then 0: 3/(3+2+1) * 2/(2+1) * 1/1 = 1/3.
     same(plackett_luce(rewards, torch.tensor([2, 1, 0])).exp(), 1 / 3)
@@ -320,7 +326,7 @@ def test_plackett_luce_is_equation_18_written_out(ranked):
 @for_all
 @given(r=vectors(2))
 def test_plackett_luce_with_two_answers_is_bradley_terry(r):
-    """Eq. 18 at K = 2 is Eq. 16, so that DPO on pairs is a case of DPO on rankings."""
+    """Eq. 18 at K = 2 is Eq. 16, so DPO on pairs is a special case of DPO on rankings."""
     same(plackett_luce(r, torch.tensor([0, 1])), bradley_terry(r[0], r[1]))
     same(plackett_luce(r, torch.tensor([1, 0])), bradley_terry(r[1], r[0]))
 
@@ -328,7 +334,7 @@ def test_plackett_luce_with_two_answers_is_bradley_terry(r):
 @for_all
 @given(n=st.integers(1, 5), rewards=vectors(5))
 def test_plackett_luce_sums_to_one_over_all_rankings(n, rewards):
-    """sum_tau p(tau) = 1 over all K! orders: it is a distribution over rankings."""
+    """sum_tau p(tau) = 1 over all K! rankings: it is a distribution."""
     every_ranking = torch.tensor(list(permutations(range(n))))          # (n!, n)
     probabilities = plackett_luce(rewards[:n], every_ranking).exp()
     assert probabilities.shape == (math.factorial(n),)
@@ -338,8 +344,8 @@ def test_plackett_luce_sums_to_one_over_all_rankings(n, rewards):
 @for_all
 @given(ranked=ranked_rewards())
 def test_leaving_answers_out_of_a_ranking_keeps_the_odds_of_the_rest(ranked):
-    """p(a short ranking) = sum of p over the full rankings that agree: pairs or fewer answers may
-    be used in place of a full ranking without asking about another model."""
+    """The probability of a short ranking is the sum over all full rankings that agree with it, so
+    pairs or shorter rankings may be used in place of full ones, under the same model."""
     rewards, short = ranked
     short = short.tolist()
     total = sum(plackett_luce_by_hand(rewards, full) for full in permutations(range(len(rewards)))
@@ -350,7 +356,7 @@ def test_leaving_answers_out_of_a_ranking_keeps_the_odds_of_the_rest(ranked):
 @for_all
 @given(ranked=ranked_rewards(), padding=st.integers(1, 3))
 def test_a_ranking_padded_with_minus_one_is_the_shorter_ranking(ranked, padding):
-    """-1 counts for nothing, in value and in gradient: rankings of any length share one tensor."""
+    """-1 adds nothing to value or gradient, so rankings of different lengths can share a tensor."""
     rewards, ranking = ranked
     padded = torch.cat([ranking, torch.full((padding,), -1)])
     same(plackett_luce(rewards, padded), plackett_luce(rewards, ranking))
@@ -361,14 +367,14 @@ def test_a_ranking_padded_with_minus_one_is_the_shorter_ranking(ranked, padding)
 
 @pytest.mark.parametrize("ranking", [[2, -1, -1], [-1, -1, -1]])
 def test_a_ranking_of_one_answer_or_none_says_nothing(ranking):
-    """p = 1 and gradient 0 when there is nothing to choose between, where 0 * inf would be NaN."""
+    """With nothing to choose between, p = 1 and the gradient is 0; 0 * inf would make it NaN."""
     rewards = float64([1.0, -2.0, 3.0])
     same(plackett_luce(rewards, torch.tensor(ranking)), 0.0)
     same(gradient(plackett_luce, rewards, torch.tensor(ranking)), [0.0, 0.0, 0.0])
 
 
 def test_rankings_of_any_batch_shape_are_scored_one_by_one():
-    """(..., K) rankings give (...) log-probabilities, lengths mixed."""
+    """(..., K) rankings of mixed lengths give (...) log-probabilities."""
     rewards = float64([0.3, -1.0, 2.0])
     rankings = torch.tensor([[[0, 1, 2], [2, 1, 0]], [[1, 2, -1], [2, 0, -1]]])     # (2, 2, 3)
     expected = [[plackett_luce_by_hand(rewards, order) for order in row]
@@ -379,7 +385,7 @@ def test_rankings_of_any_batch_shape_are_scored_one_by_one():
 @for_all
 @given(ranked=ranked_answers(), beta=betas)
 def test_ranking_loss_is_plackett_luce_of_the_implicit_rewards(ranked, beta):
-    """Eq. 20: -log prod_k exp(rhat_tau(k)) / sum_{j >= k} exp(rhat_tau(j)), a ranking each."""
+    """Eq. 20: -log prod_k exp(rhat_tau(k)) / sum_{j >= k} exp(rhat_tau(j)), per ranking."""
     pi, ref, orders = ranked
     losses, rewards = plackett_luce_loss(pi, ref, orders, beta)
     rhat = [beta * (a - b) for a, b in zip(pi.tolist(), ref.tolist())]
@@ -395,7 +401,7 @@ def test_ranking_loss_is_plackett_luce_of_the_implicit_rewards(ranked, beta):
 def test_ranking_loss_of_two_answers_is_the_dpo_loss(paired, beta):
     """Eq. 20 at K = 2: the same losses, rewards and gradient as Appendix B."""
     pi, ref, winners, losers = paired
-    pairs = torch.stack([winners, losers], dim=1)                       # (T, 2), best first
+    pairs = torch.stack([winners, losers], dim=1)                       # (P, 2), best first
     losses, rewards = plackett_luce_loss(pi, ref, pairs, beta)
     dpo_losses, dpo_rewards = dpo_loss(pi, ref, winners, losers, beta)
     same(losses, dpo_losses)
@@ -407,7 +413,7 @@ def test_ranking_loss_of_two_answers_is_the_dpo_loss(paired, beta):
 @for_all
 @given(prompt=prompts(), beta=betas)
 def test_the_partition_cancels_in_every_ranking(prompt, beta):
-    """Eq. 19: at pi* the ranking loss is -log p*(tau) of the true reward, any Z."""
+    """Eq. 19: at pi*, the ranking loss is -log p*(tau) of the true reward, whatever Z is."""
     _, ref, rewards = prompt
     every_ranking = torch.tensor(list(permutations(range(min(4, rewards.numel())))))
     losses, _ = plackett_luce_loss(optimal_policy(ref, rewards, beta), ref, every_ranking, beta)
@@ -417,7 +423,7 @@ def test_the_partition_cancels_in_every_ranking(prompt, beta):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
 def test_ranking_loss_starts_at_log_of_the_number_of_rankings(k):
-    """At pi = pi_ref all K! rankings are equally likely: loss log K!, and every reward 0."""
+    """At pi = pi_ref all K! rankings are equally likely: the loss is log K!, every reward is 0."""
     logps = float64([-3.0, -80.0, -7.5, -0.1, -12.0])
     losses, rewards = plackett_luce_loss(logps, logps, torch.arange(k)[None], 0.1)
     same(losses, [math.log(math.factorial(k))])
@@ -427,10 +433,11 @@ def test_ranking_loss_starts_at_log_of_the_number_of_rankings(k):
 @for_all
 @given(ranked=ranked_answers(), beta=betas)
 def test_ranking_gradient_is_the_share_in_each_draw_minus_one(ranked, beta):
-    """d(loss) / d log pi(y) = beta (sum over the draws y takes part in of its share - 1).
+    """d(loss) / d log pi(y) = beta (the sum of y's shares in the draws it takes part in, minus 1).
 
-    The loss is sum_k [log sum_{j >= k} exp(rhat_j) - rhat_k]. By rhat_y, the first term gives y's
-    softmax share among those left at draw k, the second -1 once, at the draw that takes y.
+    The loss is sum_k [log sum_{j >= k} exp(rhat_j) - rhat_k]. Differentiated by rhat_y, the first
+    term gives y's softmax share among the answers left at draw k, and the second gives -1 once, at
+    the draw that takes y.
     """
     pi, ref, orders = ranked
     rhat = [beta * (a - b) for a, b in zip(pi.tolist(), ref.tolist())]
@@ -451,14 +458,14 @@ def test_ranking_gradient_is_the_share_in_each_draw_minus_one(ranked, beta):
 @for_all
 @given(paired=paired_answers(), beta=betas)
 def test_closed_form_gradient_is_the_one_autograd_finds(paired, beta):
-    """A.4: -beta sigma(rhat_l - rhat_w) for the winner, + for the loser, summed over the pairs."""
+    """A.4: a pair adds -beta sigma(rhat_l - rhat_w) to its winner, the opposite to its loser."""
     pi, ref, winners, losers = paired
     same(dpo_gradient(pi, ref, winners, losers, beta),
          gradient(dpo_loss, pi, ref, winners, losers, beta))
 
 
 def test_closed_form_gradient_is_the_slope_of_the_loss():
-    """(L(pi + h) - L(pi - h)) / 2h for each answer: no derivative rule is taken on trust."""
+    """Central differences, (L(pi + h) - L(pi - h)) / 2h per answer, need no derivative rule."""
     pi, ref = float64([-2.0, -3.5, -1.0]), float64([-2.5, -3.0, -1.5])
     winners, losers, beta, h = torch.tensor([0, 0, 2]), torch.tensor([1, 2, 1]), 0.7, 1e-5
     slopes = []
@@ -472,7 +479,7 @@ def test_closed_form_gradient_is_the_slope_of_the_loss():
 
 
 def test_closed_form_gradient_is_the_one_autograd_finds_through_a_transformer():
-    """Chain rule: backward from log pi(y|x) with A.4 equals backward from the loss, in every
+    """Chain rule: backward from log pi(y|x) with A.4 equals backward from the loss, for every
     parameter of a GPT."""
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)).double()
@@ -495,8 +502,8 @@ def test_closed_form_gradient_is_the_one_autograd_finds_through_a_transformer():
 
 
 def test_the_first_gradient_is_half_of_beta():
-    """At pi = pi_ref: -beta/2 (grad log pi_w - grad log pi_l). Equal models do not mean no
-    gradient; and a small beta means a weak one at first."""
+    """At pi = pi_ref the gradient is -beta/2 (grad log pi_w - grad log pi_l). It is not zero
+    although the models are equal, and with a small beta it is small."""
     logps, winner, loser = float64([-3.0, -40.0]), torch.tensor([0]), torch.tensor([1])
     for beta in (0.1, 0.5):
         # sigma(0) = 1/2.
@@ -505,7 +512,7 @@ def test_the_first_gradient_is_half_of_beta():
 
 
 def test_gradients_of_the_pairs_of_four_ranked_answers_add_up():
-    """C.1 makes six pairs of four answers: each pulls with its own weight, none is averaged."""
+    """C.1 makes six pairs of four answers. Their gradients are added, not averaged."""
     logps = float64([-5.0, -6.0, -7.0, -8.0])
     pairs = torch.tensor(list(combinations(range(4), 2)))               # 0 beats all, 3 beats none
     # Wins minus losses are 3, 1, -1, -3, and each counts beta/2 = 1 at pi = pi_ref.
@@ -514,7 +521,7 @@ def test_gradients_of_the_pairs_of_four_ranked_answers_add_up():
 
 
 def test_a_wrongly_ranked_pair_pulls_harder_than_a_rightly_ranked_one():
-    """The weight sigma(rhat_l - rhat_w) is the model's error, which is why DPO comes to rest."""
+    """The weight sigma(rhat_l - rhat_w) is the model's error, so DPO comes to rest."""
     ref, winner, loser = float64([-5.0, -5.0]), torch.tensor([0]), torch.tensor([1])
     wrong = dpo_gradient(float64([-8.0, -5.0]), ref, winner, loser, 1.0)    # rhat_w - rhat_l = -3
     right = dpo_gradient(float64([-5.0, -8.0]), ref, winner, loser, 1.0)    # rhat_w - rhat_l = +3
@@ -525,7 +532,7 @@ def test_a_wrongly_ranked_pair_pulls_harder_than_a_rightly_ranked_one():
 @for_all
 @given(paired=paired_answers(), beta=betas)
 def test_gradient_moves_winner_and_loser_by_opposite_amounts(paired, beta):
-    """The entries of the gradient sum to zero: the loss fixes differences, never a level."""
+    """The gradient sums to zero: the loss depends on differences, not on a level."""
     same(dpo_gradient(*paired, beta).sum(), 0.0)
 
 
@@ -537,7 +544,7 @@ def test_gradient_moves_winner_and_loser_by_opposite_amounts(paired, beta):
 @for_all
 @given(ranked=ranked_rewards(), f=shifts)
 def test_lemma_1_rewards_that_differ_by_a_function_of_the_prompt_rank_alike(ranked, f):
-    """p_{r + f(x)}(tau) = p_r(tau) for any K, ranking and f; Bradley-Terry is K = 2."""
+    """p_{r + f(x)}(tau) = p_r(tau) for any K, ranking and f; Bradley-Terry is the case K = 2."""
     rewards, ranking = ranked
     same(plackett_luce(rewards + f, ranking), plackett_luce(rewards, ranking))
     a, b = rewards[ranking[0]], rewards[ranking[1]]
@@ -547,8 +554,8 @@ def test_lemma_1_rewards_that_differ_by_a_function_of_the_prompt_rank_alike(rank
 @for_all
 @given(pi=vectors(6, -60, 0), ref=vectors(6, -60, 0), f=vectors(2, -50, 50), beta=betas)
 def test_lemma_1_loss_does_not_see_a_level_shared_by_the_answers_of_a_prompt(pi, ref, f, beta):
-    """log pi + f(x) has the same losses and gradient: the chosen log-prob may fall, if the
-    rejected one falls with it."""
+    """log pi + f(x) has the same losses and gradient as log pi, so the chosen log-prob may fall if
+    the rejected one falls with it."""
     shifted = pi + f.repeat_interleave(3)               # two prompts, answers 0-2 and 3-5
     pairs = torch.tensor([[0, 1], [0, 2], [2, 1], [3, 4], [5, 3]])
     winners, losers = pairs[:, 0], pairs[:, 1]
@@ -564,7 +571,7 @@ def test_lemma_1_loss_does_not_see_a_level_shared_by_the_answers_of_a_prompt(pi,
 @for_all
 @given(prompt=prompts(), f=shifts, beta=betas)
 def test_lemma_2_rewards_that_differ_by_a_function_of_the_prompt_have_one_optimum(prompt, f, beta):
-    """pi*_{r + f(x)} = pi*_r: Z takes f up, log Z grows by f / beta."""
+    """pi*_{r + f(x)} = pi*_r: log Z grows by f / beta, which cancels f."""
     _, ref, rewards = prompt
     same(optimal_policy(ref, rewards + f, beta), optimal_policy(ref, rewards, beta))
     same(log_partition(ref, rewards + f, beta), log_partition(ref, rewards, beta) + f / beta)
@@ -578,7 +585,7 @@ def test_lemma_2_rewards_that_differ_by_a_function_of_the_prompt_have_one_optimu
 @for_all
 @given(prompt=prompts(), beta=betas)
 def test_theorem_1_every_class_of_rewards_holds_one_that_is_a_log_ratio(prompt, beta):
-    """r - beta log Z = beta log(pi* / pi_ref), and differs from r by a function of x alone."""
+    """r - beta log Z = beta log(pi* / pi_ref), which differs from r by a function of x alone."""
     _, ref, rewards = prompt
     projected = project(rewards, ref, beta)
     same(projected, implicit_reward(optimal_policy(ref, rewards, beta), ref, beta))
@@ -598,7 +605,7 @@ def test_theorem_1_projection_is_idempotent(prompt, beta):
 @for_all
 @given(prompt=prompts(), f=shifts, beta=betas)
 def test_theorem_1_projection_is_constant_on_a_class(prompt, f, beta):
-    """f(r + f(x)) = f(r): a class of rewards has one representative."""
+    """r + f(x) has the same projection as r: each class of rewards has one representative."""
     _, ref, rewards = prompt
     same(project(rewards + f, ref, beta), project(rewards, ref, beta))
 
@@ -606,7 +613,8 @@ def test_theorem_1_projection_is_constant_on_a_class(prompt, f, beta):
 @for_all
 @given(prompt=prompts(), beta=betas)
 def test_theorem_1_a_policy_is_optimal_for_its_own_implicit_reward(prompt, beta):
-    """pi* of beta log(pi / pi_ref) is pi: your language model is secretly a reward model."""
+    """The optimal policy for the reward beta log(pi / pi_ref) is pi: your language model is
+    secretly a reward model."""
     pi, ref, _ = prompt
     same(optimal_policy(ref, implicit_reward(pi, ref, beta), beta), pi)
 
@@ -614,7 +622,8 @@ def test_theorem_1_a_policy_is_optimal_for_its_own_implicit_reward(prompt, beta)
 @for_all
 @given(prompt=prompts(), f=shifts, beta=betas)
 def test_proposition_1_a_shifted_log_ratio_is_a_log_ratio_only_for_f_zero(prompt, f, beta):
-    """beta log(pi / pi_ref) + f(x) asks for pi exp(f / beta), which sums to exp(f / beta)."""
+    """beta log(pi / pi_ref) + f(x) is the log ratio of pi exp(f / beta), which sums to
+    exp(f / beta) and so is a distribution only for f = 0."""
     pi, ref, _ = prompt
     shifted = implicit_reward(pi, ref, beta) + f
     log_sum = log_partition(ref, shifted, beta)         # log sum_y pi_ref exp(r' / beta)
@@ -624,7 +633,7 @@ def test_proposition_1_a_shifted_log_ratio_is_a_log_ratio_only_for_f_zero(prompt
 @for_all
 @given(pi=policies(4), other=policies(4), ref=policies(4), beta=betas)
 def test_proposition_1_two_log_ratios_of_one_class_are_equal(pi, other, ref, beta):
-    """rhat' - rhat = f(x) for all y forces f = 0: no policy lies above another everywhere, so the
+    """rhat' - rhat = f(x) for all y implies f = 0: no policy is above another everywhere, so the
     difference is never positive for all answers, nor negative for all."""
     difference = implicit_reward(other, ref, beta) - implicit_reward(pi, ref, beta)
     assert difference.min() <= 1e-12 and difference.max() >= -1e-12
@@ -636,11 +645,11 @@ def test_proposition_1_two_log_ratios_of_one_class_are_equal(pi, other, ref, bet
 
 
 def test_dpo_loss_takes_the_arguments_of_appendix_b_by_name():
-    """One pair with rhat = (0.2, -0.1): rewards include beta, loss is log(1 + exp(-0.3))."""
+    """One pair, rhat = (0.2, -0.1): rewards include beta, the loss is log(1 + exp(-0.3))."""
     pi, ref = float64([-1.0, -4.0]), float64([-3.0, -3.0])
     losses, rewards = dpo_loss(pi_logps=pi, ref_logps=ref, yw_idxs=torch.tensor([0]),
                                yl_idxs=torch.tensor([1]), beta=0.1)
-    # log-ratios: -1 + 3 = 2 and -4 + 3 = -1; times beta: 0.2 and -0.1.
+    # Log-ratios: -1 + 3 = 2 and -4 + 3 = -1; times beta: 0.2 and -0.1.
     same(rewards, [0.2, -0.1])
     same(losses, [math.log(1 + math.exp(-0.3))])
 
@@ -648,7 +657,7 @@ def test_dpo_loss_takes_the_arguments_of_appendix_b_by_name():
 @for_all
 @given(paired=paired_answers(), beta=betas)
 def test_dpo_loss_is_appendix_b_written_out(paired, beta):
-    """-log(1 / (1 + exp(-beta ((log pi_w - log pi_l) - (log ref_w - log ref_l))))), each pair."""
+    """-log(1 / (1 + exp(-beta ((log pi_w - log pi_l) - (log ref_w - log ref_l))))), per pair."""
     pi, ref, winners, losers = paired
     losses, _ = dpo_loss(pi, ref, winners, losers, beta)
     expected = []
@@ -661,7 +670,7 @@ def test_dpo_loss_is_appendix_b_written_out(paired, beta):
 @for_all
 @given(paired=paired_answers(), beta=betas)
 def test_each_pair_has_its_own_loss_whatever_else_is_in_the_batch(paired, beta):
-    """(T,) losses, neither summed nor averaged: the caller knows how many pairs a batch has."""
+    """(P,) losses, neither summed nor averaged: the caller knows how many pairs a batch has."""
     pi, ref, winners, losers = paired
     together = dpo_loss(pi, ref, winners, losers, beta)[0]
     one_by_one = [dpo_loss(pi, ref, w, l, beta)[0] for w, l in zip(winners, losers)]
@@ -680,7 +689,7 @@ def test_dpo_loss_is_bradley_terry_of_the_implicit_rewards(paired, beta):
 @for_all
 @given(paired=paired_answers(), beta=betas)
 def test_rewards_are_beta_times_the_log_ratio_of_every_answer(paired, beta):
-    """rhat = beta (log pi - log pi_ref), also of answers in no pair; beta is often forgotten."""
+    """rhat = beta (log pi - log pi_ref), also for answers in no pair. (beta is often forgotten.)"""
     pi, ref, winners, losers = paired
     expected = [beta * (a - b) for a, b in zip(pi.tolist(), ref.tolist())]
     same(implicit_reward(pi, ref, beta), expected)
@@ -688,7 +697,7 @@ def test_rewards_are_beta_times_the_log_ratio_of_every_answer(paired, beta):
 
 
 def test_rewards_carry_no_gradient_and_losses_do():
-    """Rewards are for the eye: a gradient through them would train on something else."""
+    """Rewards are only logged; a gradient through them would change what is trained on."""
     pi = float64([-1.0, -2.0]).requires_grad_()
     ref, pair = float64([-1.5, -1.5]), torch.tensor([[0, 1]])
     for losses, rewards in (dpo_loss(pi, ref, pair[:, 0], pair[:, 1], 0.1),
@@ -698,8 +707,8 @@ def test_rewards_carry_no_gradient_and_losses_do():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_loss_starts_at_exactly_log_two_and_rewards_at_zero(dtype):
-    """-log sigma(0) = log 2 = 0.6931 while pi = pi_ref, whatever the log-probs: any other first
-    loss means that the two models were not scored alike."""
+    """At pi = pi_ref the loss is -log sigma(0) = log 2 = 0.6931, whatever the log-probs. Any other
+    first loss means that the two models were scored differently."""
     logps = torch.tensor([-1.0, -123.456, -9876.5], dtype=dtype)
     winners, losers = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
     losses, rewards = dpo_loss(logps, logps, winners, losers, 0.1)
@@ -711,10 +720,10 @@ def test_loss_starts_at_exactly_log_two_and_rewards_at_zero(dtype):
 @for_all
 @given(paired=paired_answers(), level=vectors(5, -60, 60), beta=betas)
 def test_only_the_ratio_of_policy_to_reference_counts(paired, level, beta):
-    """The same number added to log pi(y) and log pi_ref(y) changes nothing: the reference alone
-    gets no say, and an answer is not rewarded for being likely under both."""
+    """Adding the same number to log pi(y) and log pi_ref(y) changes nothing: the reference alone
+    has no influence, and an answer is not rewarded for being likely under both."""
     pi, ref, winners, losers = paired
-    level = level[:pi.numel()]                          # one number an answer
+    level = level[:pi.numel()]                          # one number per answer
     losses, rewards = dpo_loss(pi + level, ref + level, winners, losers, beta)
     expected_losses, expected_rewards = dpo_loss(pi, ref, winners, losers, beta)
     same(losses, expected_losses)
@@ -724,8 +733,8 @@ def test_only_the_ratio_of_policy_to_reference_counts(paired, level, beta):
 @for_all
 @given(paired=paired_answers(), beta=betas)
 def test_log_probs_are_taken_as_they_come(paired, beta):
-    """Doubling all log-ratios is doubling beta: nothing inside divides by a length or a spread, so
-    the caller decides that log pi(y|x) is a sum over tokens."""
+    """Doubling all log-ratios is the same as doubling beta. The loss divides by no length or
+    spread, so the caller decides that log pi(y|x) is a sum over tokens."""
     pi, ref, winners, losers = paired
     doubled = dpo_loss(2 * pi, 2 * ref, winners, losers, beta)[0]
     same(doubled, dpo_loss(pi, ref, winners, losers, 2 * beta)[0])
@@ -739,7 +748,7 @@ def test_log_probs_are_taken_as_they_come(paired, beta):
 @for_all
 @given(paired=paired_answers())
 def test_unlikelihood_is_minus_the_difference_of_log_probs(paired):
-    """-(log pi_w - log pi_l), one for each pair."""
+    """-(log pi_w - log pi_l) for each pair."""
     pi, _, winners, losers = paired
     expected = [-(pi[w] - pi[l]).item() for w, l in zip(winners.tolist(), losers.tolist())]
     same(unlikelihood_loss(pi, winners, losers), expected)
@@ -748,12 +757,12 @@ def test_unlikelihood_is_minus_the_difference_of_log_probs(paired):
 @for_all
 @given(pi=vectors(2, -1e6, 0))
 def test_unlikelihood_pulls_just_as_hard_whatever_the_log_probs(pi):
-    """Gradient -1 for the winner, +1 for the loser: no pair is ever ranked well enough."""
+    """The gradient is -1 for the winner, +1 for the loser: no pair is ever ranked well enough."""
     same(gradient(unlikelihood_loss, pi, torch.tensor([0]), torch.tensor([1])), [-1.0, 1.0])
 
 
 def test_unlikelihood_is_unbounded_below_where_dpo_stops_at_zero():
-    """As log pi_l falls, unlikelihood gains without end; DPO's loss and gradient go to 0."""
+    """As log pi_l falls, unlikelihood falls without bound; DPO's loss and gradient go to 0."""
     ref, winner, loser = float64([-5.0, -5.0]), torch.tensor([0]), torch.tensor([1])
     for rejected in (-1e2, -1e4, -1e6):
         pi = float64([0.0, rejected])
@@ -764,7 +773,8 @@ def test_unlikelihood_is_unbounded_below_where_dpo_stops_at_zero():
 
 
 def test_unlikelihood_is_blind_to_the_reference():
-    """A margin the reference already had still pulls with 1; DPO pulls with what is new in it."""
+    """Its gradient stays at 1 even for a margin that the reference already had; DPO's depends only
+    on the margin gained since."""
     pi, winner, loser = float64([-1.0, -5.0]), torch.tensor([0]), torch.tensor([1])
     # DPO, beta 1: rhat_w - rhat_l = 4 - (reference's margin).
     for ref, margin in ((float64([-1.0, -5.0]), 0), (float64([-3.0, -3.0]), 4)):
@@ -773,13 +783,13 @@ def test_unlikelihood_is_blind_to_the_reference():
 
 
 # ------------------------------------------------------------------------------------------------
-# Errata: where the paper's print is wrong, the printed form fails and the corrected one holds
+# Errata of the paper: the printed form fails and the corrected one holds
 # ------------------------------------------------------------------------------------------------
 
 
 def test_erratum_equation_14_needs_minus_log_partition_not_plus_partition():
     """-J(pi) / beta = KL(pi || pi*) - log Z (Eq. 13); Eq. 14 prints KL(pi || pi*) + Z."""
-    # The example of A.1: Z = 2 and pi* = (1/4, 3/4). At pi = pi* the divergence is 0, so that
+    # The example of A.1: Z = 2 and pi* = (1/4, 3/4). At pi = pi* the divergence is 0, so
     # -J / beta is -log 2 = -0.693 as corrected, and 2 as printed.
     ref, rewards, beta = float64([0.5, 0.5]).log(), float64([0.0, math.log(3) / 2]), 0.5
     best, log_z = optimal_policy(ref, rewards, beta), log_partition(ref, rewards, beta).item()
@@ -792,11 +802,11 @@ def test_erratum_equation_14_needs_minus_log_partition_not_plus_partition():
 
 
 def test_erratum_last_line_of_a2_needs_a_sigmoid():
-    """p*(y_1 > y_2) = sigma(beta log pi*_1/ref_1 - beta log pi*_2/ref_2); the print lost sigma."""
+    """p*(y_1 > y_2) = sigma(beta log pi*_1/ref_1 - beta log pi*_2/ref_2); the paper omits sigma."""
     ref, rewards, beta = float64([0.2, 0.5, 0.3]).log(), float64([2.0, -1.0, 0.5]), 0.4
     rhat = implicit_reward(optimal_policy(ref, rewards, beta), ref, beta)
     printed, printed_reverse = (rhat[0] - rhat[1]).item(), (rhat[1] - rhat[0]).item()
-    # Eq. 16 with r = 2 and -1: e^2 / (e^2 + e^-1) = 0.953. The print gives r_1 - r_2 = 3.
+    # Eq. 16 with r = 2 and -1: e^2 / (e^2 + e^-1) = 0.953. As printed, it is r_1 - r_2 = 3.
     truth = math.exp(2) / (math.exp(2) + math.exp(-1))
     assert printed == pytest.approx(3.0)                                            # above 1
     assert printed + printed_reverse == 0                                           # must be 1
@@ -818,7 +828,7 @@ def test_erratum_equation_21_prints_the_loss_of_the_reversed_preference():
         return dpo_loss(pi, ref, winner, loser, beta)[0]
 
     assert corrected(right) < corrected(wrong) and printed(right) > printed(wrong)
-    # A step downhill (against the gradient) must raise the winner.
+    # A step against the gradient must raise the winner.
     assert gradient(corrected, ref)[0] < 0 and gradient(printed, ref)[0] > 0
     # Corrected, it is -log of Eq. 16 with the implicit rewards 1 and -1.
     same(corrected(right), [-math.log(math.exp(1) / (math.exp(1) + math.exp(-1)))])
@@ -827,8 +837,8 @@ def test_erratum_equation_21_prints_the_loss_of_the_reversed_preference():
 @for_all
 @given(paired=paired_answers(), beta=betas)
 def test_erratum_equation_22_has_the_wrong_sign_of_u(paired, beta):
-    """-(sigma'(u) / sigma(u)) du with u = rhat_w - rhat_l is the gradient; Eq. 22 prints
-    u = rhat_l - rhat_w, which points to the loser."""
+    """The gradient is -(sigma'(u) / sigma(u)) du with u = rhat_w - rhat_l; Eq. 22 prints
+    u = rhat_l - rhat_w, which favours the loser."""
     pi, ref, winners, losers = paired
     winner, loser = winners[:1], losers[:1]
     r = implicit_reward(pi, ref, beta)
@@ -837,14 +847,14 @@ def test_erratum_equation_22_has_the_wrong_sign_of_u(paired, beta):
     # sigma'(u) / sigma(u) = 1 - sigma(u); d u / d log pi_w = +beta, and -beta as printed.
     same(truth, -(1 - torch.sigmoid(u)) * beta)                                     # corrected
     printed = -(1 - torch.sigmoid(-u)) * -beta
-    same(printed - truth, [beta])           # (1 - sigma(-u)) + (1 - sigma(u)) = 1, never equal
+    same(printed - truth, [beta])           # (1 - sigma(-u)) + (1 - sigma(u)) = 1: never equal
 
 
 @for_all
 @given(margin=st.floats(0.1, 20.0), beta=betas)
 def test_erratum_final_gradient_of_a4_has_winner_and_loser_swapped(margin, beta):
     """The weight is beta sigma(rhat_l - rhat_w), the model's error; A.4 prints
-    beta sigma(rhat_w - rhat_l), which grows with the pairs that are ranked rightly."""
+    beta sigma(rhat_w - rhat_l), which is largest for pairs that are ranked correctly."""
     ref, winner, loser = float64([-30.0, -30.0]), torch.tensor([0]), torch.tensor([1])
     weights = {}
     for name, m in (("right", margin), ("wrong", -margin)):             # m = rhat_w - rhat_l
@@ -854,21 +864,21 @@ def test_erratum_final_gradient_of_a4_has_winner_and_loser_swapped(margin, beta)
         assert truth != pytest.approx(beta * sigma(m), rel=0.01)                    # printed
         weights[name] = -dpo_gradient(pi, ref, winner, loser, beta)[0].item()
         assert weights[name] == pytest.approx(truth)
-    assert weights["wrong"] > weights["right"]                          # printed: the other way
+    assert weights["wrong"] > weights["right"]                          # as printed: smaller
     assert sigma(-margin) < sigma(margin)
 
 
 # ------------------------------------------------------------------------------------------------
-# All together: training a table of log-probs finds the optimum that A.1 writes down
+# From end to end: training a table of log-probs finds the optimum of A.1
 # ------------------------------------------------------------------------------------------------
 
-# Two prompts with four answers each: the whole world. Answers 0-3 are prompt 0's, 4-7 prompt 1's.
+# Two prompts with four possible answers each: answers 0-3 are prompt 0's, 4-7 prompt 1's.
 REF = float64([[0.4, 0.3, 0.2, 0.1], [0.05, 0.15, 0.3, 0.5]]).log()
 REWARDS = float64([[-1.0, 0.5, 1.0, 0.0], [2.0, 1.0, -0.5, 0.2]])
 
 
 def preferences(k):
-    """Every order of k answers of each prompt, (T, k), and its probability by Eq. 18, (T,)."""
+    """Every ranking of k answers to each prompt, (G, k), and its probability by Eq. 18, (G,)."""
     orders = [order for first in (0, 4) for order in permutations(range(first, first + 4), k)]
     rewards = REWARDS.flatten().tolist()
     return torch.tensor(orders), float64([plackett_luce_by_hand(rewards, o) for o in orders])
@@ -901,7 +911,7 @@ def test_dpo_on_exact_preferences_finds_the_optimal_policy(beta):
         return (probabilities * losses).sum()
 
     best = optimal_policy(REF, REWARDS, beta)
-    assert (best - REF).abs().max() > 0.5                               # there is a way to go
+    assert (best - REF).abs().max() > 0.5                               # far from the start
     same(train(expected_loss), best, tolerance=1e-6)
 
 
@@ -920,8 +930,8 @@ def test_dpo_on_exact_rankings_finds_the_same_optimal_policy(beta):
 @for_all
 @given(prompt=prompts(), beta=betas)
 def test_at_the_optimum_preferences_pull_in_balance_and_unlikelihood_does_not(prompt, beta):
-    """p(w > l) sigma(rhat_l - rhat_w) = p(l > w) sigma(rhat_w - rhat_l) at pi*, so that DPO rests
-    there; unlikelihood's p(w > l) - p(l > w) rests only where all rewards are equal."""
+    """At pi*, p(w > l) sigma(rhat_l - rhat_w) = p(l > w) sigma(rhat_w - rhat_l), so DPO's expected
+    gradient is zero. Unlikelihood's, p(l > w) - p(w > l), is zero only for equal rewards."""
     _, ref, rewards = prompt
     best, w, l = optimal_policy(ref, rewards, beta), torch.tensor([0]), torch.tensor([1])
     p = plackett_luce_by_hand(rewards, [0, 1])
@@ -943,7 +953,7 @@ both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64
 @pytest.mark.parametrize("margin", [1e4, -1e4])
 def test_losses_and_gradients_are_right_at_huge_margins(dtype, margin):
     """beta margin = +-1000: the loss is 0 or 1000 and the weight 0 or beta. exp(1000) is infinite
-    even in float64, so that a loss by way of exp would be inf or NaN."""
+    even in float64, so a loss computed through exp would be inf or NaN."""
     beta = 0.1
     pi, ref = torch.tensor([margin, 0.0], dtype=dtype), torch.zeros(2, dtype=dtype)
     pair = torch.tensor([[0, 1]])
@@ -967,7 +977,7 @@ def test_losses_are_right_when_every_log_prob_is_hugely_negative(dtype):
     pi = torch.tensor([-10000.0, -10003.0], dtype=dtype)
     ref = torch.tensor([-10000.5, -10001.5], dtype=dtype)
     pair, beta = torch.tensor([[0, 1]]), 0.1
-    # log-ratios 0.5 and -1.5, margin 2, times beta: 0.2.
+    # Log-ratios 0.5 and -1.5, so the margin is 2; times beta: 0.2.
     expected = torch.tensor([math.log(1 + math.exp(-0.2))], dtype=dtype)
     torch.testing.assert_close(dpo_loss(pi, ref, pair[:, 0], pair[:, 1], beta)[0], expected)
     torch.testing.assert_close(plackett_luce_loss(pi, ref, pair, beta)[0], expected)
@@ -975,16 +985,16 @@ def test_losses_are_right_when_every_log_prob_is_hugely_negative(dtype):
 
 @both_precisions
 def test_padded_rankings_are_right_and_finite_at_huge_margins(dtype):
-    """Three answers with rhat = 1000, 0, -1000, ranked rightly, wrongly and not wholly."""
+    """Three answers with rhat = 1000, 0, -1000: a correct ranking, its reverse, a padded pair."""
     pi = torch.tensor([1e4, 0.0, -1e4], dtype=dtype)
     orders = torch.tensor([[0, 1, 2], [2, 1, 0], [1, 0, -1]])
     losses, _ = plackett_luce_loss(pi, torch.zeros_like(pi), orders, 0.1)
-    # Rightly: 0. Wrongly: 1000 + 1000 for taking -1000 first, then 1000 for taking 0 before 1000.
+    # Correct: 0. Reversed: 1000 + 1000 for taking -1000 first, then 1000 for taking 0 before 1000.
     # The pair (1, 0): 1000.
     torch.testing.assert_close(losses, torch.tensor([0.0, 3000.0, 1000.0], dtype=dtype))
     got = gradient(plackett_luce_loss, pi, torch.zeros_like(pi), orders, 0.1)
-    # Each wrong draw takes beta = 0.1 from the one taken and gives it to the best of those left:
-    # 2 taken before 0, 1 taken before 0, and 1 before 0 again in the pair.
+    # Each wrong draw adds -beta = -0.1 to the answer taken and +0.1 to the best of those left:
+    # 2 is taken before 0, 1 before 0, and 1 before 0 again in the pair.
     torch.testing.assert_close(got, torch.tensor([0.3, -0.2, -0.1], dtype=dtype))
 
 
@@ -998,4 +1008,4 @@ def test_optimal_policy_is_right_when_rewards_are_huge_beside_beta(dtype):
     best = optimal_policy(ref, rewards, 0.1)
     assert best.isfinite().all()
     torch.testing.assert_close(best.exp(), torch.tensor([0.0, 1.0, 0.0], dtype=dtype),
-                               rtol=0, atol=2e-3)       # float32 is 1e-3 wide at 10000
+                               rtol=0, atol=2e-3)       # float32 is spaced 1e-3 apart at 10000

@@ -2,8 +2,9 @@
 
     pytest tests/test_model.py
 
-What the model is compared with is written out here: a GPT-2 in NumPy, one sequence at a time, and
-log-probs summed token by token. All in float64, so that equal means equal.
+The model is compared with a GPT-2 in NumPy that computes one sequence at a time, and with log-probs
+summed token by token. Both are written out here. Almost everything is in float64, so that
+tolerances can be small.
 """
 
 import copy
@@ -14,8 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import model as module
 from data import Encoded, pack
@@ -29,7 +29,7 @@ EOT = 12                                                    # the last id of the
 
 
 def small_gpt(seed=0, std=0.3, n_layer=2):
-    """A GPT of 13 ids whose weights are large enough that every token matters."""
+    """A GPT with 13 ids and with weights large enough that every token matters."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size=24, vocab_size=13, n_layer=n_layer, n_head=2,
                           n_embd=8)).double()
@@ -55,7 +55,7 @@ def groups(draw):
 
 
 def gpt2_by_hand(model, tokens):
-    """Logits (T, V) of one sequence, in NumPy, from nothing but the state dict."""
+    """Logits (T, V) of one sequence, computed in NumPy from the state dict alone."""
     w = {name: value.numpy() for name, value in model.state_dict().items()}
     T, H = len(tokens), model.config.n_head
 
@@ -91,15 +91,15 @@ def gpt2_by_hand(model, tokens):
 @for_all
 @given(st.lists(ids, min_size=1, max_size=24), st.integers(0, 3))
 def test_forward_is_gpt2_written_out_by_hand(tokens, seed):
-    """Pre-LayerNorm, tanh GELU, learned positions, tied head: any departure shows here."""
+    """Pre-LayerNorm, tanh GELU, learned positions, tied head: any deviation shows here."""
     model = small_gpt(seed)
     got = model(torch.tensor([tokens]))[0].detach().numpy()
     np.testing.assert_allclose(got, gpt2_by_hand(model, tokens), rtol=1e-10, atol=1e-10)
 
 
 def test_default_sizes_are_those_of_the_released_124m_model():
-    """wte 50257 x 768, wpe 1024 x 768, 12 blocks of 12 C^2 + 13 C, ln_f 2 C: 124,439,808; the
-    output head is wte again and adds nothing."""
+    """wte has 50257 x 768 parameters, wpe 1024 x 768, a block 12 C^2 + 13 C, and ln_f 2 C. With 12
+    blocks that makes 124,439,808. The output head is wte again and adds nothing."""
     with torch.device("meta"):
         model = GPT(GPTConfig())
     C = 768
@@ -108,7 +108,8 @@ def test_default_sizes_are_those_of_the_released_124m_model():
 
 
 def test_residual_projections_start_smaller_by_the_root_of_twice_the_depth():
-    """2 n_layer additions to the residual stream, each of variance 1 / (2 n_layer)."""
+    """The blocks add to the residual stream 2 n_layer times. Scaled by 1 / sqrt(2 n_layer), here
+    1 / sqrt(2 x 8) = 1/4, they have a total variance that does not depend on the depth."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=8, n_head=1, n_embd=256))
     assert model.h[3].attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.03)
@@ -120,7 +121,7 @@ def test_residual_projections_start_smaller_by_the_root_of_twice_the_depth():
 @for_all
 @given(st.lists(ids, min_size=2, max_size=24), st.data())
 def test_no_logit_depends_on_a_later_token(tokens, data):
-    """Causality: else the model would read the token that it is asked to predict."""
+    """Causality: otherwise the model would see the token that it has to predict."""
     model, t = small_gpt(), data.draw(st.integers(1, len(tokens) - 1))
     other = tokens[:t] + [data.draw(ids) for _ in tokens[t:]]
     a, b = model(torch.tensor([tokens])), model(torch.tensor([other]))
@@ -128,7 +129,7 @@ def test_no_logit_depends_on_a_later_token(tokens, data):
 
 
 def test_training_mode_changes_nothing():
-    """No dropout: policy and reference are compared token by token, noise would be all they see."""
+    """There is no dropout: noise would swamp the difference between policy and reference."""
     model, tokens = small_gpt(), torch.tensor([[1, 2, 3, 4]])
     assert torch.equal(model.train()(tokens), model.eval()(tokens))
 
@@ -144,7 +145,7 @@ def test_heads_must_divide_channels():
 
 
 def logp_by_hand(model, prompt, answer):
-    """log pi(y|x) of one answer in a row of its own: each token read at the place before it."""
+    """log pi(y|x) of one answer in its own row. The place before a token predicts it."""
     log_probs = model(torch.tensor([prompt + answer]))[0].log_softmax(-1)
     return sum(log_probs[len(prompt) + i - 1, token] for i, token in enumerate(answer))
 
@@ -157,7 +158,7 @@ def logps_by_hand(model, items):
 @for_all
 @given(groups(), st.integers(12, 40))
 def test_packed_logps_are_those_of_one_row_a_sequence(items, row_length):
-    """Any lengths, any number of answers: packing saves arithmetic and changes no number."""
+    """For any lengths and numbers of answers, packing saves arithmetic and changes no number."""
     model = small_gpt()
     got = model.logps(pack(items, row_length))
     torch.testing.assert_close(got, logps_by_hand(model, items), rtol=0, atol=1e-12)
@@ -166,7 +167,7 @@ def test_packed_logps_are_those_of_one_row_a_sequence(items, row_length):
 @for_all
 @given(groups(), st.integers(12, 40))
 def test_packed_gradients_are_those_of_one_row_a_sequence(items, row_length):
-    """Each answer with a weight of its own, so that none can stand in for another."""
+    """Each answer has a weight of its own in the sum, so it would show if two were swapped."""
     packed, single = small_gpt(), small_gpt()
     weights = torch.arange(1.0, 1 + sum(len(item.answers) for item in items)).double()
     (packed.logps(pack(items, row_length)) * weights).sum().backward()
@@ -178,7 +179,7 @@ def test_packed_gradients_are_those_of_one_row_a_sequence(items, row_length):
 @for_all
 @given(sequences, sequences, st.lists(sequences, min_size=1, max_size=3))
 def test_an_answer_is_blind_to_its_siblings(prompt, answer, siblings):
-    """Rewrite the siblings, token by token: the answer's log-prob does not move by a bit."""
+    """If every token of its siblings changes, an answer's log-prob stays the same, bit for bit."""
     model = small_gpt()
     rewritten = [[(token + 1) % (EOT + 1) for token in sibling] for sibling in siblings]
     a = model.logps(pack([Encoded(prompt, [*siblings, answer], [])], 40))
@@ -189,8 +190,8 @@ def test_an_answer_is_blind_to_its_siblings(prompt, answer, siblings):
 @for_all
 @given(sequences, sequences)
 def test_probabilities_of_all_next_tokens_sum_to_one(prompt, answer):
-    """exp(logps) over every one-token continuation of a prompt: with a shift missing, or a first
-    token dropped, the sum would be something else."""
+    """exp(logps) summed over every one-token continuation of a prompt. Without the shift by one, or
+    without the first token of an answer, the sum would not be 1."""
     model = small_gpt()
     logps = model.logps(pack([Encoded(prompt + answer, [[i] for i in range(EOT + 1)], [])], 40))
     assert logps.exp().sum().item() == pytest.approx(1, abs=1e-12)
@@ -199,7 +200,7 @@ def test_probabilities_of_all_next_tokens_sum_to_one(prompt, answer):
 @for_all
 @given(sequences, sequences, sequences)
 def test_logps_follow_the_chain_rule(prompt, begin, end):
-    """log pi(ab|x) = log pi(a|x) + log pi(b|xa): sums, not means, and prompts are never scored."""
+    """log pi(ab|x) = log pi(a|x) + log pi(b|xa): sums, not means, and prompts are not scored."""
     model = small_gpt()
     whole, first, second = model.logps(pack([
         Encoded(prompt, [begin + end], []), Encoded(prompt, [begin], []),
@@ -208,7 +209,8 @@ def test_logps_follow_the_chain_rule(prompt, begin, end):
 
 
 def test_common_mistakes_give_other_numbers():
-    """The oracle can tell: no shift, first token dropped, mean for sum, prompt scored."""
+    """So the tests above would catch them: no shift by one, the first token or the end-of-text
+    dropped, a mean instead of a sum, the prompt scored."""
     model, prompt, answer = small_gpt(), [3, 1, 4], [1, 5, EOT]
     right = model.logps(pack([Encoded(prompt, [answer], [])], 8)).item()
     log_probs = model(torch.tensor([prompt + answer]))[0].log_softmax(-1)
@@ -224,8 +226,9 @@ def test_common_mistakes_give_other_numbers():
 @for_all
 @given(groups(), st.integers(2, 40), st.sampled_from([0.0, -100.0]))
 def test_a_padded_vocabulary_changes_no_log_prob_and_no_gradient(items, multiple, shift):
-    """13 columns rounded up for the tensor cores. With the first channel constant, every logit is
-    shifted by -100, where GPT-2's lie: a column of zeros would take all the probability."""
+    """The 13 columns of the head are padded to a multiple, as for the tensor cores. A constant
+    first channel shifts every logit by 0 or by -100, where GPT-2's logits lie; there, a padding
+    column of zeros would take all the probability."""
     plain, padded = small_gpt(), small_gpt()
     for model in (plain, padded):
         with torch.no_grad():
@@ -244,8 +247,9 @@ def test_a_padded_vocabulary_changes_no_log_prob_and_no_gradient(items, multiple
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_half_precision_logps_are_float32_and_close(precision):
-    """Products in half precision, softmax and sums in float32. A half has 8 or 11 bits, so a
-    logit of about 1 is off by less than 2^-7, and a sum of 5 tokens by 5 times that."""
+    """Matrix products are in half precision, softmax and sums in float32. The formats have 8 and 11
+    significant bits, so a logit of about 1 is off by less than 2^-7, and a sum over 5 tokens by
+    less than 5 times that. The tolerance is four times larger."""
     model, items = small_gpt().float(), [Encoded([1, 2, 3], [[4, 5, 6, 7, EOT], [8, 9, EOT]], [])]
     exact = model.logps(pack(items, 16))
     model.precision = precision
@@ -257,7 +261,7 @@ def test_half_precision_logps_are_float32_and_close(precision):
 
 
 def steps_of_any_shape():
-    """Packed batches in rows of 16 that differ in how many rows, scored tokens and answers."""
+    """Packed batches in rows of 16 tokens, with varying numbers of rows, scored tokens, answers."""
     rng = np.random.default_rng(0)
     for n in (4, 9, 3, 17, 5):
         yield pack([Encoded([1] * rng.integers(1, 7), [[2] * m for m in rng.integers(1, 9, k)], [])
@@ -265,15 +269,16 @@ def steps_of_any_shape():
 
 
 def compile_on(model):
-    """What the loops call, and what pack_for_model does for it."""
+    """What the training loops call if a model is compiled, after marking the batch as
+    pack_for_model does."""
     set_compiled(model, "on")
     assert model.compiled
     return lambda batch: allow_any_size(batch) or compiled_logps(model)(batch)
 
 
 def test_compiled_logps_are_the_eager_ones():
-    """Compilation may reorder float32 sums, no more, whatever the shapes; and no key of the weights
-    changes."""
+    """Compilation may reorder float32 sums and change nothing else, whatever the shapes. The keys
+    of the state dict stay the same."""
     eager, compiled = (small_gpt(n_layer=1).float() for _ in "12")
     compiled_logps_of = compile_on(compiled)
     for batch in steps_of_any_shape():
@@ -291,8 +296,9 @@ def test_compiled_logps_are_the_eager_ones():
 
 
 def test_nothing_is_compiled_after_the_first_step_and_the_first_look(monkeypatch):
-    """Compiling takes longer than many steps. Rows, scored tokens and answers differ each time;
-    a step and a look (no gradients) have a graph each, and another where there is but one row."""
+    """Compiling takes longer than many steps. Although the numbers of rows, scored tokens and
+    answers differ in each batch, there are only two graphs, one for training steps and one for
+    evaluation (without gradients), and another for batches of a single row."""
     graphs, torch_compile = [], torch.compile
 
     def count(graph, inputs):
@@ -317,7 +323,7 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_look(monkeypatch
 
 
 def plain_greedy(model, prompt, new, eot):
-    """The likeliest token after the whole text so far, again and again, nothing remembered."""
+    """Greedy decoding without a cache: every token is computed from the whole text so far."""
     text = list(prompt)
     while len(text) < min(len(prompt) + new, 24) and (text == prompt or text[-1] != eot):
         text.append(model(torch.tensor([text]))[0, -1].argmax().item())
@@ -325,13 +331,13 @@ def plain_greedy(model, prompt, new, eot):
 
 
 def leaving(every, most_going=1.0):
-    """A with block in which generate looks so often for rows that are done; by default they leave
-    however few they are."""
+    """A with block in which generate checks for finished rows every so many tokens and drops them
+    once at most this share of the rows is unfinished; by default, however few are finished."""
     return mock.patch.multiple(module, CHECK_EVERY=every, MOST_GOING=most_going)
 
 
 def tokens_read(model, *arguments, **named):
-    """(answers, tokens that went through the network at each step) of model.generate."""
+    """Call model.generate. Returns (answers, tokens that went through the network at each step)."""
     counts, hidden = [], model.hidden
 
     def counted(tokens, *more):
@@ -344,14 +350,14 @@ def tokens_read(model, *arguments, **named):
 @for_all
 @given(st.lists(sequences, min_size=1, max_size=4), st.integers(1, 12))
 def test_cached_generation_of_ragged_prompts_is_the_plain_one(prompts, new):
-    """The likeliest token after the whole text so far, each prompt alone, nothing remembered. The
-    weights are large, so that a token too many or too few in sight changes which is likeliest."""
+    """Greedy answers are those of each prompt alone, decoded without a cache. The weights are
+    large, so one visible token too many or too few changes the most likely one."""
     model = small_gpt(std=1.0)
     expected = [plain_greedy(model, prompt, new, EOT) for prompt in prompts]
     assert model.generate(prompts, new, temperature=0, eot=EOT) == expected
 
 
-# Four prompts, and a list in which they come in any order and number.
+# Up to four prompts, each repeated any number of times, in any order.
 repeated = st.lists(sequences, min_size=1, max_size=4).flatmap(
     lambda prompts: st.lists(st.sampled_from(prompts), min_size=1, max_size=8))
 
@@ -359,9 +365,9 @@ repeated = st.lists(sequences, min_size=1, max_size=4).flatmap(
 @for_all
 @given(repeated, st.integers(1, 9), st.sampled_from([0.0, 0.5, 0.75, 1.0]), ids)
 def test_no_answer_changes_when_others_leave_the_batch(prompts, every, most_going, eot):
-    """Any token may be the end, so that answers end early, late and never; and rows leave at every
-    step, or only when many are done. A row that took over another's keys would go on with its
-    text."""
+    """Any token may be the end-of-text, so answers end early, late and never, and finished rows
+    leave at every step or only once many have finished. A row with the cached keys of another would
+    continue the other's text."""
     model = small_gpt(std=1.0)
     expected = [plain_greedy(model, prompt, 30, eot) for prompt in prompts]
     with leaving(every, most_going):
@@ -371,7 +377,8 @@ def test_no_answer_changes_when_others_leave_the_batch(prompts, every, most_goin
 @for_all
 @given(repeated)
 def test_a_prompt_is_read_once_for_all_its_answers(prompts):
-    """Side by side in the list or not. Each takes the columns of the longest."""
+    """Equal prompts are prefilled once, wherever they are in the list. Each takes as many columns
+    as the longest."""
     _, counts = tokens_read(small_gpt(), prompts, 1)
     assert counts == [len(set(map(tuple, prompts))) * max(map(len, prompts))]
 
@@ -379,8 +386,8 @@ def test_a_prompt_is_read_once_for_all_its_answers(prompts):
 @for_all
 @given(repeated, st.integers(0, 99), st.integers(1, 30))
 def test_an_answer_that_is_done_costs_nothing_more(prompts, seed, new):
-    """Looked for at every step, all that is read after the prompts is each answer without its last
-    token, whether that was the end of text, the limit or the last position."""
+    """If finished rows leave at every step, the tokens computed after the prefill are those of each
+    answer except its last, whether that was end-of-text, the limit or the last position."""
     with leaving(1):
         answers, counts = tokens_read(small_gpt(), prompts, new, eot=EOT,
                                       generator=torch.Generator().manual_seed(seed))
@@ -389,24 +396,26 @@ def test_an_answer_that_is_done_costs_nothing_more(prompts, seed, new):
 
 
 def test_most_of_the_tail_of_long_answers_is_not_paid_for():
-    """As it is set, too: 200 answers of at most 23 tokens, one in 13 tokens ends one. That a done
-    row stays is at most for the 7 steps until it is looked for, and for as long as they are less
-    than a quarter."""
+    """This is with the default settings: 200 answers of at most 23 tokens, of which about one token
+    in 13 ends an answer. A finished row stays for at most 7 steps, until the next check, or for as
+    long as less than a quarter of the rows have finished."""
     model = small_gpt()
     answers, counts = tokens_read(model, [[1]] * 200, 23, eot=EOT,
                                   generator=torch.Generator().manual_seed(0))
     lengths = [len(answer) for answer in answers]
     for step, count in enumerate(counts[1:]):
-        looked = step + 1 - (step + 1) % module.CHECK_EVERY     # tokens there were at the last look
+        looked = step + 1 - (step + 1) % module.CHECK_EVERY     # length at the last check
         going = sum(length > looked for length in lengths)
         assert count <= (going / module.MOST_GOING if looked else 200)
     assert max(lengths) == 23 and counts[-1] < 100
 
 
 def test_sampled_answers_follow_the_models_own_distribution():
-    """4,000 two-token answers: how often each first token comes, against its probability. A share p
-    of n draws has standard deviation sqrt(p (1 - p) / n) < 0.008; we allow five. Those whose first
-    token is the end leave the batch, and what the others draw next must not show it."""
+    """The shares of first tokens among 4,000 two-token answers, against their probabilities. The
+    share of an event of probability p in n draws has standard deviation
+    sqrt(p (1 - p) / n) < 0.008; five of these are allowed. Rows whose first token is end-of-text
+    leave the batch, which must not affect what the others draw next, so second tokens are
+    compared."""
     model, n = small_gpt(), 4000
     with leaving(1):
         answers = model.generate([[1, 2, 3]] * n, 2, eot=EOT,
@@ -422,7 +431,8 @@ def test_sampled_answers_follow_the_models_own_distribution():
 
 
 def test_generation_has_its_own_generator():
-    """The same seed gives the same answers, and the state of training's generator does not move."""
+    """The same seed gives the same answers, and the state of PyTorch's default generator, which
+    training may use, does not change."""
     model = small_gpt()
 
     def answers(seed):
@@ -441,8 +451,8 @@ def test_an_answer_ends_with_its_first_end_of_text_or_at_the_limit():
 
 
 def test_each_prompt_may_use_all_positions_there_are():
-    """A long prompt in the batch takes nothing away from a short one: 24 positions, prompts of 20
-    and 2 tokens, so 4 and 22 new ones, the same as if each were alone."""
+    """A long prompt in the batch takes nothing away from a short one. With 24 positions, prompts of
+    20 and 2 tokens get 4 and 22 new ones, the same as if each were alone."""
     model, prompts = small_gpt(), [[1] * 20, [2] * 2]
     together = model.generate(prompts, 100, temperature=0)
     assert [len(answer) for answer in together] == [4, 22]
@@ -459,7 +469,7 @@ logits = st.lists(st.floats(-5, 5), min_size=2, max_size=8, unique_by=lambda z: 
 
 
 def draws(row, **how):
-    """The ids that come up in 200 draws, the settings left open being off."""
+    """The set of ids in 200 draws. Settings that are not given are off."""
     how = dict(temperature=1.0, top_k=None, top_p=None) | how
     rows = torch.tensor([row], dtype=torch.float64).expand(200, -1)
     return set(choose(rows, generator=torch.Generator().manual_seed(0), **how).tolist())
@@ -488,8 +498,8 @@ def test_top_p_draws_only_the_fewest_likeliest_that_reach_p(row, p):
 
 
 def test_top_k_and_top_p_draw_every_one_of_those_they_leave():
-    """Probabilities 0.5, 0.3 and 0.2: the first two reach 0.7, and the last is needed for 0.9. In
-    200 draws the rarest of them is missing with probability 0.8^200 = 4e-20."""
+    """With probabilities 0.5, 0.3 and 0.2, the first two reach 0.7, and the last is needed for 0.9.
+    The rarest is missing from 200 draws with probability 0.8^200 = 4e-20."""
     row = [math.log(p) for p in (0.5, 0.3, 0.2)]
     assert draws(row, top_k=2) == draws(row, top_p=0.7) == {0, 1}
     assert draws(row, top_k=3) == draws(row, top_p=0.9) == draws(row) == {0, 1, 2}
@@ -497,7 +507,8 @@ def test_top_k_and_top_p_draw_every_one_of_those_they_leave():
 
 @pytest.mark.parametrize("u, token", [(0.0, 1), (1 - 2**-53, 3)])
 def test_no_number_draws_a_token_that_has_no_probability(monkeypatch, u, token):
-    """Of probabilities 0, 1/4, 0, 3/4 and 0, with the smallest and the largest number there is."""
+    """The probabilities are 0, 1/4, 0, 3/4 and 0. The smallest number that torch.rand can return
+    draws token 1, the first with any probability, and the largest draws token 3, the last."""
     monkeypatch.setattr(torch, "rand",
                         lambda *shape, dtype, **how: torch.full(shape, u, dtype=dtype))
     row = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log()
@@ -505,8 +516,9 @@ def test_no_number_draws_a_token_that_has_no_probability(monkeypatch, u, token):
 
 
 def test_temperature_divides_the_logits_once():
-    """Logits 0 and 1 at temperature 0.5 are 0 and 2: the second has probability sigma(2), 0.88;
-    applied twice it would be sigma(4), 0.98. 20,000 draws: standard deviation 0.0023."""
+    """Logits 0 and 1 at temperature 0.5 become 0 and 2, so the second token has probability
+    sigma(2) = 0.88. If the temperature were applied twice, it would be sigma(4) = 0.98. The share
+    in 20,000 draws has standard deviation 0.0023; five of these are allowed."""
     rows = torch.tensor([[0.0, 1.0]]).expand(20_000, -1)
     share = choose(rows, 0.5, None, None, torch.Generator().manual_seed(0)).double().mean().item()
     assert share == pytest.approx(1 / (1 + math.exp(-2)), abs=5 * 0.0023)
@@ -518,7 +530,8 @@ def test_temperature_divides_the_logits_once():
 
 
 def test_weight_decay_shrinks_matrices_and_nothing_else():
-    """With zero gradients AdamW only decays: matrices by lr x decay, biases and gains not."""
+    """With zero gradients AdamW only decays: matrices shrink by the factor 1 - lr x decay =
+    1 - 0.1 x 0.5 = 0.95, and biases and layer norms stay."""
     model = small_gpt()
     before, optimizer = copy.deepcopy(model), model.optimizer(lr=0.1, weight_decay=0.5)
     for parameter in model.parameters():
@@ -564,7 +577,7 @@ class Hostile:
 
 
 def test_files_that_are_no_checkpoints_are_refused_in_one_sentence(tmp_path, monkeypatch):
-    """Missing, a folder, cut in half, other content, other sizes, a pickle that would run code."""
+    """A missing file, a folder, half a file, other content or sizes, a pickle that runs code."""
     monkeypatch.chdir(tmp_path)
     save_checkpoint("good.pt", small_gpt())
     good = (tmp_path / "good.pt").read_bytes()
@@ -585,18 +598,18 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_sentence(tmp_path, mon
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_logits_far_from_zero_cost_no_precision(precision):
-    """All logits of the released GPT-2 lie around -100, where bfloat16 knows only every half. A
-    head in bfloat16 would be off by about a quarter a token; in float32 the offset, which no
-    probability depends on, changes nothing."""
+    """All logits of the released GPT-2 lie around -100, where bfloat16 has a resolution of one
+    half, so a head in bfloat16 would be off by about a quarter per token. In float32, the common
+    offset, on which no probability depends, changes nothing."""
     model, item = small_gpt().float(), Encoded([1, 2, 3], [[4, 5, 6, 7, 8, 9, 10, EOT]], [])
     with torch.no_grad():
-        model.ln_f.weight.zero_()       # what the head reads is then ln_f.bias alone, of length 1
+        model.ln_f.weight.zero_()       # so the input of the head is ln_f.bias alone, of norm 1
         model.ln_f.bias.copy_(torch.eye(8)[0])
         model.precision = precision
         near = model.logps(pack([item], 32))
         model.wte.weight[:, 0] -= 100
         far = model.logps(pack([item], 32))
-    # Eight tokens, each off by float32's rounding at 100, 4e-6, in the logit and in the sum.
+    # Eight tokens, each off by float32's rounding error at 100, 4e-6, in its logit and in the sum.
     torch.testing.assert_close(far, near, rtol=0, atol=1e-3)
 
 

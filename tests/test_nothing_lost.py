@@ -1,10 +1,10 @@
-"""Nothing lost: a run that is stopped, killed or broken goes on from where it was, to the same end.
+"""Nothing lost: a run that is stopped, killed or broken continues from there, to the same end.
 
     pytest tests/test_nothing_lost.py
 
-A kill leaves nothing but what is on the disk. Most tests here kill a run by an exception that
-nothing catches, in the same process, which is quick; one sends SIGKILL to real processes. "The same
-end" is always to the last bit: weights, the optimizer's moments, every row of metrics.csv.
+After a kill, only what is on disk is left. Most tests here kill a run with an exception that
+nothing catches, in the same process, which is fast; one sends SIGKILL to real processes. "The same
+end" is always meant to the last bit: weights, the optimizer's moments, every row of metrics.csv.
 """
 
 import errno
@@ -21,8 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import runtime.cli
 import runtime.run
@@ -40,7 +39,7 @@ STEPS = 7
 
 
 class Killed(BaseException):
-    """Nothing catches it; what is in memory is gone."""
+    """Stands for a kill: nothing catches it, and what was in memory is gone."""
 
 
 def items(n=6):
@@ -52,8 +51,8 @@ def items(n=6):
 
 
 def train(script, out, resume=False, seed=0, data=None, held_out=None, **changes):
-    """A training loop of STEPS steps; returns its model."""
-    # 5 pairs a step of 18, or 4 texts of 6: epochs end in the middle of a step.
+    """Run a training loop for STEPS steps. Returns its model."""
+    # A step takes 5 of 18 pairs, or 4 of 6 texts, so epochs end in the middle of a step.
     flags = dict(out=out, row_length=32, steps=STEPS, batch=5 if script is train_dpo else 4,
                  lr=1e-2, warmup=3, log_every=2, eval_every=3, save_every=0.0, resume=resume,
                  seed=seed)
@@ -73,14 +72,14 @@ def train(script, out, resume=False, seed=0, data=None, held_out=None, **changes
 
 
 def everything(out):
-    """The final state and the metrics: what must be the same."""
+    """(final training state, bytes of the metrics): what must be the same."""
     [state] = out.glob("*_state.pt")
     [metrics] = out.glob("*metrics.csv")
     return load_state(state), metrics.read_bytes()
 
 
 def same(left, right):
-    """Nested dicts and lists with tensors in them are equal to the last bit."""
+    """Whether two nested dicts and lists of tensors are equal to the last bit."""
     if isinstance(left, torch.Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):
@@ -91,7 +90,7 @@ def same(left, right):
 
 
 def killed_at(script, step):
-    """Make the loop of a script die in step number `step`, before its update or after it."""
+    """An update that dies in step `step // 2`: before it if `step` is even, else after it."""
     calls = []
     update = script.update
 
@@ -108,7 +107,7 @@ def killed_at(script, step):
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory):
-    """What runs come to that nothing disturbed: {(script, accumulate): everything}."""
+    """The results of undisturbed runs: {(script, accumulate): everything}."""
     found = {}
     for script in (train_sft, train_dpo):
         for accumulate in (1, 2):
@@ -128,8 +127,8 @@ def untouched(tmp_path_factory):
        st.lists(st.integers(0, 2 * STEPS - 1), max_size=3))
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bytes(
         untouched, tmp_path_factory, script, accumulate, every, deaths):
-    """Killed up to three times, in any step, before or after its update, with the state written
-    every so many steps: a clock that advances a minute with each look at it."""
+    """It is killed up to three times, in any step, before or after its update, and the state is
+    saved every few steps: the clock advances by a minute whenever it is read."""
     out, clock = tmp_path_factory.mktemp("killed"), iter(range(10**6))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime.run.time, "monotonic", lambda: 60 * next(clock))
@@ -149,7 +148,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bytes(
 
 
 def test_what_is_compared_would_show_one_step_more_or_less(untouched, tmp_path):
-    """The claim above can fail: one step left out is another model."""
+    """The test above can fail: with one step left out, the weights differ."""
     train(train_dpo, tmp_path, steps=STEPS - 1)
     state, metrics = everything(tmp_path)
     expected, expected_metrics = untouched[train_dpo, 1]
@@ -158,8 +157,8 @@ def test_what_is_compared_would_show_one_step_more_or_less(untouched, tmp_path):
 
 
 def test_sigkill_in_every_phase_of_dpo_costs_nothing_but_the_phase(tmp_path):
-    """A process is killed while it samples, while it computes the reference, and while it trains,
-    and the next goes on. Every file is then the one of a run in one go."""
+    """A process is killed while it samples, the next while it computes the reference, the next
+    while it trains, and the last one finishes. Every file is then that of an uninterrupted run."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = ("--prefixes 40 --samples 4 --max-new-tokens 96 --eval-prompts 20 --steps 10 "
              "--batch 16 --accumulate 2 --seed 3 --device cpu").split()
@@ -190,7 +189,7 @@ def test_sigkill_in_every_phase_of_dpo_costs_nothing_but_the_phase(tmp_path):
     process = start()
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    assert "already sampled" in output and "already computed" in output and "going on" in output
+    assert output.count("already computed") >= 2 and "going on" in output
     names = {path.name for path in killed.iterdir()}
     assert names == {"dpo.pt", "metrics.csv", "preferences.jsonl", "preferences.key",
                      "reference.json", "reference.key", "results.json", "sft.pt"}
@@ -223,14 +222,14 @@ def test_finished_phases_are_not_repeated_unless_something_they_depend_on_change
     (tmp_path / "reference.json").write_text("[[0]]")
     assert phases("--samples", "4") == ["score"]
     (tmp_path / "preferences.jsonl").write_text("{}")
-    assert phases("--samples", "4") == ["sample"]           # the same ones, so the same reference
+    assert phases("--samples", "4") == ["sample"]           # the same answers and reference
     train_sft.main([*there, *sft, "--seed", "1"])
     assert phases("--samples", "4") == ["sample", "score"]
 
 
 def test_reference_log_probs_of_other_weights_are_never_used(tmp_path, monkeypatch):
-    """The same file and the same answers, but another SFT model: a cache that left the weights out
-    of its key would give it the rewards of somebody else."""
+    """The file and the answers are the same, but the SFT model is another one. If the key of the
+    cache left out the weights, its reference would be that of the first model."""
     rows = [{"prompt": f"P {i}", "chosen": f" good {i}", "rejected": " bad"} for i in range(30)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--out", str(tmp_path), "--data", str(tmp_path / "a.jsonl"), "--device", "cpu",
@@ -248,7 +247,8 @@ def test_reference_log_probs_of_other_weights_are_never_used(tmp_path, monkeypat
 
 
 def test_a_kill_while_the_state_is_written_leaves_the_one_before(untouched, tmp_path, monkeypatch):
-    """The state after step 2 breaks off in the middle; the one before is still there, and whole."""
+    """Writing the state after step 2 is cut off in the middle. The previous state is still there
+    and complete."""
     real, saves = torch.save, []
 
     def dying(content, file):
@@ -270,8 +270,9 @@ def test_a_kill_while_the_state_is_written_leaves_the_one_before(untouched, tmp_
 
 
 def test_a_run_goes_on_with_the_micro_batches_it_began_with(tmp_path, untouched, monkeypatch):
-    """Two at first; when it is resumed there would be memory for one. The sums are then rounded as
-    before. Whoever names a number gets it: too little memory may be why the run ended."""
+    """It starts with two; when it is resumed, there would be memory for one. With two, sums are
+    rounded as before. A number that is given takes precedence, because too little memory may be why
+    the run ended."""
     numbers = iter([2, 1])
     monkeypatch.setattr(runtime.run, "fewest_micro_batches", lambda *arguments: next(numbers))
     with pytest.MonkeyPatch.context() as patch:
@@ -290,12 +291,12 @@ def test_a_run_goes_on_with_the_micro_batches_it_began_with(tmp_path, untouched,
 
 
 # ------------------------------------------------------------------------------------------------
-# What cannot be resumed is refused, and says why
+# What cannot be resumed is refused, with the reason
 # ------------------------------------------------------------------------------------------------
 
 
 def interrupted(script, out, **changes):
-    """A folder with the state of a run that was killed in its fourth step."""
+    """A folder with the training state of a run that was killed in its fourth step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "update", killed_at(script, 6))
         with pytest.raises(Killed):
@@ -321,7 +322,7 @@ def test_another_configuration_or_other_data_are_refused_by_name(tmp_path, chang
 
 
 def test_another_reference_is_refused(tmp_path):
-    """The same answers, of which one was a little likelier: rewards would start elsewhere."""
+    """The answers are the same, but one was a little more likely: its rewards would be shifted."""
     interrupted(train_dpo, tmp_path)
     other = items()
     other[3].ref_logps[1] += 1e-6
@@ -330,7 +331,7 @@ def test_another_reference_is_refused(tmp_path):
 
 
 def test_other_held_out_data_are_refused(tmp_path):
-    """They change no weight, but every number of metrics.csv that is about them."""
+    """They change no weight, but all numbers about held-out data in metrics.csv."""
     interrupted(train_dpo, tmp_path)
     with pytest.raises(UserError, match="the held-out data changed since"):
         train(train_dpo, tmp_path, resume=True, held_out=items()[3:])
@@ -338,7 +339,7 @@ def test_other_held_out_data_are_refused(tmp_path):
 
 @pytest.mark.parametrize("what", ["another run's", "cut short", "gone"])
 def test_metrics_are_those_of_the_run_whatever_became_of_the_file(untouched, tmp_path, what):
-    """They are part of the state: the file is written again from it."""
+    """The metrics are part of the training state, and the file is written again from it."""
     path = interrupted(train_dpo, tmp_path) / "metrics.csv"
     if what == "gone":
         path.unlink()
@@ -361,7 +362,7 @@ class Hostile:
 
 
 def test_a_damaged_or_foreign_state_is_refused_and_kept(tmp_path, monkeypatch):
-    """Cut in half, empty, a pickle that runs code, a checkpoint, the state of the other loop."""
+    """Half a file, an empty one, a checkpoint, a pickle that runs code, the other loop's state."""
     monkeypatch.chdir(tmp_path)
     path = interrupted(train_dpo, tmp_path) / "dpo_state.pt"
     good = path.read_bytes()
@@ -386,7 +387,7 @@ def test_a_run_says_when_there_is_something_to_resume_and_when_there_is_not(tmp_
     capsys.readouterr()
     train(train_sft, tmp_path)
     assert "--resume would have continued" in capsys.readouterr().out
-    assert path.with_suffix(".old").read_bytes() == before      # a flag forgotten costs nothing
+    assert path.with_suffix(".old").read_bytes() == before      # a forgotten flag costs nothing
 
 
 # ------------------------------------------------------------------------------------------------
@@ -395,7 +396,7 @@ def test_a_run_says_when_there_is_something_to_resume_and_when_there_is_not(tmp_
 
 
 def raising_signal(script, number, at):
-    """Send this process a signal in step `at`, before the update."""
+    """An update that first sends this process a signal, in step `at`."""
     calls, update = [], script.update
 
     def signalling(*arguments):
@@ -449,8 +450,8 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_state(tmp_path, monkey
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_outside_of_training_ends_with_one_sentence(
         tmp_path, monkeypatch, capsys, number, code):
-    """While answers are sampled, say. (A process in a shell's background begins with Ctrl-C
-    ignored, and so may these tests.)"""
+    """For example while answers are sampled. (A process in the background of a shell starts with
+    Ctrl-C ignored, and these tests may be one, so the default handler is set first.)"""
     monkeypatch.setattr(train_dpo, "open_checkpoint", lambda *a: os.kill(os.getpid(), number))
     (tmp_path / "sft.pt").write_bytes(b"")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -465,7 +466,7 @@ def test_a_signal_outside_of_training_ends_with_one_sentence(
 
 
 # ------------------------------------------------------------------------------------------------
-# Numbers that are none
+# Gradients that are NaN or infinite
 # ------------------------------------------------------------------------------------------------
 
 
@@ -473,8 +474,8 @@ def test_a_signal_outside_of_training_ends_with_one_sentence(
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_no_number_names_step_and_rows_and_spoils_nothing(
         untouched, tmp_path, script, value):
-    """It breaks in step 3, of which no line is logged: the state after step 2 stays, and a repaired
-    run goes on from there."""
+    """It breaks in step 3, for which no line is logged. The state after step 2 is kept, and a
+    repaired run continues from there."""
     calls, update = [], script.update
 
     def breaking(model, *arguments):
@@ -499,7 +500,7 @@ def test_a_gradient_that_is_no_number_names_step_and_rows_and_spoils_nothing(
 
 
 def test_a_broken_number_is_found_although_nobody_waits_for_it(tmp_path, monkeypatch):
-    """Without a save in between it is still the first step that is named, not the last."""
+    """Without a save or a line in between, the first broken step is still the one that is named."""
     calls, update = [], train_dpo.update
 
     def breaking(model, *arguments):
@@ -510,24 +511,24 @@ def test_a_broken_number_is_found_although_nobody_waits_for_it(tmp_path, monkeyp
     monkeypatch.setattr(train_dpo, "update", breaking)
     with pytest.raises(UserError, match="step 1: the gradient is nan"):
         train(train_dpo, tmp_path, save_every=60.0, log_every=100, eval_every=100)
-    assert load_state(tmp_path / "dpo_state.pt")["step"] == 0       # as it was at the beginning
+    assert load_state(tmp_path / "dpo_state.pt")["step"] == 0       # saved before step 0
 
 
 def test_overflows_of_float16_are_the_scalers_business_until_they_go_on_for_too_long(tmp_path):
-    """24 in a row may pass, and one good step forgets them; the 25th in a row stops the run."""
+    """24 in a row are accepted; one finite step resets the count; the 25th in a row is an error."""
     class On:
         def is_enabled(self):
             return True
     log = Log(tmp_path / "log.csv", {}, batches=None, scaler=On())
     for _ in range(2):
         for step in range(24):
-            log.end_step(step, torch.tensor(math.inf), lr=1.0)
-        log.end_step(24, torch.tensor(1.0), lr=1.0)
+            log.note_update(step, torch.tensor(math.inf), lr=1.0)
+        log.note_update(24, torch.tensor(1.0), lr=1.0)
     log.check_gradients()
     for step in range(24):
-        log.end_step(step, torch.tensor(math.nan), lr=1.0)
-        log.check_gradients()                         # counted across looks
-    log.end_step(24, torch.tensor(math.inf), lr=1.0)
+        log.note_update(step, torch.tensor(math.nan), lr=1.0)
+        log.check_gradients()                         # a check does not reset the count
+    log.note_update(24, torch.tensor(math.inf), lr=1.0)
     with pytest.raises(UserError, match="step 24: float16 overflowed 25 times in a row"):
         log.check_gradients()
 
@@ -538,7 +539,7 @@ def test_overflows_of_float16_are_the_scalers_business_until_they_go_on_for_too_
 
 
 def test_a_full_disk_leaves_the_last_good_file(tmp_path):
-    """A limit on the size of files breaks off the writing in the middle, as a full disk does."""
+    """A limit on the size of files cuts off the writing in the middle, as a full disk does."""
     path = tmp_path / "a.pt"
     save_checkpoint(path, GPT(GPTConfig(32, 20, 1, 1, 4)), seed=1)
     before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -570,7 +571,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_run_goes_on_between_two_lines_of_the_log(tmp_path):
-    """The sums of half a line come back on the CPU, and go on with tensors of the GPU."""
+    """The sums since the last line are loaded on the CPU; tensors on the GPU are added to them."""
     flags = ["--out", str(tmp_path), "--device", "cuda", "--save-every", "0", "--steps", "6",
              "--log-every", "4", "--reviews", "100", "--n-layer", "1"]
     with pytest.MonkeyPatch.context() as patch:
@@ -582,7 +583,7 @@ def test_on_a_gpu_a_run_goes_on_between_two_lines_of_the_log(tmp_path):
 
 
 def test_no_state_is_left_when_all_is_done_and_checkpoints_have_plain_keys(tmp_path):
-    """No `_orig_mod.` of torch.compile, no `module.` of a parallel wrapper."""
+    """No `_orig_mod.` of torch.compile, and no `module.` of a wrapper for several processes."""
     flags = ["--out", str(tmp_path), "--device", "cpu", "--save-every", "0"]
     rows = [{"prompt": f"P {i}", "chosen": f" good {i}", "rejected": " bad"} for i in range(30)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -599,8 +600,8 @@ def test_no_state_is_left_when_all_is_done_and_checkpoints_have_plain_keys(tmp_p
 @pytest.mark.parametrize("flag", ["--fresh", None])
 def test_an_sft_run_that_did_not_end_is_not_mistaken_for_an_older_one_that_did(
         tmp_path, monkeypatch, flag, capsys):
-    """--fresh was killed while SFT ran again, before it had written a state of its own but the
-    first: the old sft.pt must not be taken for the new."""
+    """A second SFT run was killed, so sft.pt is still that of the first. --fresh and --resume run
+    SFT instead of using it; without them, DPO starts from it and says so."""
     small = ("--n-layer 1 --n-head 1 --n-embd 8 --block-size 64 --reviews 50 --steps 3 "
              "--device cpu").split()
     train_sft.main([*small, "--out", str(tmp_path)])

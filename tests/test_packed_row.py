@@ -1,4 +1,4 @@
-"""experiments.packed_row: what it prints is what is trained on.
+"""experiments.packed_row: it prints exactly what is trained on.
 
     pytest tests/test_packed_row.py
 """
@@ -10,8 +10,7 @@ import random
 import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import tasks.reviews
 from data import Encoded, Preference, encode, pack
@@ -38,8 +37,9 @@ def test_the_example_at_the_top_of_the_module_is_printed_as_it_stands_there():
         "tokens    <eot> The _acting _was _great ! <eot> _dull . <eot> | <eot> I",
         "position      0   1       2    3      4 5     6     4 5     6 |     0 1",
         "answer        0   0       0    0      1 1     1     2 2     2 |     0 1"]
-    # A token a character across, two down: what either of tokens 0 and 1, 2 and 3, ... sees. The
-    # fourth line is <eot> of the first answer, which sees all so far, and "dull", which does not.
+    # A character is one token across and two down: a line shows what either of tokens 0 and 1, 2
+    # and 3, ... sees. The fourth line is the <eot> of the first answer, which sees everything
+    # before it, and "_dull", which does not.
     assert [line.strip() for line in text.splitlines()[-6:]] == [
         "##..........", "####........", "######......",
         "########....", "####...###..", "..........##"]
@@ -69,7 +69,7 @@ def test_every_token_position_and_answer_of_the_row_is_shown_in_order(seed, widt
 
 
 def test_no_line_is_longer_than_the_terminal_is_wide():
-    """At every width, wherever a line ends and another prompt begins."""
+    """At every width, wherever a line ends, even just before the next prompt."""
     item = encode(Preference("I", [" was"], []), TOKENIZER, 8)
     batch = pack([item] * 16, 64)
     for width in range(40, 90):
@@ -78,7 +78,7 @@ def test_no_line_is_longer_than_the_terminal_is_wide():
 
 
 def test_what_is_scored_is_bright_and_what_is_not_is_dim():
-    """The scored tokens are those that `target` lists, in that order; all others are dim."""
+    """The bright tokens are those that `target` lists, in that order; all others are dim."""
     items = [encode(Preference("The plot", [" was good.", " was", " is"], [(0, 1)]), TOKENIZER, 64)]
     batch = pack(items, 64)
     first = show_row(batch, 0, TOKENIZER, colour=True).splitlines()[0]
@@ -88,7 +88,7 @@ def test_what_is_scored_is_bright_and_what_is_not_is_dim():
     shown = ["<eot>" if i == TOKENIZER.eot_token else TOKENIZER.decode([i]).replace(" ", "_")
              for i in ids]
     assert dim == ["<eot>", "The", "_plot"] and [text for _, text in bright] == shown
-    assert len({colour for colour, _ in bright}) == 3           # each answer its own
+    assert len({colour for colour, _ in bright}) == 3           # each answer has its own
 
 
 def test_tokens_that_are_no_letters_are_shown_in_one_line():
@@ -110,7 +110,7 @@ def test_a_large_mask_is_shown_small():
     assert "4 tokens per character across and 8 down" in text
     assert {len(line) for line in picture} == {10 + 64}
     assert picture[0].strip() == "##" + "." * 62
-    last = picture[-1].strip()                  # sees the prompt, not its sibling, then itself
+    last = picture[-1].strip()          # the second answer sees the prompt and itself
     assert last == "#" * 25 + "." * 22 + "#" * 17
 
 
@@ -158,6 +158,6 @@ def test_bad_input_is_one_sentence(flags, words, capsys):
 @pytest.mark.skipif("DPO_HH_FILE" not in os.environ, reason="DPO_HH_FILE names no file")
 def test_real_dialogues_are_shown(tmp_path, capsys):
     packed_row.main(["--data", os.environ["DPO_HH_FILE"], "--out", str(tmp_path), "--tokenizer",
-               "reviews", "--row-length", "1024"])
+                     "reviews", "--row-length", "1024"])
     out = capsys.readouterr().out
     assert "4 x empty answer" in out and "pairs" in out and "H" in lines_of(out, "tokens")

@@ -1,10 +1,10 @@
-"""More than one process: the same run, shared out. Two of them, talking through gloo, on a CPU.
+"""Several processes: two of them, connected by gloo on a CPU, do the same run as one.
 
     pytest tests/test_processes.py
-    torchrun --nproc_per_node 2 tests/test_processes.py FOLDER      # the part of two processes
+    torchrun --nproc_per_node 2 tests/test_processes.py FOLDER      # what the two processes do
 
-The second command is what the first one starts; it makes each run of RUNS and leaves its weights
-and metrics in a folder of its own, beside which pytest makes the same runs alone.
+The first command starts the second, which makes each run of RUNS and leaves its weights and metrics
+in a folder of their own. pytest then makes the same runs in one process and compares.
 """
 
 import csv
@@ -19,29 +19,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data                                                                         # noqa: E402
-import runtime.cli                                                                  # noqa: E402
-import runtime.errors                                                               # noqa: E402
-import runtime.parallel                                                             # noqa: E402
-import runtime.run                                                                  # noqa: E402
-import sample                                                                       # noqa: E402
-import train_dpo                                                                    # noqa: E402
-import train_sft                                                                    # noqa: E402
-from data import Batches, Encoded                                                   # noqa: E402
-from model import GPT, GPTConfig                                                    # noqa: E402
-from runtime.checkpoint import load_checkpoint                                      # noqa: E402
-from runtime.cli import set_up                                                      # noqa: E402
-from runtime.errors import UserError                                                # noqa: E402
-from runtime.parallel import process_rank, set_compiled                             # noqa: E402
-from runtime.run import load_state                                                  # noqa: E402
+import data  # noqa: E402
+import runtime.cli  # noqa: E402
+import runtime.errors  # noqa: E402
+import runtime.parallel  # noqa: E402
+import runtime.run  # noqa: E402
+import sample  # noqa: E402
+import train_dpo  # noqa: E402
+import train_sft  # noqa: E402
+from data import Batches, Encoded  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from runtime.checkpoint import load_checkpoint  # noqa: E402
+from runtime.cli import set_up  # noqa: E402
+from runtime.errors import UserError  # noqa: E402
+from runtime.parallel import process_rank, set_compiled  # noqa: E402
+from runtime.run import load_state  # noqa: E402
 
-# Name: script and flags. Seven prompts with three answers each; no batch here is a multiple of two.
+# Name: (script, flags). There are seven prompts with three answers each, which two processes cannot
+# share equally.
 RUNS = {
     "SFT": (train_sft, dict(batch=3)),
     "SFT in parts": (train_sft, dict(batch=7, accumulate=2)),
@@ -59,7 +59,7 @@ DPO = ("--prefixes 60 --samples 3 --max-new-tokens 40 --steps 6 --batch 13 --log
 
 
 def train(name, out, **changes):
-    """One of RUNS, in float64. Returns the model."""
+    """Make one of RUNS, in float64. Returns the model."""
     script, flags = RUNS[name]
     args = script.parse_args(["--device", "cpu"])
     flags = flags | changes | dict(out=out, row_length=32, steps=STEPS, lr=1e-2, warmup=2,
@@ -78,7 +78,7 @@ def train(name, out, **changes):
              for n, draw in enumerate(torch.randint(0, 20, (7, 12), generator=numbers).tolist())]
     if script is train_sft:
         items = [Encoded(item.prompt, item.answers[:1], []) for item in items]
-    with pytest.MonkeyPatch.context() as patch:     # compiled, but for the code of its kernels
+    with pytest.MonkeyPatch.context() as patch:     # compiled, except for generating kernels
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         set_compiled(model, args.compile)
     for item, logps in zip(items, sample.score(model, items, 32)):
@@ -88,7 +88,7 @@ def train(name, out, **changes):
 
 
 def stop_in_step(number):
-    """SIGTERM to the second process, and to no other, in that step."""
+    """An update that sends SIGTERM to the second process, and to no other, in this step."""
     update, steps = train_sft.update, itertools.count()
 
     def signalled(*arguments):
@@ -99,8 +99,7 @@ def stop_in_step(number):
 
 
 def work(folder):
-    """What each of the two processes does: all RUNS, one that is stopped and resumed, and both
-    commands."""
+    """What each of the two processes does: all RUNS, a stopped and resumed one, both commands."""
     for name in RUNS:
         calls, right = [], runtime.parallel.sum_gradients
         counted = lambda model: calls.append(1) or right(model)                     # noqa: E731
@@ -122,7 +121,7 @@ def work(folder):
 
 
 def torchrun(*arguments, **changes):
-    """Two processes of a script to their end; returns what came of it."""
+    """Run a script in two processes until both end. Returns the CompletedProcess."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | changes
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -135,7 +134,7 @@ def rows_of(path):
 
 
 def assert_alike(left, right, within=2e-6):
-    """The numbers of two CSV files are equal to about the six digits that are printed."""
+    """Assert that the numbers of two CSV files are equal to about the six digits printed."""
     left, right = rows_of(left), rows_of(right)
     assert [row["step"] for row in left] == [row["step"] for row in right]
     for ours, theirs in zip(left, right):
@@ -147,7 +146,7 @@ def assert_alike(left, right, within=2e-6):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The folder in which two processes have done their `work`."""
+    """The folder of two processes that have done their `work`."""
     folder = tmp_path_factory.mktemp("pair")
     done = torchrun(__file__, folder)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -162,8 +161,8 @@ def pair(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_end_with_the_weights_of_one(pair, tmp_path, name):
-    """Each loss is divided by the size of the whole batch and the gradients are added up, so it
-    does not matter who has the larger share: 1e-9 in float64, where 1e-6 is promised."""
+    """Each loss is divided by the size of the whole batch and gradients are added up, so it does
+    not matter which process has the larger share. In float64 the weights agree to 1e-9."""
     alone = train(name, tmp_path).state_dict()
     for process in (0, 1):
         weights, _ = torch.load(pair / name / f"process_{process}.pt", weights_only=True)
@@ -173,8 +172,8 @@ def test_two_processes_end_with_the_weights_of_one(pair, tmp_path, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_metrics_are_those_of_all_processes(pair, tmp_path, name):
-    """TRL #2474 shows one rank's. Sums over counts, each added up: every number of every line,
-    those of held-out data too."""
+    """Every number of every line, also of held-out data, comes from sums and counts that are added
+    up over all processes. (TRL #2474 is about metrics of one process only.)"""
     train(name, tmp_path)
     [ours] = (pair / name).glob("*metrics.csv")
     assert_alike(ours, tmp_path / ours.name)
@@ -182,15 +181,15 @@ def test_metrics_are_those_of_all_processes(pair, tmp_path, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_gradients_travel_once_a_step(pair, name):
-    """Not once for each micro-batch."""
+    """They are not exchanged once per micro-batch."""
     for process in (0, 1):
         _, calls = torch.load(pair / name / f"process_{process}.pt", weights_only=True)
         assert calls == STEPS
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(pair, tmp_path):
-    """The second process alone gets it, in the third step, 2: both end that step and save. Resumed,
-    they end where a run does that nobody disturbed."""
+    """Only the second process gets the signal, in step 2, the third. Both finish that step and
+    save. Resumed, they end where an undisturbed run ends."""
     for process in (0, 1):
         assert torch.load(pair / "stopped" / f"stopped_{process}.pt") == 3
     alone = train("SFT", tmp_path).state_dict()
@@ -202,12 +201,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(pair, tmp_path):
 
 
 def test_a_run_may_go_on_with_another_number_of_processes(pair, tmp_path):
-    """The state of two processes, resumed by one: the split is no part of what the run is."""
+    """The training state of two processes is resumed by one: it does not depend on their number."""
     state = load_state(pair / "DPO" / "dpo_state.pt")
     assert state["step"] == STEPS
     (tmp_path / "dpo_state.pt").write_bytes((pair / "DPO" / "dpo_state.pt").read_bytes())
     weights, _ = torch.load(pair / "DPO" / "process_0.pt", weights_only=True)
-    resumed = train("DPO", tmp_path, resume=True).state_dict()      # at its end: nothing is left
+    resumed = train("DPO", tmp_path, resume=True).state_dict()      # no step is left
     assert all(torch.equal(resumed[key], weight) for key, weight in weights.items())
 
 
@@ -217,7 +216,8 @@ def test_a_run_may_go_on_with_another_number_of_processes(pair, tmp_path):
 
 @pytest.fixture(scope="module")
 def folders(pair, tmp_path_factory):
-    """(folder of two processes, folder of one): both commands, DPO from the same SFT weights."""
+    """(folder of two processes, folder of one, SFT weights of one) after both commands. Both DPO
+    runs start from the same SFT weights."""
     two, one = pair / "commands", tmp_path_factory.mktemp("one")
     train_sft.main([*SFT, "--out", str(one)])
     alone = load_checkpoint(one / "sft.pt")[0].state_dict()
@@ -227,8 +227,9 @@ def folders(pair, tmp_path_factory):
 
 
 def test_the_float32_weights_of_two_processes_are_those_of_one_to_1e_6(folders):
-    """After 40 steps of 31 texts. But for the bias of the keys, a third of that of c_attn: it adds
-    the same to all scores of a query, so its gradient is rounding, and Adam moves it by that."""
+    """After 40 steps of 31 texts. The bias of the keys, the middle third of c_attn's, is left out:
+    it adds the same number to all scores of a query, so its gradient is rounding error, which Adam
+    scales up to a step."""
     two, _, alone = folders
     for name, weight in load_checkpoint(two / "sft.pt")[0].state_dict().items():
         difference = weight - alone[name]
@@ -238,9 +239,9 @@ def test_the_float32_weights_of_two_processes_are_those_of_one_to_1e_6(folders):
 
 
 def test_both_commands_write_under_torchrun_what_they_write_alone(folders):
-    """The sampled answers and the reference log-probs to the byte: what is shared out is a whole
-    batch, with a generator of its own. Metrics to what float32 knows of the difference of two
-    log-probs around -50; the same files."""
+    """The files are the same. Sampled answers and reference log-probs are equal to the byte,
+    because processes share whole batches, each with a generator of its own. Metrics are equal
+    within the precision of float32 for differences of log-probs around -50."""
     two, one, _ = folders
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     for name in ("preferences.jsonl", "reference.json"):
@@ -259,7 +260,7 @@ def test_the_first_process_alone_speaks(pair):
 
 
 def test_bad_input_under_torchrun_is_said_once_by_the_script():
-    """torchrun adds a report of its own; the sentence stands before it."""
+    """torchrun adds a report of its own after the sentence."""
     done = torchrun("train_dpo.py", "--beta", "-1")
     assert done.returncode != 0
     assert done.stderr.count("train_dpo.py: argument --beta: expected") == 1
@@ -274,21 +275,22 @@ def test_fewer_prompts_than_processes_is_one_sentence(monkeypatch):
 
 
 def test_a_batch_that_is_too_small_in_some_step_is_refused_before_the_first(tmp_path, monkeypatch):
-    """13 pairs of prompts with three each come from 5 prompts, or from 6."""
+    """With three pairs per prompt, 13 pairs come from 5 or 6 prompts."""
     monkeypatch.setattr(runtime.run, "world_size", lambda: 6)
     items = [Encoded([1], [[2], [3], [4]], [(0, 1), (0, 2), (1, 2)])] * 7
     args = train_dpo.parse_args(["--batch", "13"])
     with pytest.raises(UserError, match="--batch 13 is 5 prompts in some step, and there are 6"):
-        state = runtime.run.TrainingState(tmp_path / "state.pt", args, GPT(GPTConfig(8, 8, 1, 1, 8)),
-                                          None, None, None, Batches(items, 13, 0), [])
+        state = runtime.run.TrainingState(
+            tmp_path / "state.pt", args, GPT(GPTConfig(8, 8, 1, 1, 8)), None, None, None,
+            Batches(items, 13, 0), [])
         state.begin()
 
 
 def test_what_is_no_tensor_of_a_gpu_goes_by_way_of_the_cpu(monkeypatch, tmp_path):
-    """PyTorch's own choice of a backend is that of the accelerator alone, which can't carry a
-    number that lies on the CPU."""
+    """By default PyTorch chooses only the accelerator's backend, which cannot send CPU tensors."""
     asked = []
-    monkeypatch.setattr(runtime.parallel.dist, "init_process_group", lambda *a, **k: asked.append(a[0]))
+    monkeypatch.setattr(runtime.parallel.dist, "init_process_group",
+                        lambda *a, **k: asked.append(a[0]))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
@@ -308,7 +310,7 @@ def test_what_is_no_tensor_of_a_gpu_goes_by_way_of_the_cpu(monkeypatch, tmp_path
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU at most")
 def test_two_gpus_end_with_the_weights_of_one(tmp_path):
-    """Over NCCL, in float32; the products of TF32 are not used there."""
+    """Over NCCL, in float32, for which TF32 is not used."""
     flags = [*SFT, "--device", "cuda", "--precision", "float32"]
     done = torchrun("train_sft.py", *flags, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -318,14 +320,14 @@ def test_two_gpus_end_with_the_weights_of_one(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# Dealing out
+# Sharing a batch
 # ------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 4), st.integers(1, 4))
 def test_a_batch_is_dealt_out_whole_and_evenly(lengths, processes, accumulate):
-    """Every prompt is in one part of one process. Dealt by length, no two parts differ by more
-    tokens than the longest prompt has."""
+    """Every prompt is in exactly one micro-batch of one process. Because they are dealt out by
+    length, no two micro-batches differ by more tokens than the longest prompt and answer have."""
     items = [Encoded([1], [[2] * n], [], [float(i)]) for i, n in enumerate(lengths)]
     dealt, model = [], GPT(GPTConfig(64, 4, 1, 1, 4))
     with pytest.MonkeyPatch.context() as patch:
@@ -344,7 +346,7 @@ def test_a_batch_is_dealt_out_whole_and_evenly(lengths, processes, accumulate):
 
 @given(st.integers(0, 30), st.integers(1, 5))
 def test_what_was_dealt_out_comes_back_in_its_order(n, processes):
-    """`all_gather` of things[rank::world_size] is things, for any number of either."""
+    """`all_gather` of things[rank::world_size] is things, for any number of both."""
     parallel = runtime.parallel
     things = list(range(n))
     with pytest.MonkeyPatch.context() as patch:

@@ -1,10 +1,11 @@
-"""The published tasks, hh and tldr: what is read, what is left out, the way through the scripts.
+"""The published tasks, hh and tldr: which rows are read and skipped, and runs from end to end.
 
     pytest tests/test_published.py
 
-Rows of the same kind as the real ones stand here; the real files are read where an environment
-variable names them: DPO_HH_FILE, Anthropic's helpful-base/test.jsonl.gz, and TIKTOKEN_CACHE_DIR,
-with GPT-2's BPE. The traps of the first part are mistakes that other code has made on these files.
+The rows are made up, in the form of the real ones. The real files are read if environment variables
+name them: DPO_HH_FILE is Anthropic's helpful-base/test.jsonl.gz, and TIKTOKEN_CACHE_DIR is a folder
+with GPT-2's BPE. The traps of the first section are mistakes that other code has made on these
+files.
 """
 
 import gzip
@@ -15,11 +16,10 @@ import os
 import pytest
 import tiktoken
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-import sample
 import runtime.files
+import sample
 import tasks.tokenizers
 import train_dpo
 import train_sft
@@ -38,7 +38,7 @@ for_all = settings(deadline=None, max_examples=30, derandomize=True)
 
 
 def dialogue(*turns):
-    """"\\n\\nHuman: a\\n\\nAssistant: b ..." of turns that alternate."""
+    """Turns that alternate, as text: "\\n\\nHuman: a\\n\\nAssistant: b ..."."""
     return "".join(f"{(HUMAN, ASSISTANT)[i % 2]} {turn}" for i, turn in enumerate(turns))
 
 
@@ -54,18 +54,18 @@ def write(path, rows):
 
 
 def one(tmp_path, row, row_length=200):
-    """The Encoded of a file with this one row."""
+    """The Encoded of a file that has only this row."""
     [preference] = load_preferences(write(tmp_path / "row.jsonl", [row]))
     return encode(preference, TOKENIZER, row_length)
 
 
 # ------------------------------------------------------------------------------------------------
-# The traps, on a made-up row of HH's kind each
+# The traps, each on a made-up row in the form of HH
 # ------------------------------------------------------------------------------------------------
 
 
 def test_trap_1_the_answer_keeps_its_first_token_whatever_the_prompt_ends_with(tmp_path):
-    """Encoded with the prompt, ":" and " I" could become one token that belongs to neither."""
+    """Encoded together, ":" and " I" could become one token that belongs to neither side."""
     item = one(tmp_path, hh_row("Hi", "I liked the plot", rejected="No"))
     assert TOKENIZER.decode(item.prompt[1:]) == "\n\nHuman: Hi\n\nAssistant:"
     assert [TOKENIZER.decode(answer[:-1]) for answer in item.answers] == [
@@ -74,7 +74,7 @@ def test_trap_1_the_answer_keeps_its_first_token_whatever_the_prompt_ends_with(t
 
 
 def test_traps_2_and_3_end_of_text_once_and_scored_though_it_is_also_the_padding(tmp_path):
-    """A mask made from ids would hide the end of an answer together with the padding."""
+    """A mask made from ids would hide the end of each answer together with the padding."""
     item = one(tmp_path, hh_row("Hi", "Hello", rejected="No"))
     assert [answer.count(EOT) for answer in item.answers] == [1, 1]
     batch = pack([item], 200)
@@ -82,7 +82,7 @@ def test_traps_2_and_3_end_of_text_once_and_scored_though_it_is_also_the_padding
 
 
 def test_trap_4_padding_changes_nothing(tmp_path):
-    """The same answers are scored in a row with room to spare."""
+    """The same tokens are scored in a row that just fits and in a row with 50 tokens of padding."""
     item = one(tmp_path, hh_row("Hi", "Hello", rejected="No"))
     n = len(item.prompt) + sum(map(len, item.answers))
     tight, loose = pack([item], n), pack([item], n + 50)
@@ -90,7 +90,8 @@ def test_trap_4_padding_changes_nothing(tmp_path):
 
 
 def test_traps_5_and_7_a_long_answer_fills_the_row_and_has_no_end(tmp_path):
-    """Its budget is what the prompt leaves of the row; it did not end, so no end is taught."""
+    """An answer may use what the prompt leaves of the row. One that is cut gets no end-of-text,
+    which would teach the model to stop there."""
     row = hh_row("Hi", "very good " * 100, rejected="No")
     item = one(tmp_path, row, row_length=60)
     assert len(item.prompt) + len(item.answers[0]) == 60 and EOT not in item.answers[0]
@@ -101,7 +102,7 @@ def test_traps_5_and_7_a_long_answer_fills_the_row_and_has_no_end(tmp_path):
 
 
 def test_trap_6_a_dialogue_that_leaves_no_room_for_an_answer_is_dropped_and_counted(tmp_path):
-    """Two answers of no tokens are equal for ever, and the loss would stand at log 2."""
+    """Two empty answers are always equal, so the loss of their pair would stay at log 2."""
     [preference] = load_preferences(write(tmp_path / "a.jsonl", [
         hh_row("Hi " * 100, "Hello", rejected="No")]))
     skipped = Skipped()
@@ -110,7 +111,7 @@ def test_trap_6_a_dialogue_that_leaves_no_room_for_an_answer_is_dropped_and_coun
 
 
 def test_trap_8_both_answers_belong_to_the_same_prompt_to_the_last_token(tmp_path):
-    """Also where one of them is cut: the prompt never is."""
+    """This holds even if an answer is cut, because the prompt never is."""
     row = hh_row("Hi", "Hello", "And?", "very good " * 100, rejected="No")
     item = one(tmp_path, row, row_length=100)
     assert TOKENIZER.decode(item.prompt[1:]) == dialogue("Hi", "Hello", "And?") + ASSISTANT
@@ -118,8 +119,8 @@ def test_trap_8_both_answers_belong_to_the_same_prompt_to_the_last_token(tmp_pat
 
 
 def test_trap_9_dialogues_that_part_before_the_last_answer_are_left_out(tmp_path):
-    """As are equal and empty answers; splitting each at its last "Assistant:" hides the difference.
-    """
+    """So are equal answers and empty ones. Splitting each dialogue at its own last "Assistant:"
+    would hide the difference."""
     rows = [{"chosen": dialogue("Hi", "Hello", "And?", "Yes"),
              "rejected": dialogue("Hi", "Hullo", "And?", "No")},
             hh_row("Hi", "Hello", rejected="Hello"), hh_row("Hi", "", rejected="Hello"),
@@ -143,7 +144,7 @@ def test_trap_10_control_tokens_that_somebody_typed_stay_text(tmp_path):
     lambda text: text.strip() and HUMAN not in text and ASSISTANT not in text),
     min_size=3, max_size=5, unique=True))
 def test_trap_11_exactly_the_answers_are_scored_whatever_the_dialogue(tmp_path_factory, texts):
-    """No constant number of template tokens: the boundary is where prompt and answer meet."""
+    """Scoring starts where the answer does, not after a constant number of template tokens."""
     *turns, rejected = texts
     turns = turns if len(turns) % 2 == 0 else turns[:-1]
     item = one(tmp_path_factory.mktemp("rows"), hh_row(*turns, rejected=rejected), 4000)
@@ -158,7 +159,7 @@ def test_trap_11_exactly_the_answers_are_scored_whatever_the_dialogue(tmp_path_f
                     reason="DPO_HH_FILE or TIKTOKEN_CACHE_DIR is not set")
 def test_all_the_traps_on_the_real_file_with_the_real_tokens():
     """helpful-base/test.jsonl.gz in GPT-2's tokens and rows of 1024: every row is accounted for,
-    and what is scored is each answer to the letter and its end, unless it was cut."""
+    and the scored tokens are those of each answer and its end-of-text, unless it was cut."""
     gpt2, skipped = tiktoken.get_encoding("gpt2"), Skipped()
     preferences = load_preferences(os.environ["DPO_HH_FILE"], skipped)
     items = encode_all(preferences, gpt2, 1024, skipped)
@@ -204,7 +205,7 @@ def tldr_row(i, choice=1, split="train", **changes):
 
 
 def test_a_comparison_of_summaries_becomes_the_prompt_of_the_field(tmp_path):
-    """choice is the better one's index; each summary follows "TL;DR:" after exactly one space."""
+    """"choice" is the index of the better summary; one space separates each from "TL;DR:"."""
     first, second = load_preferences(write(tmp_path / "a.json", [tldr_row(1), tldr_row(2, 0)]))
     assert first.prompt == ("SUBREDDIT: r/legaladvice\n\nTITLE: Help 1\n\n"
                             "POST: A car hit me.\n\nWhat now?\n\nTL;DR:")
@@ -229,7 +230,7 @@ def test_a_broken_comparison_is_named_by_line(tmp_path, changes, words):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The published files of both tasks, a few rows each."""
+    """A folder with the published files of both tasks, a few rows each."""
     rows = [hh_row(f"Question {i}?", f"Answer {i}.", rejected=f"No {i}.") for i in range(30)]
     there = tmp_path / "published"
     write(there / "helpful-base/train.jsonl.gz", [*rows[:20], hh_row("Hi", "", rejected="No")])
@@ -254,7 +255,8 @@ def test_hh_is_split_as_it_was_published(folder):
 
 
 def test_tldr_trains_on_batches_3_to_10_and_holds_out_the_validation_splits(folder):
-    """9 files with a row of each split; batch 11 is read for its validation rows alone."""
+    """Each of nine files, batches 3 to 11, has a row of either split. Batch 11 is read only for its
+    validation rows."""
     training = load_comparisons(False, folder, Skipped())
     assert [p.answers[0] for p in training] == [f" a car {100 + i}" for i in range(3, 11)]
     held_out = load_comparisons(True, folder, Skipped())
@@ -275,11 +277,11 @@ def test_held_out_rows_beyond_so_many_are_counted(folder, monkeypatch):
     skipped = Skipped()
     assert len(load_comparisons(True, folder, skipped)) == 4
     assert skipped["held-out row beyond the first 4"] == 9 - 4
-    assert len(load_comparisons(False, folder, Skipped())) == 8     # training is not
+    assert len(load_comparisons(False, folder, Skipped())) == 8     # training rows are not limited
 
 
 def test_a_file_that_is_not_there_is_fetched_from_where_it_was_published(tmp_path, monkeypatch):
-    """And kept under the publisher's name; with its checksum where there is one."""
+    """It is kept under the publisher's file name, and its checksum is verified if there is one."""
     asked = []
 
     def download(url, path, sha256=None):
@@ -312,17 +314,18 @@ def test_what_a_person_types_gets_the_form_that_the_model_has_read():
 
 
 # ------------------------------------------------------------------------------------------------
-# The way through both scripts
+# Both scripts from end to end
 # ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def gpt2(tmp_path, monkeypatch):
-    """A folder with a tiny GPT-2 in the hub's layout, and a stand-in for GPT-2's tokenizer, so that
-    no file is needed: as many ids and the same end-of-text, but text becomes bytes. (The other ids
-    stand for three bytes each, which no merge ever reaches.)"""
+    """A folder with a tiny GPT-2 in the hub's layout, and a stand-in for GPT-2's tokenizer that
+    needs no file: it has as many ids and the same end-of-text, but encodes text as bytes. (The
+    other ids stand for three bytes each, which no merge ever reaches.)"""
     ranks = {i.to_bytes(1 if i < 256 else 3, "big"): i for i in range(50256)}
-    bytes_only = tiktoken.Encoding("gpt2", pat_str=tasks.tokenizers.GPT2_PATTERN, mergeable_ranks=ranks,
+    bytes_only = tiktoken.Encoding("gpt2", pat_str=tasks.tokenizers.GPT2_PATTERN,
+                                   mergeable_ranks=ranks,
                                    special_tokens={"<|endoftext|>": 50256})
     monkeypatch.setattr(train_sft, "get_tokenizer", lambda name: bytes_only)
     torch.manual_seed(0)
@@ -336,7 +339,7 @@ QUICK = "--steps 3 --batch 4 --log-every 1 --eval-every 2 --device cpu".split()
 @pytest.mark.parametrize("task", ["hh", "tldr"])
 def test_each_task_goes_from_pretrained_weights_to_a_folder_that_opens_elsewhere(
         task, folder, gpt2, tmp_path, capsys):
-    """SFT, DPO, the table, and the export; DPO starts at log 2 with the paper's numbers."""
+    """SFT, DPO, the table and the export all run. DPO has the paper's beta and starts at log 2."""
     there = ["--task", task, "--data-dir", str(folder), "--out", str(tmp_path / "out"), *QUICK]
     train_dpo.main([*there, "--init", str(gpt2), "--max-new-tokens", "5"])
     out = capsys.readouterr().out
@@ -353,7 +356,8 @@ def test_each_task_goes_from_pretrained_weights_to_a_folder_that_opens_elsewhere
 
 
 def test_a_folder_of_the_hub_can_be_the_reference_and_sampled(folder, gpt2, tmp_path, capsys):
-    """Somebody else's SFT model: no SFT of ours, and the same way to look at it."""
+    """DPO can start from somebody else's SFT model, without SFT of our own, and sample.py opens
+    that model like any other."""
     train_dpo.main(["--task", "hh", "--data-dir", str(folder), "--sft", str(gpt2), *QUICK,
                     "--out", str(tmp_path / "out"), "--max-new-tokens", "5"])
     assert not (tmp_path / "out/sft.pt").exists() and (tmp_path / "out/dpo.pt").exists()
@@ -364,7 +368,8 @@ def test_a_folder_of_the_hub_can_be_the_reference_and_sampled(folder, gpt2, tmp_
 
 
 def test_a_learning_rate_far_above_the_papers_earns_one_line(folder, gpt2, tmp_path, capsys):
-    """1e-6 is the paper's, for pretrained weights; 1e-5 may pass; random weights need far more."""
+    """The paper's 1e-6 is for pretrained weights: 1e-5 is accepted, 2e-5 gets a warning. Random
+    weights need far more, so they get none."""
     hh = ["--task", "hh", "--data-dir", str(folder), *QUICK, "--max-new-tokens", "2"]
     for lr, warned in [("1e-5", 0), ("2e-5", 1)]:
         train_dpo.main([*hh, "--sft", str(gpt2), "--lr", lr, "--out", str(tmp_path / lr)])
@@ -402,7 +407,7 @@ def test_dpo_refuses_an_sft_model_of_other_weights_than_asked_for(folder, gpt2, 
 
 
 def test_defaults_of_the_tasks_are_those_of_appendix_b():
-    """beta 0.1, for TL;DR 0.5; learning rate 1e-6; GPT-2 to start from."""
+    """beta is 0.1, and 0.5 for TL;DR; the learning rate is 1e-6. SFT starts from GPT-2."""
     for task, beta in [("hh", 0.1), ("tldr", 0.5)]:
         args = train_dpo.parse_args(["--task", task])
         assert (args.beta, args.lr, args.batch, args.warmup) == (beta, 1e-6, 64, 150)

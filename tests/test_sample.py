@@ -1,4 +1,4 @@
-"""Measuring: what every number of --evaluate and of best of N says, and how wrong flags are refused.
+"""Measuring: what the numbers of --evaluate and of best of N mean, and which flags are refused.
 
     pytest tests/test_sample.py
 """
@@ -8,15 +8,15 @@ import itertools
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from experiments import best_of as best_of_py
 import sample
 from data import Encoded, Preference, encode, is_held_out, pack
+from experiments import best_of as best_of_py
 from model import GPT, GPTConfig
 from runtime.checkpoint import save_checkpoint
 from runtime.report import names_of, side_by_side, table
@@ -40,7 +40,7 @@ def some_items(n):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A folder with sft.pt, dpo.pt, other.pt and a file of forty preferences."""
+    """A folder with sft.pt, dpo.pt, other.pt and two equal files of sixty preferences."""
     out = tmp_path_factory.mktemp("run")
     for seed, name in enumerate(["sft", "dpo", "other"]):
         facts = {"beta": 0.5} if name == "dpo" else {}
@@ -64,7 +64,7 @@ def evaluation(run):
 @for_all
 @given(n=st.integers(1, 5000), halves=st.data())
 def test_wilsons_bounds_are_the_rates_at_which_the_share_is_just_not_surprising(n, halves):
-    """Its definition: |share - p| = z sqrt(p (1 - p) / n) at both ends, the share between them."""
+    """The definition: |share - p| = z sqrt(p (1 - p) / n) at both ends, the share in between."""
     wins = halves.draw(st.integers(0, 2 * n)) / 2
     share, z = wins / n, 1.959964
     low, high = sample.wilson(wins, n)
@@ -75,12 +75,13 @@ def test_wilsons_bounds_are_the_rates_at_which_the_share_is_just_not_surprising(
 
 
 def test_wilsons_interval_of_8_in_10_is_that_of_the_textbook():
-    """Centre (0.8 + z2 / 20) / (1 + z2 / 10), z2 = 3.8415: 0.7167 +- 0.2266; a plain interval,
-    0.8 +- 1.96 sqrt(0.016), would end at 1.05."""
+    """With z^2 = 3.8415, the centre is (0.8 + z^2 / 20) / (1 + z^2 / 10) = 0.7167, and the interval
+    is 0.7167 +- 0.2266. The plain one, 0.8 +- 1.96 sqrt(0.016), would end at 1.05."""
     assert sample.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=2e-4)
 
 
 def test_all_won_does_not_mean_certain():
+    """With a share of 1, the lower end is n / (n + z^2)."""
     low, high = sample.wilson(10, 10)
     assert high == pytest.approx(1) and low == pytest.approx(10 / (10 + 3.8415), abs=1e-4)
 
@@ -101,7 +102,7 @@ def test_wilsons_interval_covers_the_truth_in_about_19_of_20_cases(rate, n):
 @for_all
 @given(m=st.integers(1, 7), data=st.data())
 def test_best_of_n_is_the_mean_over_every_subset_of_n_answers(m, data):
-    """The oracle tries all C(M, N) subsets, judges one column and reads another."""
+    """Against a loop over all C(M, N) subsets, which picks by one column and averages another."""
     n = data.draw(st.integers(1, m))
     scores = data.draw(st.lists(st.integers(-9, 9), min_size=m, max_size=m, unique=True))
     worth = data.draw(st.lists(st.floats(-1, 1), min_size=m, max_size=m))
@@ -114,16 +115,17 @@ def test_best_of_n_is_the_mean_over_every_subset_of_n_answers(m, data):
 
 
 def test_best_of_n_has_the_expectation_of_the_maximum_of_n_fresh_draws():
-    """The maximum of N uniform numbers has mean N / (N + 1); 2,000 prompts with 8 draws each."""
+    """The maximum of N uniform numbers has mean N / (N + 1). 2,000 prompts have 8 draws each."""
     draws = torch.rand(2000, 8, generator=torch.Generator().manual_seed(0)).double()
-    for n, measures in zip((1, 2, 5, 8), best_of_py.best_of({"r": draws}, [1, 2, 5, 8], "r").values()):
+    found = best_of_py.best_of({"r": draws}, [1, 2, 5, 8], "r")
+    for n, measures in zip((1, 2, 5, 8), found.values()):
         assert measures["r"] == pytest.approx(n / (n + 1), abs=4 * measures["r_se"])
         assert measures["r_se"] < 0.01
 
 
 def test_the_kl_bound_is_log_n_minus_n_minus_1_over_n():
-    """Best of 1 is the model itself. For a continuous score the bound is exact: the density of the
-    best at quantile u is N u^(N - 1), and KL = integral of N u^(N - 1) log(N u^(N - 1))."""
+    """Best of 1 is the model itself. For a continuous score the bound is exact: the best answer has
+    density N u^(N - 1) at quantile u, so KL is the integral of N u^(N - 1) log(N u^(N - 1))."""
     found = best_of_py.best_of({"r": torch.zeros(2, 128).double()}, [1, 4, 128], "r")
     u = (torch.arange(10**6).double() + 0.5) / 10**6
     for n in (1, 4, 128):
@@ -140,10 +142,10 @@ def test_shares_of_best_sum_to_one_and_favour_the_better(m, data):
 
 
 def test_answers_are_judged_by_the_log_ratio_and_stay_with_their_prompt():
-    """draw_answers' implicit rewards are beta (log judge - log model), answer by answer."""
+    """The implicit rewards of draw_answers are beta (log judge - log model), answer by answer."""
     model, judge, prompts = small_gpt(0), small_gpt(1), ["The plot", "I liked"]
     columns = best_of_py.draw_answers(model, prompts, TOKENIZER, 3, 5, 0, reward=len,
-                                  judge=judge, beta=0.5)
+                                      judge=judge, beta=0.5)
     ids = [[TOKENIZER.eot_token] + TOKENIZER.encode_ordinary(p) for p in prompts]
     drawn = sample.sample(model, [i for i in ids for _ in range(3)], 5, 0, TOKENIZER.eot_token)
     for i, prompt in enumerate(ids):
@@ -164,8 +166,8 @@ def test_answers_are_judged_by_the_log_ratio_and_stay_with_their_prompt():
 
 
 def test_the_reference_is_sampled_but_never_scored(monkeypatch):
-    """Its KL to itself is 0 without any work; each other policy is scored once, and the reference
-    once on what that one wrote."""
+    """Its KL to itself is 0 without any computation. For each other policy, that policy and the
+    reference are scored once, on the answers of that policy."""
     calls = []
     monkeypatch.setattr(sample, "score", lambda model, items, *_: calls.append(model) or
                         [[0.0] for _ in items])
@@ -189,7 +191,7 @@ def test_the_win_rate_is_against_the_baseline_that_is_named():
 
 
 def test_accuracy_is_of_the_log_ratio_and_logp_accuracy_of_the_log_prob_alone():
-    """Against a loop over pairs; the two differ, and the reference ties with itself on all."""
+    """Against a loop over pairs. The two differ, and the reference ties with itself on all."""
     items, ref, policy = some_items(30), small_gpt(0), small_gpt(1)
     found = sample.rate_pairs({"ref": ref, "pi": policy}, ref, items, {"pi": 0.5})
     ratio, plain = [], []
@@ -209,23 +211,44 @@ def test_accuracy_is_of_the_log_ratio_and_logp_accuracy_of_the_log_prob_alone():
 
 
 def test_the_standard_error_of_accuracy_counts_prompts_not_pairs():
-    """Four prompts with three pairs each that are right or wrong together: 4 draws, not 12. The
-    deviations sum to 3 x +-1/2 a prompt, so the error is sqrt(4 x 2.25) / 12 = 0.25; as if the
-    pairs were independent it would be 0.5 / sqrt(12) = 0.14."""
-    class Fixed:
-        config = GPTConfig(64)
-    policy, reference = Fixed(), Fixed()
-    items = [Encoded([1], [[2], [3], [4]], [(0, 1), (0, 2), (1, 2)])] * 4
-    logps = {policy: [[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]] * 2, reference: [[0.0, 0.0, 0.0]] * 4}
+    """Four prompts have three pairs each, which are all right or all wrong: 4 draws, not 12. The
+    deviations of a prompt add up to 3 x +-1/2, so the error is sqrt(4 x 2.25) / 12 = 0.25. If the
+    pairs were independent, it would be 0.5 / sqrt(12) = 0.14."""
+    items = [Encoded([g], [[2], [3], [4]], [(0, 1), (0, 2), (1, 2)]) for g in range(4)]
+    found = rated(items, [[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]] * 2)
+    assert found["accuracy"] == 0.5 and found["accuracy_se"] == pytest.approx(0.25)
+
+
+def test_the_standard_error_does_not_depend_on_how_a_file_groups_its_pairs():
+    """The pairs above as twelve rows, three for each prompt: the same four draws."""
+    items = [Encoded([g], [[2], [3]], [(0, 1)]) for g in range(4) for _ in range(3)]
+    found = rated(items, [[2.0, 1.0]] * 3 + [[1.0, 2.0]] * 3 + [[2.0, 1.0]] * 3 + [[1.0, 2.0]] * 3)
+    assert found["accuracy"] == 0.5 and found["accuracy_se"] == pytest.approx(0.25)
+
+
+def rated(items, logps):
+    """What rate_pairs says about a policy with these log-probs, whose reference has zeros."""
+    policy = SimpleNamespace(config=GPTConfig(64), precision=None)
+    reference = SimpleNamespace(config=GPTConfig(64), precision=None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "score", lambda model, *_: logps[model])
-        found = sample.rate_pairs({"pi": policy}, reference, items, {})
-    assert found["pi"]["accuracy"] == 0.5 and found["pi"]["accuracy_se"] == pytest.approx(0.25)
+        zeros = [[0.0] * len(item.answers) for item in items]
+        patch.setattr(sample, "score", lambda model, *_: logps if model is policy else zeros)
+        return sample.rate_pairs({"pi": policy}, reference, items, {})["pi"]
+
+
+def test_margins_within_rounding_are_ties_in_each_precision():
+    """Half of them right each, whatever their sign. 2e-4 nats in float32, 0.02 in half precision;
+    training, whose margins are rewards, scales both by beta."""
+    margins = torch.tensor([3e-4, -3e-4, 1e-4, -1e-4, 0.0])
+    float32, half = sample.tie_in_nats(None), sample.tie_in_nats(torch.bfloat16)
+    assert sample.ranked_correctly(margins, float32).tolist() == [1, 0, 0.5, 0.5, 0.5]
+    assert sample.ranked_correctly(margins, half).tolist() == [0.5] * 5
+    assert sample.ranked_correctly(1e-4 * margins, 1e-4 * float32).tolist() == [1, 0, .5, .5, .5]
 
 
 def test_distinct_n_counts_n_grams_within_answers():
-    """"The| plot| was|.| The| plot| was|." are 8 tokens, of which " plot", " was" and "." come
-    twice: 5 differ. Pairs do not reach from one answer into the next."""
+    """"The| plot| was|.| The| plot| was|." has 8 tokens. " plot", " was" and "." come twice, so 5
+    are distinct. N-grams do not reach from one answer into the next."""
     assert sample.distinct(["The plot was. The plot was."], TOKENIZER, 1) == 5 / 8
     assert sample.distinct(["The plot", "The plot"], TOKENIZER, 2) == 1 / 2
     assert sample.distinct(["The", ""], TOKENIZER, 2) == 0
@@ -239,7 +262,8 @@ def test_distinct_n_is_a_share_and_repeating_all_answers_halves_it(texts, n):
 
 
 def test_scoring_many_answers_to_a_prompt_is_scoring_each(monkeypatch):
-    """128 answers make a batch however many prompts; the numbers are those of one at a time."""
+    """Prompts with many answers are scored in smaller batches, of about 128 answers. The log-probs
+    are those of one item at a time."""
     model, item = small_gpt(0), some_items(2)[1]
     many = [Encoded(item.prompt, item.answers * 30, []), item]
     one = sample.score(model, [item], 64)[0]
@@ -253,7 +277,7 @@ def test_scoring_many_answers_to_a_prompt_is_scoring_each(monkeypatch):
 
 
 def test_asking_for_more_tokens_than_fit_makes_no_smaller_batches(monkeypatch):
-    """A row ends at the model's 64 tokens whatever is asked for, so 60 rows are one batch."""
+    """A row ends at the model's 64 tokens, whatever is asked for, so 60 rows are one batch."""
     model, calls = small_gpt(0), []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda *a: calls.append(1) or generate(*a))
@@ -262,7 +286,7 @@ def test_asking_for_more_tokens_than_fit_makes_no_smaller_batches(monkeypatch):
 
 
 def test_of_a_long_dialogue_the_end_is_shown():
-    """The first is shown whole, of the other the last 300 letters."""
+    """A prompt of 300 characters is shown whole; of a longer one, the last 300 are shown."""
     shown = side_by_side(["a" * 300, "b" * 10 + "c" * 300], {"dpo": ["d", "e"]})
     assert "'" + "a" * 300 + "'" in shown and "'... " + "c" * 300 + "'" in shown
     assert "b" not in shown
@@ -347,7 +371,7 @@ def test_a_preference_file_is_measured_without_a_reward(run, capsys):
 
 
 def test_a_published_task_is_measured_on_the_file_that_is_held_out(run, tmp_path, capsys):
-    """The training file is not needed, and not there; a download would fail."""
+    """The training file does not exist here, and it is not needed."""
     path = tmp_path / "helpful-base" / "test.jsonl.gz"
     path.parent.mkdir()
     with gzip.open(path, "wt") as file:

@@ -1,8 +1,8 @@
-"""The loops and the command line: what a run writes, what it promises, how it refuses bad input.
+"""The training loops and the commands: what a run writes, each part of a step, flags.
 
     pytest tests/test_training.py
 
-The runs here are real, on models of a few thousand parameters; what they learn is not the point,
+The runs here are real, on models of a few thousand parameters. What they learn is not the point;
 that is what `python train_dpo.py` shows.
 """
 
@@ -21,8 +21,7 @@ from unittest import mock
 import hypothesis
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -48,7 +47,7 @@ QUICK = ("--prefixes 40 --samples 3 --eval-prompts 20 --max-new-tokens 8 --steps
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a finished run: SFT of three steps, then DPO of four, on a preference file."""
+    """The folder of a finished run on a preference file: three steps of SFT, then four of DPO."""
     out = tmp_path_factory.mktemp("run")
     pairs = write_pairs(out / "pairs.jsonl", 60)
     data = ["--data", str(pairs), "--tokenizer", "reviews", "--out", str(out)]
@@ -75,7 +74,7 @@ def small_gpt(seed=0):
 
 
 def ranked_items(n, reference=None):
-    """n prompts with three ranked answers each; reference: a model that notes its log-probs."""
+    """n prompts with three ranked answers each. reference: a model to compute ref_logps."""
     numbers = torch.Generator().manual_seed(1)
     items = [Encoded(draw[:2], [draw[2:4], draw[4:7], draw[7:]], [(0, 1), (0, 2), (1, 2)])
              for draw in torch.randint(0, 20, (n, 12), generator=numbers).tolist()]
@@ -85,7 +84,7 @@ def ranked_items(n, reference=None):
 
 
 def settings(tmp_path, loop=train_dpo, **changes):
-    """The flags of train_dpo.py, or train_sft.py, as they are by default, but for a few."""
+    """The default flags of train_dpo.py, or of another loop, with a few changed."""
     args = loop.parse_args([])
     args.out, args.row_length, args.lr, args.warmup = tmp_path, 32, 1e-2, 1
     for name, value in changes.items():
@@ -100,8 +99,8 @@ def settings(tmp_path, loop=train_dpo, **changes):
 
 
 def test_a_run_starts_at_log_2_and_logs_every_number(run):
-    """Policy equals reference at step 0: loss log 2 = 0.693147, every pair tied (half right),
-    rewards 0."""
+    """At step 0 the policy equals the reference: the loss is log 2 = 0.693147, every pair is a tie
+    (half right), and rewards are 0."""
     first, *rest = rows_of(run / "metrics.csv")
     assert [row["step"] for row in [first, *rest]] == ["0", "1", "2", "3"]
     assert float(first["loss"]) == pytest.approx(math.log(2), abs=1e-5)
@@ -123,7 +122,8 @@ def test_results_have_a_mean_and_a_standard_error_for_each_measure(run):
 
 
 def test_the_reviews_task_goes_from_sampling_to_results(tmp_path, capsys):
-    """The default command with small numbers: SFT is found missing and trained, then found."""
+    """Both commands of the default task, with small numbers. DPO finds the SFT model, samples and
+    ranks answers, and measures both policies."""
     train_sft.main([*TINY, "--out", str(tmp_path), "--steps", "120", "--lr", "1e-2"])
     flags = [*QUICK, "--out", str(tmp_path), "--max-new-tokens", "96"]
     train_dpo.main(flags)
@@ -164,7 +164,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(run, tmp_
 
 
 def test_watching_changes_nothing(run, tmp_path):
-    """Evaluating at every step or never, logging often or seldom: the same weights, bit for bit."""
+    """Whether a run evaluates and logs often or seldom, its weights are the same, bit for bit."""
     data = ["--data", str(run / "pairs.jsonl"), "--out", str(tmp_path)]
     train_dpo.main([*data, "--sft", str(run / "sft.pt"), *QUICK, "--eval-every", "1000",
                     "--log-every", "1000"])
@@ -190,8 +190,9 @@ def test_held_out_prompts_are_never_trained_on(run, monkeypatch):
 @pytest.mark.parametrize("loss", ["dpo", "plackett_luce", "unlikelihood"])
 @pytest.mark.parametrize("accumulate", [2, 3, 100])
 def test_accumulation_changes_nothing_but_memory(tmp_path, loss, accumulate):
-    """One batch in 1, 2, 3 or as many parts as it has prompts, straddled prompts and uneven parts
-    included: the same gradient, so the same weights after three steps (Adam amplifies rounding)."""
+    """A batch in 1, 2, 3 or as many micro-batches as it has prompts has the same gradient, even if
+    they are uneven or a prompt straddles two batches. So the weights are the same after three
+    steps, up to rounding, which Adam amplifies."""
     trained = []
     for parts in (1, accumulate):
         policy = small_gpt()
@@ -216,7 +217,7 @@ def test_sft_accumulation_weighs_tokens_alike_whatever_part_they_are_in(tmp_path
 
 @pytest.mark.parametrize("loss", ["dpo", "plackett_luce", "unlikelihood"])
 def test_training_lowers_the_loss_and_ranks_the_answers(tmp_path, loss):
-    """Thirty steps on six prompts: whatever the objective, the right answers come out on top."""
+    """Thirty steps on six prompts are enough for every objective to rank the answers correctly."""
     policy = small_gpt()
     args = settings(tmp_path, loss=loss, batch=6, steps=30, log_every=1)
     train_dpo.train(policy, ranked_items(6, policy), [], args)
@@ -229,7 +230,7 @@ def test_training_lowers_the_loss_and_ranks_the_answers(tmp_path, loss):
 
 
 def test_the_reference_is_used_and_belongs_to_its_answer(tmp_path):
-    """Poison the noted log-probs of one answer and step 0 is no longer log 2: the run stops."""
+    """With one wrong reference log-prob, step 0 is no longer at log 2, and the run stops."""
     policy = small_gpt()
     items = ranked_items(6, policy)
     items[3].ref_logps[1] += 0.5
@@ -238,7 +239,7 @@ def test_the_reference_is_used_and_belongs_to_its_answer(tmp_path):
 
 
 def test_the_reference_does_not_move_with_the_policy(tmp_path):
-    """After training, the noted log-probs are still those of the model DPO started from."""
+    """After training, ref_logps are still those of the model that DPO started from."""
     policy = small_gpt()
     items = ranked_items(4, policy)
     train_dpo.train(policy, items, [], settings(tmp_path, batch=4, steps=5))
@@ -249,7 +250,8 @@ def test_the_reference_does_not_move_with_the_policy(tmp_path):
 
 
 def test_evaluation_counts_every_held_out_pair_once(tmp_path):
-    """Means over all pairs, not means of batch means: 70 prompts make batches of 32, 32 and 6."""
+    """Means are over all pairs, not means of batch means: 70 prompts make batches of 32, 32 and 6,
+    and have 70 x 3 = 210 pairs."""
     policy, other = small_gpt(0), small_gpt(1)
     items, args = ranked_items(70, other), settings(tmp_path)
     log = Log(tmp_path / "log.csv", {})
@@ -263,22 +265,22 @@ def test_evaluation_counts_every_held_out_pair_once(tmp_path):
 
 
 def test_a_tie_is_half_right():
-    """Four pairs, rewards (1, 0), (0, 1), (2, 2), (0, 5e-5): one right, one wrong, two tied, the
-    last to all that float32 can tell: 1 + 0 + 1/2 + 1/2 = 2 of 4."""
+    """Four pairs have rewards (1, 0), (0, 1), (2, 2) and (0, 5e-5). One is right, one is wrong, and
+    two are ties, the last within the tolerance: 1 + 0 + 1/2 + 1/2 = 2 of 4."""
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0, 0.0, 5e-5])
     items = [Encoded([1], [[2], [3]], [(0, 1)])] * 4
-    numbers = train_dpo.describe(torch.zeros(8), rewards, pack(items, 8))
+    numbers = train_dpo.describe(torch.zeros(8), rewards, pack(items, 8), tie=1e-4)
     assert float(numbers["accuracy"]) == 2 and abs(float(numbers["margin"])) < 1e-4
 
 
 def test_warm_up_is_linear_from_zero_and_then_constant():
-    """Appendix B: 150 steps; the k-th step, from 1, has k / 150 of the learning rate."""
+    """Appendix B: 150 steps. The k-th step, counted from 1, has k / 150 of the learning rate."""
     assert [warmup(step, 150) for step in (0, 74, 149, 150, 10**6)] == [1 / 150, 0.5, 1, 1, 1]
     assert warmup(0, 0) == 1
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for():
-    """A step of plain SGD at rate 1 then moves the weights by exactly the clipped norm."""
+    """A step of plain SGD with learning rate 1 moves the weights by exactly the clipped norm."""
     model = small_gpt()
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
     model(torch.tensor([[1, 2, 3]])).square().sum().backward()
@@ -289,8 +291,8 @@ def test_gradients_are_clipped_to_the_norm_asked_for():
 
 
 def test_gradients_are_clipped_at_their_true_size():
-    """Scaled by 1024 for float16, they are brought back first: a gradient of norm 0.1 is not too
-    large for a limit of 0.5, and one of norm 2 is cut to 0.5."""
+    """Gradients that are scaled by 1024, for float16, are scaled back before clipping. With a limit
+    of 0.5, one of norm 0.1 is not clipped, and one of norm 2 is clipped to 0.5."""
     for size, step in ((0.1, 0.1), (2.0, 0.5)):
         weight = torch.nn.Linear(1, 1, bias=False)
         before = weight.weight.item()
@@ -302,7 +304,7 @@ def test_gradients_are_clipped_at_their_true_size():
 
 
 def test_an_update_uses_the_learning_rate_it_is_given():
-    """Plain SGD moves a weight of gradient 1 by the rate of this step, whatever the last one's."""
+    """Plain SGD moves a weight of gradient 1 by the learning rate of this step."""
     weight = torch.nn.Linear(1, 1, bias=False).double()
     optimizer = torch.optim.SGD(weight.parameters(), lr=9)
     for lr in (0.25, 0.5):
@@ -314,7 +316,7 @@ def test_an_update_uses_the_learning_rate_it_is_given():
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
 def test_only_float16_gradients_are_scaled(precision):
-    """It alone underflows; a scaler elsewhere skips steps for nothing."""
+    """Only float16 underflows; in other precisions, a scaler would skip steps for nothing."""
     model = small_gpt()
     model.precision = precision
     assert grad_scaler(model).is_enabled() == (precision == torch.float16)
@@ -322,7 +324,7 @@ def test_only_float16_gradients_are_scaled(precision):
 
 @pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16", "float16"])
 def test_parameters_stay_float32_in_every_precision(precision):
-    """bfloat16 weights lose updates of DPO's size: 1 + 0.001 is 1 again."""
+    """bfloat16 weights would lose updates of DPO's size: 1 + 0.001 rounds to 1."""
     model = small_gpt().float()
     set_precision(model, precision)
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -331,7 +333,7 @@ def test_parameters_stay_float32_in_every_precision(precision):
 
 
 def test_only_on_cuda_is_the_vocabulary_padded():
-    """Elsewhere it costs a copy of the embedding each step and gains nothing."""
+    """Elsewhere, padding would cost a copy of the embedding in each step and gain nothing."""
     for device, multiple in (("cpu", 1), ("cuda", 64)):
         model = SimpleNamespace(device=torch.device(device))
         set_precision(model, "float32")
@@ -339,8 +341,8 @@ def test_only_on_cuda_is_the_vocabulary_padded():
 
 
 def test_the_first_step_of_training_moves_the_policy(tmp_path):
-    """Policy equals reference and yet there is a gradient, -beta/2 for the chosen answer: after one
-    step the pairs are ranked, where a reference that takes part in it would cancel it."""
+    """Although policy and reference are equal, there is a gradient, -beta/2 for the chosen answer,
+    so after one step the pairs are ranked. If the reference took part in it, it would be zero."""
     policy = small_gpt()
     items = ranked_items(4, policy)
     train_dpo.train(policy, items, [], settings(tmp_path, batch=12, steps=1, lr=1e-3))
@@ -350,11 +352,12 @@ def test_the_first_step_of_training_moves_the_policy(tmp_path):
 
 
 def test_each_number_on_the_screen_is_the_sum_of_its_column():
-    """Two pairs, each first answer chosen: the log shows chosen as chosen."""
+    """Of each of two pairs, the first answer is chosen; its numbers must be logged as chosen."""
     logps = torch.tensor([-1.0, -2.0, -4.0, -8.0])
     rewards = torch.tensor([0.5, 0.25, -1.0, -3.0])
-    numbers = train_dpo.describe(logps, rewards, pack([Encoded([1], [[2], [3]], [(0, 1)])] * 2, 8))
-    # Margins 0.5 - 0.25 and -1 + 3; both pairs are ranked rightly.
+    batch = pack([Encoded([1], [[2], [3]], [(0, 1)])] * 2, 8)
+    numbers = train_dpo.describe(logps, rewards, batch, tie=0.0)
+    # The margins are 0.5 - 0.25 and -1 + 3, so both pairs are ranked correctly.
     expected = {"accuracy": 2, "margin": 2.25, "chosen_reward": -0.5, "rejected_reward": -2.75,
                 "chosen_logp": -5, "rejected_logp": -10}
     assert {name: float(value) for name, value in numbers.items()} == expected
@@ -367,8 +370,9 @@ def test_micro_batches_hold_every_prompt_once():
 
 
 def test_rows_are_as_long_as_costs_least_but_of_one_length_where_they_are_compiled():
-    """Three prompts of 20 tokens, 8 channels: apart they cost 3 x 20 x (6 x 8 + 20) = 4,080, in one
-    row of 60, with its hidden keys, 60 x (6 x 8 + 60) = 6,480. A graph is for one length."""
+    """Three prompts of 20 tokens with their answers, 8 channels: in three rows of 20 they cost
+    3 x 20 x (6 x 8 + 20) = 4,080, in one row of 60, with masked keys, 60 x (6 x 8 + 60) = 6,480. A
+    compiled graph is for one row length, so a compiled model gets rows of the full 64."""
     items, model = [Encoded([1] * 10, [[2] * 10], [])] * 3, small_gpt()
     assert data.pack_for_model(items, 64, model).tokens.shape == (3, 20)
     model.compiled = True
@@ -380,8 +384,8 @@ def test_rows_are_as_long_as_costs_least_but_of_one_length_where_they_are_compil
 @hypothesis.settings(deadline=None, max_examples=30, derandomize=True)
 def test_the_estimate_of_memory_is_above_what_a_step_keeps_and_not_by_much(
         layers, heads, channels, vocabulary, n, long):
-    """What autograd keeps between forward and backward, counted tensor by tensor, is most of the
-    peak: it is below the estimate, and more than a third of it."""
+    """The tensors that autograd saves between forward and backward are most of the peak. Counted
+    one by one, they are below the estimate, and more than a third of it."""
     config = GPTConfig(64, vocabulary, layers, heads, channels)
     batch = pack([Encoded([1], [[2] * (60 if long else 9), [3]], [(0, 1)])] * n, 64)
     model, kept = GPT(config), {}
@@ -389,7 +393,7 @@ def test_the_estimate_of_memory_is_above_what_a_step_keeps_and_not_by_much(
 
     def keep(tensor):
         if tensor.data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor      # which also keeps its address
+            kept[tensor.untyped_storage().data_ptr()] = tensor      # so no address is reused
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         graph = model.logps(batch).sum()
@@ -401,9 +405,10 @@ def test_the_estimate_of_memory_is_above_what_a_step_keeps_and_not_by_much(
 @pytest.mark.parametrize("room, expected", [(97_280, 1), (97_279, 2), (49_279, 4), (25_279, 8),
                                             (0, 8)])
 def test_micro_batches_are_as_few_as_fit_in_the_memory_that_is_free(monkeypatch, room, expected):
-    """Eight prompts of 12 tokens a step, 10 of them scored, in rows a fifth empty: 120 places and
-    80 logits of 20, that is 4 (20 x 8 x 120 + 60 x 80 + 2 x 20 x 8) = 97,280 bytes at once; in two
-    parts 49,280, in four 25,280. Free is that over 0.8, and 12 bytes for each weight."""
+    """A step has eight prompts of 12 tokens, 10 of them scored. With a fifth of each row empty,
+    that is 120 places and 80 rows of 20 logits, or 4 (20 x 8 x 120 + 60 x 80 + 2 x 20 x 8) = 97,280
+    bytes in one micro-batch; in two it is 49,280, in four 25,280. The free memory is set to `room`
+    / 0.8 plus 12 bytes per weight, so that `room` bytes may be used."""
     model = GPT(GPTConfig(16, 20, 1, 2, 8))
     free = room / 0.8 + 12 * sum(weight.numel() for weight in model.parameters())
     monkeypatch.setattr(runtime.memory, "free_memory", lambda device: free)
@@ -418,13 +423,13 @@ def test_free_memory_is_more_than_a_megabyte_and_less_than_there_is():
 
 
 class NeverWaits(TorchDispatchMode):
-    """Within it, what makes the host wait for a device is an AssertionError, on the CPU too: an
-    operation whose size or Python value depends on what a tensor holds."""
+    """A mode in which whatever makes the host wait for a device raises AssertionError, on the CPU
+    too: any operation whose output size or Python value depends on the content of a tensor."""
 
     TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__.strip("_").startswith("index"):     # by a mask: of any size
+        if func.overloadpacket.__name__.strip("_").startswith("index"):     # by a mask: any size
             indices = args[1] if isinstance(args[1], (list, tuple)) else []
             waits = any(i is not None and i.dtype == torch.bool for i in indices)
         else:
@@ -434,7 +439,7 @@ class NeverWaits(TorchDispatchMode):
 
     def __enter__(self):
         self.patches = ExitStack()
-        for name in ("tolist", "numpy", "cpu"):         # on the CPU no operation is dispatched
+        for name in ("tolist", "numpy", "cpu"):         # these dispatch nothing on the CPU
             self.patches.enter_context(mock.patch.object(torch.Tensor, name, self.refuse(name)))
         return super().__enter__()
 
@@ -458,9 +463,9 @@ def cuda_never_waits():
 
 
 def steps_under(guard, loop, model, items, args, monkeypatch):
-    """Run a loop, each step after the first under the guard, from its data to its update. Returns
-    how many of them there were."""
-    guarded, micro_batches, end_step, first = 0, loop.micro_batches, Log.end_step, True
+    """Run a loop with each step after the first under a guard, from its data to its update. Returns
+    the number of guarded steps."""
+    guarded, micro_batches, note_update, first = 0, loop.micro_batches, Log.note_update, True
     with ExitStack() as stack:
         def from_here(*arguments):
             if not first:
@@ -469,11 +474,11 @@ def steps_under(guard, loop, model, items, args, monkeypatch):
 
         def to_here(*arguments):
             nonlocal guarded, first
-            end_step(*arguments)
+            note_update(*arguments)
             stack.close()
             guarded, first = guarded + (not first), False
         monkeypatch.setattr(loop, "micro_batches", from_here)
-        monkeypatch.setattr(Log, "end_step", to_here)
+        monkeypatch.setattr(Log, "note_update", to_here)
         loop.train(model, items, [], args)
     return guarded
 
@@ -495,9 +500,9 @@ def watched_steps(guard, loop, changes, device, precision, tmp_path, monkeypatch
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("loop, changes", LOOPS)
 def test_a_step_never_waits_for_the_device(loop, changes, precision, tmp_path, monkeypatch):
-    """After an .item() in a step a GPU has nothing to do until the next kernels are sent. Of four
-    steps the last three are watched, from packing to AdamW; float16 with its scaler, whose check
-    for overflows the fused AdamW makes on the device. (Step 0, compared with log 2, waits.)"""
+    """After an .item() in a step, a GPU is idle until the next kernels are launched. Of four steps
+    the last three are watched, from packing to AdamW; in float16 with its scaler, because the fused
+    AdamW checks for overflows on the device. (Step 0 waits, because it is compared with log 2.)"""
     assert watched_steps(NeverWaits, loop, changes, "cpu", precision, tmp_path, monkeypatch) == 3
 
 
@@ -505,7 +510,7 @@ def test_a_step_never_waits_for_the_device(loop, changes, precision, tmp_path, m
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("loop, changes", LOOPS)
 def test_on_cuda_a_step_never_waits(loop, changes, precision, tmp_path, monkeypatch):
-    """The same, and CUDA itself is the judge."""
+    """The same claim, checked by CUDA itself."""
     assert watched_steps(cuda_never_waits, loop, changes, "cuda", precision, tmp_path,
                          monkeypatch) == 3
 
@@ -516,7 +521,7 @@ def test_on_cuda_a_step_never_waits(loop, changes, precision, tmp_path, monkeypa
     lambda x: torch.masked_select(x, x > 0), lambda x: x.repeat_interleave(x.long()),
     lambda x: torch.where(x > 0), lambda x: x.index_put_((x > 0,), x[0])])
 def test_what_waits_is_noticed(waits):
-    """That the judge above is one; and that what does not wait passes."""
+    """NeverWaits refuses operations that wait, and lets others pass."""
     x = torch.ones(1)
     waits(x)
     with NeverWaits():
@@ -526,21 +531,21 @@ def test_what_waits_is_noticed(waits):
 
 
 def test_log_means_are_sums_over_counts_since_the_last_line(tmp_path, capsys):
-    """(1 + 1 + 7) / 3 = 3, where the mean of means would be (1 + 7) / 2 = 4."""
+    """(1 + 1 + 7) / 3 = 3, whereas the mean of the batch means would be (1 + 7) / 2 = 4."""
     log = Log(tmp_path / "log.csv", {"loss": ".4f", "lr": ".1e"})
     log.add(2, loss=torch.tensor(2.0))
     log.add(1, loss=torch.tensor(7.0))
-    log.end_step(0, torch.tensor(1.0), lr=0.5)
+    log.note_update(0, torch.tensor(1.0), lr=0.5)
     log.write(0)
     log.add(1, loss=5.0)
-    log.end_step(1, torch.tensor(1.0), lr=0.25)
+    log.note_update(1, torch.tensor(1.0), lr=0.25)
     log.write(1)
     assert (tmp_path / "log.csv").read_text() == "step,loss,lr\n0,3,0.5\n1,5,0.25\n"
     assert "3.0000" in capsys.readouterr().out
 
 
 def test_an_evaluation_stands_in_the_line_of_its_own_step(run, tmp_path):
-    """Every third step, with lines every second one: no mean over two evaluations."""
+    """With an evaluation every third step and a line every second, no line averages two of them."""
     flags = ["--data", str(run / "pairs.jsonl"), "--tokenizer", "reviews", "--device", "cpu",
              "--sft", str(run / "sft.pt"), "--steps", "7", "--eval-prompts", "2", "--lr", "1e-3",
              "--max-new-tokens", "2", "--warmup", "1"]
@@ -560,7 +565,7 @@ def test_an_evaluation_stands_in_the_line_of_its_own_step(run, tmp_path):
 def test_a_number_that_is_not_finite_stops_the_run(tmp_path, bad):
     log = Log(tmp_path / "log.csv", {"loss": ".4f"})
     log.add(1, loss=torch.tensor(bad))
-    log.end_step(5, torch.tensor(1.0), lr=0.5)
+    log.note_update(5, torch.tensor(1.0), lr=0.5)
     with pytest.raises(UserError, match="step 5: the loss is"):
         log.write(5)
 
@@ -575,8 +580,9 @@ def test_nothing_is_saved_over_a_good_checkpoint_when_training_breaks(run, monke
 
 
 def test_kl_and_win_rate_are_what_their_names_say():
-    """For answers of one token KL can be summed over the vocabulary. Against itself a policy has
-    KL 0 and wins half; another wins by its share of better answers, ties half."""
+    """For answers of one token, the KL can be summed over the vocabulary. Against itself a policy
+    has KL 0 and a win rate of one half; another policy's win rate is its share of better answers,
+    with ties counted as half."""
     tokenizer = get_tokenizer("reviews")
     torch.manual_seed(0)
     config = GPTConfig(16, tokenizer.n_vocab, 1, 2, 16)
@@ -630,7 +636,7 @@ def test_compare_shows_both_policies_side_by_side(run, capsys):
 
 
 def test_without_a_prompt_sample_asks_until_the_end_of_input(run, capsys, monkeypatch):
-    lines = iter(["The plot", b"\xff", "The cast"])     # bytes that are no text cost one line
+    lines = iter(["The plot", b"\xff", "The cast"])     # bytes that are not text cost one line
 
     def answer(_):
         line = next(lines, None)
@@ -644,7 +650,7 @@ def test_without_a_prompt_sample_asks_until_the_end_of_input(run, capsys, monkey
 
 
 def test_an_overflow_of_float16_leaves_the_step_out_and_goes_on():
-    """The scaler finds an infinite gradient: no weight moves, and the norm says why."""
+    """If the scaler finds an infinite gradient, no weight moves, and the norm is not finite."""
     model = small_gpt().float()
     before = copy.deepcopy(model)
     optimizer, scaler = model.optimizer(1.0), torch.amp.GradScaler("cpu")
@@ -661,7 +667,7 @@ SCRIPTS = {"train_sft": train_sft, "train_dpo": train_dpo, "sample": sample}
 
 
 def test_every_flag_is_read():
-    """A flag that nothing reads is a promise that nothing keeps."""
+    """A flag that the code never reads would silently do nothing."""
     files = [*ROOT.glob("*.py"), *ROOT.glob("runtime/*.py"), *ROOT.glob("tasks/*.py")]
     sources = "\n".join(path.read_text() for path in files)
     flags = {node.args[0].value for node in ast.walk(ast.parse(sources))
@@ -674,8 +680,8 @@ def test_every_flag_is_read():
 
 
 def test_defaults_are_those_of_appendix_b():
-    """Beta 0.1, batch 64, learning rate 1e-6 on real data, linear warm-up over 150 steps. The small
-    model of the reviews task has a beta and a learning rate of its own."""
+    """On real data: beta 0.1, batch 64, learning rate 1e-6, linear warm-up over 150 steps. The
+    small model of the reviews task has a beta and a learning rate of its own."""
     args = train_dpo.parse_args(["--data", "pairs.jsonl"])
     assert (args.beta, args.batch, args.lr, args.warmup, args.weight_decay) == (
         0.1, 64, 1e-6, 150, 0)

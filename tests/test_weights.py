@@ -1,11 +1,11 @@
-"""Released weights: GPT-2 in the layout of the Hugging Face hub, in and out, and their download.
+"""Released weights: GPT-2 in the layout of the Hugging Face hub, loaded, saved and downloaded.
 
     pytest tests/test_weights.py
 
-What the loader is compared with is written out here: a reader of the file format that counts bytes
-with struct, and a GPT-2 in NumPy that multiplies as the files have it, x @ W. The downloads come
-from a server on this machine. That transformers itself opens what we write, and we what it writes,
-was checked by hand; it is no required package.
+The loader is compared with two things that are written out here: a reader of the file format that
+parses bytes with struct, and a GPT-2 in NumPy that multiplies x @ W, as the files store W.
+Downloads come from a server on this machine. That transformers opens what we write, and that we
+open what it writes, was checked by hand, because transformers is not a required package.
 """
 
 import http.server
@@ -18,10 +18,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-import model as model_py
 import runtime.hub
 from model import GPT, GPTConfig
 from runtime.errors import UserError
@@ -32,7 +30,7 @@ for_all = settings(deadline=None, max_examples=25, derandomize=True)
 
 
 def random_gpt(config, seed=0):
-    """Every parameter random, biases and gains too, so that none can be left out unnoticed."""
+    """A GPT with random parameters, biases and layer norms too, so it shows if one is left out."""
     torch.manual_seed(seed)
     model = GPT(config)
     for parameter in model.parameters():
@@ -51,7 +49,7 @@ def configs(draw):
 
 
 def tensors_by_hand(path):
-    """{name: array} of a safetensors file of float32, byte by byte."""
+    """{name: array} of a safetensors file of float32, read byte by byte."""
     content = path.read_bytes()
     (n,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8:8 + n])
@@ -66,8 +64,8 @@ def tensors_by_hand(path):
 
 
 def gpt2_from_the_file(folder, tokens):
-    """Logits (T, V) of one sequence, from nothing but what is in the folder: matrices multiply
-    from the right, as GPT-2 was released."""
+    """Logits (T, V) of one sequence, computed from the folder alone. Matrices multiply from the
+    right, as GPT-2 was released."""
     config = json.loads((folder / "config.json").read_text())
     w = tensors_by_hand(folder / "model.safetensors")
     w = {name.removeprefix("transformer."): value for name, value in w.items()}
@@ -99,7 +97,7 @@ def gpt2_from_the_file(folder, tokens):
 
 
 # ------------------------------------------------------------------------------------------------
-# Out and in
+# Saving and loading
 # ------------------------------------------------------------------------------------------------
 
 
@@ -119,8 +117,8 @@ def test_what_is_saved_is_read_back_to_the_last_bit(tmp_path_factory, config, se
 @for_all
 @given(configs(), st.data())
 def test_the_files_are_a_gpt2_that_multiplies_from_the_right(tmp_path_factory, config, data):
-    """The four matrices of a block are transposed against nn.Linear's. One that is square would
-    load either way, so it is the numbers that tell."""
+    """The four matrices of a block are transposed relative to nn.Linear's. A square one would load
+    either way, so logits are compared."""
     folder = tmp_path_factory.mktemp("model")
     model = random_gpt(config)
     model.save_pretrained(folder)
@@ -132,7 +130,7 @@ def test_the_files_are_a_gpt2_that_multiplies_from_the_right(tmp_path_factory, c
 
 
 def test_the_files_have_the_names_and_shapes_of_the_hub(tmp_path):
-    """A block of gpt2 holds c_attn as (768, 2304), so that of 8 channels holds (8, 24)."""
+    """gpt2 stores c_attn as (768, 2304), so a block with 8 channels stores it as (8, 24)."""
     random_gpt(SMALL).save_pretrained(tmp_path)
     shapes = {name: value.shape for name, value in
               tensors_by_hand(tmp_path / "model.safetensors").items()}
@@ -151,7 +149,7 @@ def test_the_files_have_the_names_and_shapes_of_the_hub(tmp_path):
 
 
 def as_the_hub(model):
-    """A state dict as old files of the hub have it: no prefix, the causal masks, no head."""
+    """A state dict as in older files of the hub: no prefix, causal masks, no head."""
     state = {name: runtime.hub.transpose_matrix(name, value).clone() for name, value in
              model.state_dict().items()}
     for layer in range(model.config.n_layer):
@@ -161,7 +159,7 @@ def as_the_hub(model):
 
 
 def written(folder, state):
-    """A folder with config.json and pytorch_model.bin."""
+    """Write config.json and a state dict, as pytorch_model.bin, to a folder. Returns the folder."""
     random_gpt(SMALL).save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
@@ -185,7 +183,7 @@ def test_older_files_of_the_hub_are_read(tmp_path, change):
 
 
 def test_a_model_that_was_loaded_trains_and_samples_like_any_other(tmp_path):
-    """Weights that still pointed into the file would be read-only, or change it."""
+    """Weights that still pointed into the file would be read-only, or training would change it."""
     random_gpt(SMALL).save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     model = GPT.from_pretrained(tmp_path)
@@ -199,7 +197,7 @@ def test_a_model_that_was_loaded_trains_and_samples_like_any_other(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# What is refused, in one sentence that names the place
+# What is refused, in one sentence that names the file
 # ------------------------------------------------------------------------------------------------
 
 
@@ -225,11 +223,12 @@ def test_a_weight_that_is_missing_or_too_much_is_named(tmp_path, name):
     value = state.pop(name)
     assert f"{name} is missing" in refusal(written(tmp_path, state))
     state |= {name: value, "h.2.ln_1.bias": value}
-    assert "h.2.ln_1.bias is not a weight of a GPT-2 of this size" in refusal(written(tmp_path, state))
+    message = refusal(written(tmp_path, state))
+    assert "h.2.ln_1.bias is not a weight of a GPT-2 of this size" in message
 
 
 def test_a_head_of_its_own_is_refused(tmp_path):
-    """It would be dropped, and the model would be another one."""
+    """It would be dropped, which would make it a different model."""
     state = as_the_hub(random_gpt(SMALL))
     state["lm_head.weight"] = state["wte.weight"] + 1
     assert "lm_head.weight is not wte.weight" in refusal(written(tmp_path, state))
@@ -287,7 +286,7 @@ def test_a_damaged_file_of_weights_is_refused(tmp_path, damage):
 @for_all
 @given(st.integers(0, 3000), st.integers(1, 255))
 def test_any_changed_byte_is_another_weight_or_is_refused(tmp_path_factory, at, change):
-    """Never a traceback, whatever the damage."""
+    """Whatever the damage, it is never a traceback."""
     folder = tmp_path_factory.mktemp("model")
     random_gpt(SMALL).save_pretrained(folder)
     path = folder / "model.safetensors"
@@ -328,7 +327,7 @@ def test_a_folder_without_the_files_says_which_and_what_else_there_is(tmp_path):
 @pytest.fixture
 def server():
     """A web server on the loopback address. `server.files`: {path: bytes}; `server.asked`: the
-    paths of all GET requests; `server.cut`: how many bytes of an answer get lost on the way."""
+    paths of all GET requests; `server.cut`: how many bytes at the end of each answer are lost."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -355,7 +354,7 @@ def server():
 
 
 def refused_download(url, path, sha256=None):
-    """The sentence of a download that fails; it must leave nothing behind."""
+    """The message of a download that fails, which must leave nothing behind."""
     with pytest.raises(UserError) as caught:
         download(url, path, sha256)
     assert list(path.parent.iterdir()) == []
@@ -375,7 +374,7 @@ def test_a_file_is_downloaded_once(server, tmp_path):
 
 def test_a_wrong_checksum_a_broken_connection_and_a_web_page_leave_nothing(server, tmp_path):
     server.files |= {"/a": b"hello" * 100, "/page": b"\n<!DOCTYPE html><html>Please log in"}
-    # sha256 of "hello" is 2cf24d..., of this file it is not.
+    # 2cf24d... is the SHA-256 of "hello", not of this file.
     assert "hash" in refused_download(f"{server.url}/a", tmp_path / "a", "2cf24dba5fb0a30e26e83b2a")
     assert "web page" in refused_download(f"{server.url}/page", tmp_path / "a")
     assert "404" in refused_download(f"{server.url}/none", tmp_path / "a")
@@ -391,7 +390,7 @@ def test_without_a_network_one_sentence_says_what_to_fetch_and_where_to_put_it(t
 
 
 def test_gpt2_is_downloaded_by_name_and_kept(server, tmp_path, monkeypatch):
-    """The way of "gpt2", with fewer layers: sizes from the name, one file, one download."""
+    """This is how "gpt2" is loaded, with fewer layers: sizes from its name, one download."""
     sizes = dict(n_layer=1, n_head=1, n_embd=2)
     model = random_gpt(GPTConfig(**sizes))
     model.save_pretrained(tmp_path / "there")
@@ -405,14 +404,14 @@ def test_gpt2_is_downloaded_by_name_and_kept(server, tmp_path, monkeypatch):
         assert loaded.config == GPTConfig(1024, 50257, 1, 1, 2)
         assert torch.equal(loaded.wte.weight, model.wte.weight)
     assert server.asked == [name]
-    # "gpt2" has a published checksum, which this file has not.
+    # "gpt2" has a published checksum, which is not that of this file.
     server.files[name.replace("gpt2-medium", "gpt2")] = server.files[name]
     with pytest.raises(UserError, match="invalid hash value"):
         GPT.from_pretrained("gpt2")
 
 
 def test_the_released_sizes_have_as_many_parameters_as_their_names_say():
-    """124M, 355M, 774M, 1.6B: V C + T C + L (12 C^2 + 13 C) + 2 C."""
+    """124M, 355M, 774M and 1.6B are V C + T C + L (12 C^2 + 13 C) + 2 C parameters."""
     for name, millions in [("gpt2", 124.4), ("gpt2-medium", 354.8), ("gpt2-large", 774.0),
                            ("gpt2-xl", 1557.6)]:
         with torch.device("meta"):
@@ -424,7 +423,7 @@ def test_the_released_sizes_have_as_many_parameters_as_their_names_say():
 
 
 def test_safetensors_of_other_precisions_are_read(tmp_path):
-    """bfloat16 has float32's exponent and 7 bits of mantissa: 1.5 is exact in all of them."""
+    """1.5 and -2 are exact in all: bfloat16 has float32's exponent and 7 bits of mantissa."""
     values = {"F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
     for dtype, kind in values.items():
         data = torch.tensor([[1.5, -2.0]], dtype=kind).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,275 @@
+"""The flags of the three scripts: names, help, checks, and defaults that depend on other flags.
+
+Defaults that a reader looks for, learning rate and beta, are in tables at the top of the scripts.
+"""
+
+from pathlib import Path
+
+from runtime.cli import Parser, number_type
+from runtime.errors import UserError
+from runtime.hub import RELEASED
+from tasks import TASKS, task_of
+from tasks.tokenizers import TOKENIZERS
+
+# ------------------------------------------------------------------------------------------------
+# Flags that scripts share
+# ------------------------------------------------------------------------------------------------
+
+
+def add_shared_flags(parser):
+    """Flags of all three scripts."""
+    add = parser.add_argument
+    add("--task", choices=TASKS,
+        help="reviews, written by a grammar; hh, Anthropic's helpful dialogues; tldr, summaries of "
+             "Reddit posts (default reviews)")
+    add("--data", type=Path,
+        help="your own preferences instead, .jsonl or .jsonl.gz (see docs/preferences.md); to talk "
+             "to a model, sample.py only needs the name, to find the run")
+    add("--data-dir", type=Path,
+        help="hh and tldr: folder for the published files (default: the cache of torch.hub)")
+    add("--out", type=Path, help="folder of the run (default out/<task>, or out/<name of --data>)")
+    add("--seed", type=number_type(int, 0, most=2**31), default=0,
+        help="same seed, same machine: same run (default 0)")
+    add("--device", default="auto", metavar="NAME",
+        help="cpu, cuda, or another accelerator that PyTorch sees, such as mps on a Mac, which is "
+             "untested (default: cuda if there is one, else cpu)")
+    add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of matrix products; parameters stay float32 (default: bfloat16 on CUDA, or float16 "
+             "if the card lacks it; float32 elsewhere)")
+
+
+def add_training_flags(parser, batch, batch_unit, warmup):
+    """Flags of both training scripts, with their default batch and warm-up."""
+    add = parser.add_argument
+    add("--init",
+        help=f"weights SFT starts from: random, {', '.join(RELEASED)}, or a folder with "
+             "config.json and model.safetensors or pytorch_model.bin (default gpt2; random for "
+             "reviews)")
+    add("--tokenizer", choices=TOKENIZERS, help="default: reviews for that task, else gpt2")
+    add("--compile", default="auto", choices=["auto", "on", "off"],
+        help="torch.compile (default: on CUDA, for models of at least 10M parameters)")
+    add("--batch", type=number_type(int, 1), default=batch,
+        help=f"{batch_unit} per step (default {batch})")
+    add("--accumulate", type=number_type(int, 1),
+        help="micro-batches per step; more save memory and change nothing else (default: as few as "
+             "fit in the free memory, by an estimate; --resume keeps their number)")
+    add("--row-length", type=number_type(int, 2),
+        help="longest packed row, in tokens, at most the model's block size, which is the default")
+    add("--epochs", type=number_type(float, 0, above=True, most=10**6), default=1.0,
+        help="default 1")
+    add("--steps", type=number_type(int, 1), help="optimizer steps, instead of --epochs")
+    add("--warmup", type=number_type(int, 0), default=warmup,
+        help=f"steps over which the learning rate rises linearly to --lr (default {warmup})")
+    add("--weight-decay", type=number_type(float, 0), default=0.0,
+        help="of matrices (default 0: plain Adam)")
+    add("--clip", type=number_type(float, 0, above=True), default=1.0,
+        help="largest gradient norm (default 1)")
+    add("--resume", action="store_true",
+        help="continue a run with the same flags that was stopped or killed")
+    add("--save-every", type=number_type(float, 0), default=5.0,
+        help="minutes between saves of the training state, for --resume (default 5; 0: every step)")
+    add("--strict", action="store_true",
+        help="treat rows that are skipped or cut as errors (default: count them)")
+    add("--log-every", type=number_type(int, 1), default=20,
+        help="steps between log lines (default 20)")
+    add("--eval-every", type=number_type(int, 1), default=100,
+        help="steps between evaluations on held-out data (default 100)")
+
+
+def add_measuring_flags(parser):
+    """Flags of the final table of train_dpo.py and of sample.py --evaluate, which show the same."""
+    add = parser.add_argument
+    add("--max-new-tokens", type=number_type(int, 1), default=96,
+        help="longest sampled answer (default 96)")
+    add("--eval-prompts", type=number_type(int, 2), default=1024,
+        help="held-out prompts to evaluate on (default 1,024)")
+
+
+def choose_task(args):
+    """Check --task against --data and set the default. Exactly one of the two is None afterwards.
+    """
+    if args.task and args.data:
+        raise UserError(f"--task {args.task} and --data {args.data}: choose one")
+    if not args.data:
+        args.task = args.task or "reviews"
+
+
+def needs_sft(path, args):
+    """Whether train_dpo.py has to run SFT first, to write the checkpoint `path`. Says why."""
+    unfinished = (args.out / "sft_state.pt").exists() and not args.sft
+    if args.fresh:
+        print("--fresh: running SFT first")
+    elif args.resume and unfinished:
+        print(f"{path} is from an unfinished run; running SFT first")
+    elif not args.sft and not path.exists():
+        print(f"no {path} yet; running SFT first")
+    else:
+        later = ", but a later SFT run did not finish; --resume would continue it"
+        print(f"starting from {path}" + (later if unfinished else ""))
+        return False
+    return True
+
+
+def flags_for_sft(args):
+    """The flags of a run of train_dpo.py that its SFT run shares."""
+    names = ["task", "data", "data_dir", "out", "seed", "device", "precision", "compile", "init",
+             "tokenizer", "row_length", "save_every"]
+    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names
+             if getattr(args, name) is not None]
+    return flags + [f"--{name}" for name in ("resume", "strict") if getattr(args, name)]
+
+
+# ------------------------------------------------------------------------------------------------
+# train_sft.py
+# ------------------------------------------------------------------------------------------------
+
+
+def parse_sft_flags(doc, argv, lr, sizes):
+    """The flags of train_sft.py. lr: default learning rates; sizes: those of a random model."""
+    parser = Parser(doc)
+    add_shared_flags(parser)
+    add_training_flags(parser, 32, "answers", warmup=30)
+    add = parser.add_argument
+    add("--lr", type=number_type(float, 0, above=True),
+        help="peak learning rate (default 2e-5 from pretrained weights; 3e-3 from random ones, for "
+             "the small default model; larger models need less, 124M parameters 6e-4)")
+    add("--reviews", type=number_type(int, 1), default=52_000,
+        help="reviews: how many to write and train on (default 52,000)")
+    add("--block-size", type=number_type(int, 2, most=2**17),
+        help="--init random: longest prompt and answer together, in tokens (default 256)")
+    add("--n-layer", type=number_type(int, 1, most=1000),
+        help="--init random: blocks (default 2; GPT-2 124M has 12)")
+    add("--n-head", type=number_type(int, 1, most=1000),
+        help="--init random: attention heads (default 4; GPT-2 124M has 12)")
+    add("--n-embd", type=number_type(int, 1, most=2**16),
+        help="--init random: channels, a multiple of the heads (default 128; GPT-2 124M has 768)")
+    add("--init-std", type=number_type(float, 0, above=True),
+        help="--init random: standard deviation of the initial weights (default 0.06 for the 128 "
+             "channels of the default; GPT-2's 0.02 is for 768)")
+    args = parser.parse_args(argv)
+    choose_task(args)
+    args.tokenizer = args.tokenizer or ("reviews" if args.task == "reviews" else "gpt2")
+    args.init = args.init or ("random" if args.tokenizer == "reviews" else "gpt2")
+    if args.init == "random":
+        choose_sizes(args, sizes)
+        args.lr = args.lr or lr["random"]
+        return args
+    args.lr = args.lr or lr["pretrained"]
+    if args.tokenizer != "gpt2":
+        raise UserError(f"--init {args.init} was trained on GPT-2's tokens: it needs --tokenizer "
+                        "gpt2")
+    if args.init not in RELEASED:
+        args.init = str(Path(args.init).resolve())      # one name for a folder, however it is given
+    for name in sizes:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for --init random: {args.init} has its "
+                            "own sizes")
+    return args
+
+
+def choose_sizes(args, sizes):
+    """Set the sizes of a random model that were not given."""
+    for name, default in sizes.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.n_embd % args.n_head:
+        raise UserError(f"--n-embd {args.n_embd} is not a multiple of --n-head {args.n_head}")
+
+
+# ------------------------------------------------------------------------------------------------
+# train_dpo.py
+# ------------------------------------------------------------------------------------------------
+
+
+def parse_dpo_flags(doc, argv, lr, beta):
+    """The flags of train_dpo.py. lr, beta: their defaults, by task."""
+    parser = Parser(doc)
+    add_shared_flags(parser)
+    add_training_flags(parser, 64, "pairs (or rankings with plackett_luce)", warmup=150)
+    add_measuring_flags(parser)
+    add = parser.add_argument
+    add("--loss", default="dpo", choices=["dpo", "plackett_luce", "unlikelihood"],
+        help="dpo on pairs, Plackett-Luce on rankings (A.3), or the baseline of C.3 (default dpo)")
+    add("--beta", type=number_type(float, 0, above=True),
+        help="strength of the KL penalty; a larger one stays closer to the reference (default 0.1; "
+             "0.5 for tldr and reviews)")
+    add("--lr", type=number_type(float, 0, above=True),
+        help="learning rate after warm-up (default 1e-6; 3.5e-5 for reviews)")
+    add("--sft", type=Path,
+        help="checkpoint to start from, or a folder as for --init (default: sft.pt of the run, "
+             "trained first if there is none)")
+    add("--fresh", action="store_true", help="train SFT again even if there is an sft.pt")
+    add("--prefixes", type=number_type(int, 10), default=4200,
+        help="reviews: prompts to sample answers for (default 4,200; C.1 has 25,000)")
+    add("--samples", type=number_type(int, 2), default=4,
+        help="reviews: answers sampled for each prompt (default 4)")
+    args = parser.parse_args(argv)
+    choose_task(args)
+    args.lr = args.lr or lr[args.task or "own file"]
+    args.beta = args.beta or beta[args.task or "own file"]
+    if args.sft and (args.fresh or args.init):
+        raise UserError("--fresh and --init are for a new SFT model, but --sft names an existing "
+                        "one: choose one of the two")
+    if args.fresh and args.resume:
+        raise UserError("--fresh starts again, but --resume continues: choose one of the two")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------
+# sample.py
+# ------------------------------------------------------------------------------------------------
+
+
+def parse_sample_flags(doc, argv):
+    """The flags of sample.py."""
+    parser = Parser(doc)
+    add_shared_flags(parser)
+    add_measuring_flags(parser)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="default: dpo.pt of the run, or sft.pt if there is none")
+    add("--prompt", help="default: ask for prompts until the end of input (Ctrl-D)")
+    add("-n", type=number_type(int, 1), default=1, help="answers to each prompt (default 1)")
+    add("--temperature", type=number_type(float, 0), default=1.0,
+        help="1 samples the trained distribution, 0 takes the most likely token (default 1)")
+    add("--top-k", type=number_type(int, 1), help="sample from the k most likely tokens only")
+    add("--top-p", type=number_type(float, 0, above=True, most=1),
+        help="sample from the fewest most likely tokens whose probabilities add up to p")
+    add("--compare", nargs="*", type=Path, metavar="FILE",
+        help="two checkpoints side by side (default: sft.pt and dpo.pt of the run)")
+    add("--export", type=Path, metavar="FOLDER",
+        help="write the checkpoint's weights in the layout of the Hugging Face hub, and exit")
+    add("--evaluate", nargs="*", type=Path, metavar="FILE",
+        help="measure any number of checkpoints (default: sft.pt and dpo.pt of the run)")
+    add("--reference", type=Path,
+        help="--evaluate: the reference of KL and implicit reward (default sft.pt of the run)")
+    add("--baseline", type=Path,
+        help="--evaluate: what the win rate compares to (default: the first checkpoint)")
+    parser.set_defaults(strict=False)       # rows that teach nothing are counted
+    args = parser.parse_args(argv)
+    choose_task(args)
+    check_sample_flags(args)
+    return args
+
+
+def check_sample_flags(args):
+    """Raise UserError for flags that contradict each other or would have no effect."""
+    comparing, evaluating = args.compare is not None, args.evaluate is not None
+    if comparing and (len(args.compare) not in (0, 2) or args.checkpoint):
+        raise UserError("--compare takes two checkpoints, or none for sft.pt and dpo.pt of the "
+                        "run, and no --checkpoint")
+    if args.export and comparing:
+        raise UserError("--export writes one checkpoint: name it with --checkpoint, not --compare")
+    for_talking = {"--compare": comparing, "--export": args.export,
+                   "--prompt": args.prompt is not None, "-n": args.n != 1,
+                   "--temperature": args.temperature != 1, "--top-k": args.top_k is not None,
+                   "--top-p": args.top_p is not None, "--checkpoint": args.checkpoint}
+    for flag, given in for_talking.items():
+        if evaluating and given:
+            raise UserError(f"{flag} is not for --evaluate, which samples answers to held-out "
+                            "prompts at temperature 1")
+    for flag, given in [("--reference", args.reference), ("--baseline", args.baseline)]:
+        if given and not evaluating:
+            raise UserError(f"{flag} is for --evaluate, and has no effect without it")
+    if args.baseline and not task_of(args).reward:
+        raise UserError("--baseline: a win rate needs a reward, which only the reviews task has; "
+                        "python -m experiments.win_rate asks people or a model")
