@@ -103,12 +103,12 @@ def best_answers(preferences):
     return [Preference(p.prompt, [p.answers[p.pairs[0][0]]], []) for p in preferences]
 
 
-def is_held_out(prompt):
-    """Whether a prompt is kept for evaluation; one in ten is. The prompt alone decides, so neither
-    DPO nor SFT on a preference file ever trains on it, whatever the seed and the order of the file.
-    (SFT on reviews trains on whole reviews, some of which begin like a held-out prompt. Published
-    tasks have held-out files of their own.)"""
-    return zlib.crc32(prompt.encode("utf-8", "replace")) % 10 == 0
+def is_held_out(text):
+    """Whether the prompt `text` is kept for evaluation; one in ten is. The text alone decides, so
+    neither DPO nor SFT on a preference file ever trains on it, whatever the seed and the order of
+    the file. (SFT on reviews trains on whole reviews, some of which begin like a held-out prompt.
+    Published tasks have held-out files of their own.)"""
+    return zlib.crc32(text.encode("utf-8", "replace")) % 10 == 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -140,23 +140,43 @@ def encode(preference, tokenizer, row_length, skipped=None):
     skipped = Skipped() if skipped is None else skipped
     where = f"the prompt {preference.prompt[:40]!r}"
     eot = tokenizer.eot_token
-    prompt = [eot] + tokenizer.encode_ordinary(preference.prompt)
+    prompt = [eot] + to_ids(preference.prompt, tokenizer, where)
     room = row_length - len(prompt)
     if room < 1:
         skipped.add("prompt as long as a row", where)
         return None
-    answers = [tokenizer.encode_ordinary(answer) + [eot] for answer in preference.answers]
+    answers = [to_ids(answer, tokenizer, where) + [eot] for answer in preference.answers]
     for answer in answers:
         if len(answer) > room:
             skipped.add("answer cut (kept, without end-of-text)", where)
     answers = [answer[:room] for answer in answers]
     item = Encoded(prompt, answers, list(preference.pairs))
-    distinct = {i for i, answer in enumerate(answers) if answer not in answers[:i]}
-    if len(distinct) == len(answers):
+    if len(set(map(tuple, answers))) == len(answers):
         return item
     skipped.add("answers equal after the cut", where)
-    item = select_pairs(item, [i for i, pair in enumerate(item.pairs) if set(pair) <= distinct])
+    item = select_pairs(item, clear_pairs(item))
     return item if item.pairs else None
+
+
+def to_ids(text, tokenizer, where):
+    """Encode a text. Raises UserError if the tokenizer gives up, as tiktoken does on a million
+    blanks in a row, with an exception that is not an Exception."""
+    try:
+        return tokenizer.encode_ordinary(text)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{where}: tiktoken cannot encode this text of {len(text):,} characters") \
+            from error
+
+
+def clear_pairs(item):
+    """Of an Encoded in which some answers are equal, the indices of the pairs that are still clear:
+    one pair for each two different answers, unless copies of them were ranked both ways."""
+    as_ids = [(tuple(item.answers[w]), tuple(item.answers[l])) for w, l in item.pairs]
+    return [i for i, (winner, loser) in enumerate(as_ids)
+            if winner != loser and (loser, winner) not in as_ids
+            and (winner, loser) not in as_ids[:i]]
 
 
 def encode_all(preferences, tokenizer, row_length, skipped):

@@ -280,11 +280,11 @@ def main(argv=None):
     args = parse_args(argv)
     device, task = set_up(args), task_of(args)
     make_folder(args.out)
-    sft_path = args.sft or args.out / "sft.pt"
+    source, sft_path = data_source(args), args.sft or args.out / "sft.pt"
     if needs_sft(sft_path, args):
         train_sft.main(flags_for_sft(args))
     policy, tokenizer, facts = open_checkpoint(sft_path, device, args)
-    check_sft_checkpoint(sft_path, policy, facts, args)
+    check_sft_checkpoint(sft_path, policy, facts, source, args)
     choose_row_length(args, policy.config.block_size)
 
     if task is reviews:
@@ -297,7 +297,7 @@ def main(argv=None):
     train(policy, preferences, held_out, args)
     save_checkpoint(args.out / "dpo.pt", policy, tokenizer=facts["tokenizer"], stage="dpo",
                     init=facts.get("init", "random"), seed=args.seed, beta=args.beta,
-                    loss=args.loss, **data_source(args))
+                    loss=args.loss, **source)
     print(f"wrote {args.out / 'dpo.pt'}")
     reference, _, _ = open_checkpoint(sft_path, device, args)
     report(policy, reference, held_out, tokenizer, sft_path, args)

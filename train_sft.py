@@ -131,6 +131,7 @@ def main(argv=None):
     set_compiled(model, args.compile)
     choose_row_length(args, model.config.block_size)
 
+    source = data_source(args)              # before training: the file may change meanwhile
     splits = task_of(args).sft_examples(args)
     examples, held_out = encode_splits(splits, args.data or args.task, tokenizer, args)
     warn_of_large_lr(args, LR["pretrained"], args.init)
@@ -138,7 +139,7 @@ def main(argv=None):
           f"{device}")
     train(model, examples, held_out, args)
     save_checkpoint(args.out / "sft.pt", model, tokenizer=args.tokenizer, stage="sft",
-                    init=args.init, seed=args.seed, **data_source(args))
+                    init=args.init, seed=args.seed, **source)
     (args.out / "sft_state.pt").unlink(missing_ok=True)     # the run has finished
     print(f"wrote {args.out / 'sft.pt'}")
 

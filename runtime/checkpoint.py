@@ -83,6 +83,9 @@ def data_source(args):
     content. Raises UserError."""
     if not args.data:
         return {"source": args.task}
+    if args.data.is_fifo():
+        raise UserError(f"{args.data}: not a regular file; it is read more than once, so a pipe will "
+                        "not do")
     try:
         digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
     except OSError as error:
@@ -90,12 +93,12 @@ def data_source(args):
     return {"source": args.data.name, "digest": digest}
 
 
-def check_sft_checkpoint(path, model, facts, args):
-    """Raise UserError if the SFT model at `path` does not fit the flags of train_dpo.py."""
+def check_sft_checkpoint(path, model, facts, wanted, args):
+    """Raise UserError if the SFT model at `path` does not fit the flags of train_dpo.py, or was
+    trained on other data than `wanted`, the data_source of this run."""
     if args.tokenizer not in (None, facts["tokenizer"]):
         raise UserError(f"{path} was trained with --tokenizer {facts['tokenizer']}, "
                         f"not {args.tokenizer}")
-    wanted = data_source(args)
     if not args.sft and {name: facts.get(name) for name in wanted} != wanted:
         other = "other content of " if facts.get("source") == wanted["source"] else ""
         raise UserError(f"{path} was trained on {other}{facts.get('source')}, not on "

@@ -100,6 +100,9 @@ def unique_keys(pairs):
 
 def string_at(row, key):
     """The string under a key of a JSON object. Raises ValueError if there is none."""
+    if isinstance(row.get(key), list):
+        raise ValueError(f'expected a string under "{key}", not a list: join the messages of a chat '
+                         'to one text each for "prompt", "chosen" and "rejected"')
     if not isinstance(row.get(key), str):
         raise ValueError(f'expected a string under "{key}"')
     return row[key]
@@ -120,6 +123,9 @@ def parse_preference(row):
     if isinstance(parsed, str):
         return parsed
     prompt, answers, _ = parsed
+    if prompt.strip() and all(answer.startswith(prompt) for answer in answers):
+        raise ValueError("all answers repeat the prompt: leave it out of them, since they are "
+                         "appended to it")
     if not all(answer.strip() for answer in answers):
         return "empty answer"
     if len(set(answers)) < len(answers):
@@ -150,10 +156,11 @@ def parse_dialogues(row):
     if ASSISTANT not in chosen or ASSISTANT not in rejected:
         raise ValueError('expected a "prompt", or dialogues with "\\n\\nAssistant:" turns')
     start = chosen.rindex(ASSISTANT) + len(ASSISTANT)
-    prompt = chosen[:start]
-    if not rejected.startswith(prompt):
+    prompt, answers = chosen[:start], [chosen[start:], rejected[start:]]
+    if not rejected.startswith(prompt) or any(turn in answer for answer in answers
+                                              for turn in (HUMAN, ASSISTANT)):
         return "dialogues that differ before the last answer"
-    return prompt, [chosen[start:], rejected[start:]], [0, 1]
+    return prompt, answers, [0, 1]
 
 
 def parse_summaries(row):

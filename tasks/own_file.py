@@ -1,8 +1,8 @@
 """Your own preferences: --data FILE, in any form that data.load_preferences reads. One prompt in
-ten is held out (data.is_held_out), and SFT trains on the best answers."""
+ten is held out (what_decides), and SFT trains on the best answers."""
 
 from data import best_answers, is_held_out, load_preferences
-from runtime.rows import read_and_report
+from runtime.rows import ASSISTANT, HUMAN, read_and_report
 
 reward = well_formed = None
 
@@ -13,9 +13,23 @@ def preferences(args):
 
 def read_split(path, args):
     """(training, held-out) lists of Preference from a file."""
-    found = read_and_report(path, args.strict, load_preferences, path)
-    return ([p for p in found if not is_held_out(p.prompt)],
-            [p for p in found if is_held_out(p.prompt)])
+    rows = read_and_report(path, args.strict, load_preferences, path)
+    training = [p for p in rows if not is_held_out(what_decides(p))]
+    held_out = [p for p in rows if is_held_out(what_decides(p))]
+    share = len(held_out) / len(rows)
+    if len(rows) >= 100 and not 0.05 < share < 0.2:
+        print(f"{path}: {share:.0%} of the rows are held out, not a tenth: prompts decide, and many "
+              "rows have the same one")
+    return training, held_out
+
+
+def what_decides(preference):
+    """The text that decides whether a preference is held out: the prompt, or the first answer if
+    the prompt is empty. Of a dialogue the first human turn, so that its continuations go with it.
+    """
+    if preference.prompt.startswith(HUMAN):
+        return preference.prompt.split(ASSISTANT)[0]
+    return preference.prompt or preference.answers[0]
 
 
 def sft_examples(args):

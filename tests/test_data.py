@@ -18,6 +18,7 @@ import os
 import random
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -40,6 +41,7 @@ from data import (
 )
 from runtime.errors import UserError
 from runtime.rows import Skipped
+from tasks import own_file
 from tasks.reviews import (
     DEGREES,
     FEELINGS,
@@ -571,16 +573,100 @@ def test_a_folder_is_not_a_file_of_preferences(tmp_path, name):
 
 
 @pytest.mark.skipif("DPO_HH_FILE" not in os.environ, reason="DPO_HH_FILE is not set")
-def test_of_the_2354_rows_of_helpful_base_2346_can_teach():
-    """In Anthropic's test file, 2 rows differ before the last answer, 2 have equal answers, and 4
-    have an empty answer."""
+def test_of_the_2354_rows_of_helpful_base_2339_can_teach():
+    """In Anthropic's test file, 2 rows differ before the last answer, in 7 the rejected dialogue
+    goes on for more turns than the chosen one, 2 have equal answers, and 4 have an empty answer."""
     skipped = Skipped()
     preferences = load_preferences(os.environ["DPO_HH_FILE"], skipped)
-    assert skipped == {DIFFER: 2, EQUAL: 2, EMPTY: 4}
-    assert len(preferences) == 2354 - (2 + 2 + 4) == 2346
+    assert skipped == {DIFFER: 2 + 7, EQUAL: 2, EMPTY: 4}
+    assert len(preferences) == 2354 - (2 + 7 + 2 + 4) == 2339
     assert all(p.prompt.startswith("\n\nHuman:") for p in preferences)
     assert all(p.prompt.endswith("\n\nAssistant:") for p in preferences)
-    assert all("\n\nAssistant:" not in p.answers[0] for p in preferences)
+    assert all(turn not in answer for p in preferences for answer in p.answers
+               for turn in ("\n\nAssistant:", "\n\nHuman:"))
+
+
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_dialogues_that_end_after_different_turns_are_skipped_on_either_side(tmp_path, longer):
+    """Otherwise DPO would raise or lower the log-prob of the human's words."""
+    start = "\n\nHuman: Hi\n\nAssistant: "
+    row = {"chosen": start + "Hello.", "rejected": start + "Go away."}
+    row[longer] += "\n\nHuman: Why?\n\nAssistant: Because."
+    good = {"chosen": start + "Hello.", "rejected": start + "Go away."}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(good) + "\n")
+    skipped = Skipped()
+    assert len(load_preferences(tmp_path / "a.jsonl", skipped)) == 1 and skipped == {DIFFER: 1}
+
+
+def test_answers_that_repeat_their_prompt_are_refused_with_what_to_do(tmp_path):
+    """A common layout, in which the model would be trained with the prompt twice."""
+    row = {"prompt": "The plot", "chosen": "The plot was good.", "rejected": "The plot was dull."}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="line 1: all answers repeat the prompt: leave it out"):
+        load_preferences(tmp_path / "a.jsonl")
+    row["rejected"] = " was dull."                      # one answer may quote it
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert len(load_preferences(tmp_path / "a.jsonl")) == 1
+
+
+def test_a_chat_is_refused_with_what_to_do(tmp_path):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": messages, "rejected": messages}) + "\n")
+    with pytest.raises(UserError, match="line 1: .* not a list: join the messages of a chat"):
+        load_preferences(tmp_path / "a.jsonl")
+
+
+def split_of(tmp_path, rows):
+    """(training, held-out) of a file with these rows."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = SimpleNamespace(data=tmp_path / "a.jsonl", strict=False)
+    return own_file.preferences(args)
+
+
+def test_rows_without_a_prompt_are_split_by_their_first_answer(tmp_path):
+    """The checksum of an empty text is 0, so they were all held out. Of 200 about 20 are."""
+    training, held_out = split_of(tmp_path, [
+        {"prompt": "", "chosen": f"Good {i}.", "rejected": f"Bad {i}."} for i in range(200)])
+    assert len(training) + len(held_out) == 200 and 8 < len(held_out) < 40
+
+
+def test_no_dialogue_is_held_out_whose_beginning_or_continuation_is_trained_on(tmp_path):
+    """The first human turn decides for all its continuations."""
+    rows = []
+    for i in range(60):
+        start = f"\n\nHuman: Question {i}\n\nAssistant:"
+        for _ in range(3):
+            rows.append({"chosen": start + " Yes.", "rejected": start + " No."})
+            start += " Yes.\n\nHuman: And then?\n\nAssistant:"
+    training, held_out = split_of(tmp_path, rows)
+    trained = [p.prompt for p in training]
+    assert len(held_out) > 5 and len(training) + len(held_out) == 180
+    for p in held_out:
+        assert not any(p.prompt.startswith(other) or other.startswith(p.prompt)
+                       for other in trained)
+
+
+def test_a_split_far_from_a_tenth_is_mentioned(tmp_path, capsys):
+    split_of(tmp_path, [{"prompt": "One prompt", "chosen": f"{i}", "rejected": f"no {i}"}
+                        for i in range(200)])
+    assert "0% of the rows are held out, not a tenth" in capsys.readouterr().out
+    split_of(tmp_path, [{"prompt": f"Prompt {i}", "chosen": "a", "rejected": "b"}
+                        for i in range(200)])
+    assert "not a tenth" not in capsys.readouterr().out
+
+
+def test_a_text_that_tiktoken_cannot_encode_is_one_sentence():
+    """A million blanks make it panic with an exception that `except Exception` does not catch."""
+    class PanicException(BaseException):
+        pass
+
+    class Panicking:
+        eot_token = 0
+
+        def encode_ordinary(self, text):
+            raise PanicException("StackOverflow")
+    with pytest.raises(UserError, match="tiktoken cannot encode this text of 1,000,000 characters"):
+        encode(Preference(" " * 10**6, ["a", "b"], [(0, 1)]), Panicking(), 32)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -720,16 +806,24 @@ def test_a_prompt_that_leaves_no_room_is_dropped_and_counted():
 
 
 def test_answers_that_are_equal_after_the_cut_are_dropped_and_the_pairs_renumbered():
-    """Nothing can be learned from a pair of equal answers."""
-    # There is room for two tokens: " very good", the same again, " dull.". Best first: 0, 2, 1.
+    """Nothing can be learned from a pair of equal answers, nor from a copy of a pair."""
+    # There is room for two tokens: " very good", the same again, " dull.". Best first: 0, 1, 2.
     answers = [" very good.", " very good, but", " dull."]
-    preference = Preference("The plot was", answers, [(0, 2), (0, 1), (2, 1)])
+    preference = Preference("The plot was", answers, [(0, 1), (0, 2), (1, 2)])
     skipped = Skipped()
     item = encode(preference, TOKENIZER, 4 + 2, skipped)
     assert item.answers == [ids(" very good"), ids(" dull.")]
     assert item.pairs == [(0, 1)]
     assert skipped == {"answer cut (kept, without end-of-text)": 3,
                        "answers equal after the cut": 1}
+
+
+@pytest.mark.parametrize("pairs", [[(0, 2), (0, 1), (2, 1)], [(1, 2), (1, 0), (2, 0)]])
+def test_answers_that_became_equal_and_were_ranked_both_ways_say_nothing(pairs):
+    """One copy of " very good" is better than " dull." and the other is worse. Which of them comes
+    first in the file must not decide."""
+    answers = [" very good.", " very good, but", " dull."]
+    assert encode(Preference("The plot was", answers, pairs), TOKENIZER, 4 + 2) is None
 
 
 def test_a_pair_whose_answers_are_equal_after_the_cut_is_dropped():
