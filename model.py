@@ -345,8 +345,8 @@ def choose(logits, temperature, top_k, top_p, generator):
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # at most 0: no overflow
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        kept, ids = logits.topk(min(top_k, logits.size(-1)))
+        logits = torch.full_like(logits, -math.inf).scatter(-1, ids, kept)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)

@@ -195,6 +195,10 @@ def train(policy, preferences, held_out, args):
     logps_of = compiled_logps(policy)                               # policy.logps, perhaps compiled
     tie = args.beta * tie_in_nats(policy.precision)                 # a margin that may be rounding
     for step in state.steps(n_steps, "DPO"):                        # those left, if resumed
+        # At some steps: evaluate on held-out pairs, with the weights that this step starts from.
+        evaluating = held_out and is_due(step, n_steps, args.eval_every)
+        if evaluating:
+            evaluate_preferences(policy, held_out, args, log)
         # One batch, forward and backward in micro-batches, whose gradients add up.
         for batch in micro_batches(batches[step], state.n_micro_batches, args.row_length, policy):
             logps = logps_of(batch)                                 # (N,) log pi(y|x)
@@ -210,10 +214,7 @@ def train(policy, preferences, held_out, args):
         lr = args.lr * warmup(step, args.warmup)
         grad_norm = update(policy, optimizer, scaler, lr, args.clip)
         log.note_update(step, grad_norm, lr)
-        # At some steps: evaluate on held-out pairs, write a line of the log, save the state.
-        evaluating = held_out and is_due(step, n_steps, args.eval_every)
-        if evaluating:
-            evaluate_preferences(policy, held_out, args, log)
+        # At some steps: write a line of the log, save the state.
         if evaluating or is_due(step, n_steps, args.log_every):
             log.write(step)
         state.save_if_due(step)
@@ -290,6 +291,7 @@ def main(argv=None):
     if task is reviews:
         sample_preferences(policy, tokenizer, args)
     preferences, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
+    prompts = task.prompts(held_out, tokenizer, args)       # for the table at the end
     add_reference(policy, preferences + held_out, args)
     warn_of_large_lr(args, PAPER_LR, facts.get("init", "random"))
     print(f"DPO of {sft_path} on {sum(len(item.pairs) for item in preferences):,} pairs of "
@@ -300,7 +302,7 @@ def main(argv=None):
                     loss=args.loss, **source)
     print(f"wrote {args.out / 'dpo.pt'}")
     reference, _, _ = open_checkpoint(sft_path, device, args)
-    report(policy, reference, held_out, tokenizer, sft_path, args)
+    report(policy, reference, prompts, tokenizer, sft_path, args)
     (args.out / "dpo_state.pt").unlink(missing_ok=True)     # the run has finished
 
 
@@ -350,10 +352,10 @@ def add_reference(policy, items, args):
         item.ref_logps = ref_logps
 
 
-def report(policy, reference, held_out, tokenizer, sft_path, args):
-    """Measure both models on held-out prompts, print samples and the table, write results.json."""
+def report(policy, reference, prompts, tokenizer, sft_path, args):
+    """Measure both models on held-out prompts (texts), print samples and the table, write
+    results.json."""
     task = task_of(args)
-    prompts = task.prompts(held_out, tokenizer, args)
     if len(prompts) < 2:
         print(f"{task.name(args)}: fewer than two held-out prompts, so no samples are measured")
         return

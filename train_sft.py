@@ -52,6 +52,10 @@ def train(model, examples, held_out, args):
                           held_out)                                 # for --resume
     logps_of = compiled_logps(model)                                # model.logps, perhaps compiled
     for step in state.steps(n_steps, "SFT"):                        # those left, if resumed
+        # At some steps: evaluate on held-out texts, with the weights that this step starts from.
+        evaluating = held_out and is_due(step, n_steps, args.eval_every)
+        if evaluating:
+            evaluate(model, held_out, args, log)
         # One batch, forward and backward in micro-batches, whose gradients add up.
         examples_of_step = batches[step]
         n_tokens = sum(len(item.answers[0]) for item in examples_of_step)
@@ -65,10 +69,7 @@ def train(model, examples, held_out, args):
         lr = args.lr * min(warmup(step, args.warmup), cosine(step, n_steps))
         grad_norm = update(model, optimizer, scaler, lr, args.clip)
         log.note_update(step, grad_norm, lr)
-        # At some steps: evaluate on held-out texts, write a line of the log, save the state.
-        evaluating = held_out and is_due(step, n_steps, args.eval_every)
-        if evaluating:
-            evaluate(model, held_out, args, log)
+        # At some steps: write a line of the log, save the state.
         if evaluating or is_due(step, n_steps, args.log_every):
             log.write(step)
         state.save_if_due(step)

@@ -439,7 +439,7 @@ def check(exercises, seconds, jobs):
 
 
 def chosen_exercises(text):
-    """"1,3,5" to a list of exercises, in the order of their numbers."""
+    """The exercises of a text such as "1,3,5", in the order of their numbers. Raises UserError."""
     numbers = set()
     if re.fullmatch(r"\d+(,\d+)*", text):
         numbers = {int(digits) for digits in text.split(",")}

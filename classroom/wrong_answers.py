@@ -386,10 +386,10 @@ def dialogues_split_each_at_its_own_end(right, row):
 
 @replaces("data.is_held_out",
           "test_whether_a_prompt_is_held_out_is_the_same_in_every_run")
-def held_out_by_pythons_hash(right, prompt):
+def held_out_by_pythons_hash(right, text):
     """hash() of a string differs between processes, so a resumed run trains on prompts that it had
     held out."""
-    return hash(prompt) % 10 == 0
+    return hash(text) % 10 == 0
 
 
 @replaces("tasks.own_file.read_split", "test_held_out_prompts_are_never_trained_on")
@@ -448,7 +448,7 @@ def reward_is_a_sum(right, text):
 @replaces("data.Batch.mask",
           "test_an_answer_sees_its_prompt_and_itself_never_its_siblings_nor_other_groups")
 def sibling_visible(right, self):
-    """"Causal and same group" is not enough: the rejected answer can read the chosen one."""
+    """A causal mask within the group is not enough: the rejected answer can read the chosen one."""
     return (self.group[:, :, None] == self.group[:, None, :]).tril()
 
 
@@ -840,22 +840,22 @@ def a_wrong_start_goes_unnoticed(right, *arguments):
 
 
 @replaces("train_dpo.describe", "test_a_tie_is_half_right")
-def ties_as_wrong(right, logps, rewards, batch, *more):
+def ties_as_wrong(right, logps, rewards, batch, *more, **named):
     """rewards_w > rewards_l: before the first step, the accuracy is 0."""
     wins = (rewards[batch.winners] > rewards[batch.losers]).sum()
-    return right(logps, rewards, batch, *more) | {"accuracy": wins}
+    return right(logps, rewards, batch, *more, **named) | {"accuracy": wins}
 
 
 @replaces("train_dpo.describe", "test_a_step_never_waits_for_the_device")
-def numbers_read_in_every_step(right, *arguments):
+def numbers_read_in_every_step(right, *arguments, **named):
     """TRL's step has ten or more calls of .item(): the GPU is idle while the host catches up."""
-    return {name: value.item() for name, value in right(*arguments).items()}
+    return {name: value.item() for name, value in right(*arguments, **named).items()}
 
 
 @replaces("train_dpo.describe", "test_each_number_on_the_screen_is_the_sum_of_its_column")
-def chosen_and_rejected_rewards_swapped(right, *arguments):
+def chosen_and_rejected_rewards_swapped(right, *arguments, **named):
     """Two columns of the log have each other's names."""
-    sums = right(*arguments)
+    sums = right(*arguments, **named)
     return sums | {"chosen_reward": sums["rejected_reward"],
                    "rejected_reward": sums["chosen_reward"]}
 

@@ -2,6 +2,7 @@
 stage, the weights and the data it was trained from."""
 
 import hashlib
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +17,11 @@ from tasks.tokenizers import TOKENIZERS, get_tokenizer
 
 
 def save_checkpoint(path, model, **facts):
-    """Write weights, sizes and facts (plain values: tokenizer, stage, seed, ...) to one file."""
+    """Write weights, sizes and facts (plain values: tokenizer, stage, seed, ...) to one file.
+    Raises UserError instead of saving weights that are NaN or infinite."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"{path}: some weights are NaN or infinite, so they are not saved; a lower "
+                        "--lr may help")
     with replacing(path) as file:
         torch.save({"config": asdict(model.config), "facts": facts, "model": model.state_dict()},
                    file)
@@ -61,6 +66,10 @@ def open_policies(paths, device, args):
         if name in policies:
             continue
         policies[name], tokenizer, facts = open_checkpoint(path, device, args)
+        wanted = args.data.name if args.data else args.task
+        if facts.get("source", wanted) != wanted:
+            print(f"warning: {path} was trained on {facts['source']}, not on {wanted}; name its "
+                  "data with --task or --data", file=sys.stderr)
         tokenizers.add(facts["tokenizer"])
         if "beta" in facts:
             betas[name] = facts["beta"]
@@ -84,8 +93,8 @@ def data_source(args):
     if not args.data:
         return {"source": args.task}
     if args.data.is_fifo():
-        raise UserError(f"{args.data}: not a regular file; it is read more than once, so a pipe will "
-                        "not do")
+        raise UserError(f"{args.data}: a pipe; expected a regular file, because it is read more "
+                        "than once")
     try:
         digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
     except OSError as error:

@@ -103,7 +103,8 @@ def command(main):
             raise Interrupted(number, "stopped; what was finished is kept")
         before = signal.signal(signal.SIGTERM, terminate)
         streams = sys.stdout, sys.stderr
-        nested, rank = dist.is_initialized(), int(os.environ.get("RANK", 0))
+        nested = dist.is_initialized()
+        rank = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         if rank > 0:

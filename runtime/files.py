@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import signal
+import threading
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -28,11 +30,12 @@ def replacing(path):
     path = Path(os.path.realpath(path))
     temporary = Path(f"{path}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with signals_deferred():
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):      # torch.save hides an OSError behind its own error
@@ -42,6 +45,24 @@ def replacing(path):
     finally:
         temporary.unlink(missing_ok=True)
     barrier()
+
+
+@contextmanager
+def signals_deferred():
+    """A with block during which Ctrl-C and SIGTERM wait: what they ask for is done after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield                           # Python handles signals in the main thread only
+        return
+    waiting = []
+    handlers = {number: signal.signal(number, lambda number, frame: waiting.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in waiting[:1]:
+            signal.raise_signal(number)
 
 
 def write_json(path, content):

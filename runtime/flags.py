@@ -48,7 +48,7 @@ def add_training_flags(parser, batch, batch_unit, warmup):
     add("--tokenizer", choices=TOKENIZERS, help="default: reviews for that task, else gpt2")
     add("--compile", default="auto", choices=["auto", "on", "off"],
         help="torch.compile (default: on CUDA, for models of at least 10M parameters)")
-    add("--batch", type=number_type(int, 1), default=batch,
+    add("--batch", type=number_type(int, 1, most=10**6), default=batch,
         help=f"{batch_unit} per step (default {batch})")
     add("--accumulate", type=number_type(int, 1),
         help="micro-batches per step; more save memory and change nothing else (default: as few as "
@@ -57,7 +57,8 @@ def add_training_flags(parser, batch, batch_unit, warmup):
         help="longest packed row, in tokens, at most the model's block size, which is the default")
     add("--epochs", type=number_type(float, 0, above=True, most=10**6), default=1.0,
         help="default 1")
-    add("--steps", type=number_type(int, 1), help="optimizer steps, instead of --epochs")
+    add("--steps", type=number_type(int, 1, most=10**9),
+        help="optimizer steps, instead of --epochs")
     add("--warmup", type=number_type(int, 0), default=warmup,
         help=f"steps over which the learning rate rises linearly to --lr (default {warmup})")
     add("--weight-decay", type=number_type(float, 0), default=0.0,

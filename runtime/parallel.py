@@ -24,7 +24,7 @@ from runtime.errors import UserError
 
 def join_processes(device):
     """Connect to the other processes if torchrun started this one."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
     # Gradients travel over NCCL on GPUs, everything else over gloo. The timeout is long because the
     # first process may spend hours on a download; if one process dies, torchrun ends the others.
@@ -106,7 +106,8 @@ def choose_device(name):
     if found is None or found.type != name:
         raise UserError(f"--device {name}: PyTorch finds no such device on this machine; it finds "
                         f"{'cpu' if found is None else f'cpu and {found.type}'}")
-    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+    index = int(os.environ["LOCAL_RANK"]) if dist.is_torchelastic_launched() else 0
+    count = torch.accelerator.device_count()
     if index >= count:
         raise UserError(f"more processes than the {count} {name} devices of this machine: use a "
                         "smaller --nproc_per_node, or --device cpu")

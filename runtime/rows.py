@@ -101,8 +101,8 @@ def unique_keys(pairs):
 def string_at(row, key):
     """The string under a key of a JSON object. Raises ValueError if there is none."""
     if isinstance(row.get(key), list):
-        raise ValueError(f'expected a string under "{key}", not a list: join the messages of a chat '
-                         'to one text each for "prompt", "chosen" and "rejected"')
+        raise ValueError(f'expected a string under "{key}", not a list: join the messages of a '
+                         'chat to one text each for "prompt", "chosen" and "rejected"')
     if not isinstance(row.get(key), str):
         raise ValueError(f'expected a string under "{key}"')
     return row[key]

@@ -249,10 +249,12 @@ class TrainingState:
             then = saved["flags"].get(name)
             if then != now:
                 raise UserError(f"{self.path}: cannot resume, that run had "
-                                f"--{name.replace('_', '-')} {then}, this one has {now}")
+                                f"--{name.replace('_', '-')} {then}, this one has {now}; without "
+                                "--resume a new run starts")
         for name, now in self.digests.items():
             if saved["digests"].get(name) != now:
-                raise UserError(f"{self.path}: cannot resume, the {name} changed since")
+                raise UserError(f"{self.path}: cannot resume, the {name} changed since; without "
+                                "--resume a new run starts")
         for name, saved_object in self.saved_objects.items():
             saved_object.load_state_dict(saved[name])
         self.step = saved["step"]
@@ -268,8 +270,10 @@ class TrainingState:
         self.saved_at = time.monotonic()
 
     def move_aside(self):
-        """Keep the file of a run that stopped early under another name."""
-        old = self.path.with_suffix(".old")
+        """Keep the file of a run that stopped early under a name that is free."""
+        n = 1
+        while (old := self.path.with_suffix(f".old{n}")).exists():
+            n += 1
         barrier()                           # until all processes have looked
         if process_rank() == 0:
             os.replace(self.path, old)

@@ -18,8 +18,8 @@ def read_split(path, args):
     held_out = [p for p in rows if is_held_out(what_decides(p))]
     share = len(held_out) / len(rows)
     if len(rows) >= 100 and not 0.05 < share < 0.2:
-        print(f"{path}: {share:.0%} of the rows are held out, not a tenth: prompts decide, and many "
-              "rows have the same one")
+        print(f"{path}: {share:.0%} of the rows are held out, not a tenth: prompts decide, and "
+              "many rows have the same one")
     return training, held_out
 
 

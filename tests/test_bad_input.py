@@ -326,7 +326,8 @@ def test_contradictions_are_refused(run, capsys, tmp_path):
     assert "--row-length 129 is above the block size, 128" in refused(
         train_dpo.main, ["--sft", sft, "--row-length", "129", *there], capsys)
     assert "a prompt of 151 tokens" in refused(
-        sample.main, ["--out", run, "--prompt", " plot" * 150], capsys)
+        sample.main, ["--data", run / "pairs.jsonl", "--out", run, "--prompt", " plot" * 150],
+        capsys)
     for script in (train_sft, train_dpo, sample):
         assert "--device tpu: PyTorch finds no such device" in refused(
             script.main, ["--device", "tpu", *there], capsys)
@@ -385,7 +386,8 @@ def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
 
 
 def test_more_prompts_than_there_are_are_refused():
-    with pytest.raises(UserError, match="not have 3,000 different beginnings; lower --eval-prompts"):
+    words = "not have 3,000 different beginnings; lower --eval-prompts"
+    with pytest.raises(UserError, match=words):
         prefixes(3000, True, OneReview(), 0)
 
 
@@ -408,7 +410,8 @@ def test_missing_checkpoints_are_refused_by_name(run, capsys, tmp_path):
     there = ["--out", tmp_path, "--device", "cpu"]
     for main, flags in [(train_dpo.main, ["--sft", "no.pt"]),
                         (sample.main, ["--checkpoint", "no.pt"]),
-                        (sample.main, ["--compare", run / "sft.pt", "no.pt"])]:
+                        (sample.main, ["--compare", run / "sft.pt", "no.pt", "--data",
+                                       run / "pairs.jsonl"])]:
         assert re.search(r"no\.pt: .*No such file", refused(main, [*flags, *there], capsys))
 
 

@@ -67,9 +67,9 @@ def gpt2_by_hand(model, tokens):
         return x * w[name + ".weight"] + w[name + ".bias"]
 
     def attention(x, name):
-        q, k, v = np.split(linear(x, name + ".c_attn"), 3, axis=-1)
+        qkv = np.split(linear(x, name + ".c_attn"), 3, axis=-1)
         heads = []
-        for q, k, v in zip(*(np.split(part, H, axis=-1) for part in (q, k, v))):
+        for q, k, v in zip(*(np.split(all_heads, H, axis=-1) for all_heads in qkv)):
             out = np.zeros_like(v)
             for t in range(T):
                 scores = np.exp(k[:t + 1] @ q[t] / math.sqrt(q.shape[-1]))
@@ -239,7 +239,7 @@ def test_a_padded_vocabulary_changes_no_log_prob_and_no_gradient(items, multiple
     batch = pack(items, 16)
     logps = [model.logps(batch) for model in (plain, padded)]
     torch.testing.assert_close(*logps, rtol=0, atol=1e-11)
-    for model, values in zip((plain, padded), logps):
+    for values in logps:
         values.sum().backward()
     for (name, a), b in zip(plain.named_parameters(), padded.parameters()):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-10, msg=name)
@@ -495,6 +495,21 @@ def test_top_p_draws_only_the_fewest_likeliest_that_reach_p(row, p):
         nucleus.add(i)
         mass += weight / sum(weights)
     assert draws(row, top_p=p) <= nucleus
+
+
+def test_top_p_of_one_leaves_all_tokens():
+    """The sum of 100,000 equal probabilities reaches 1 before its end in float32."""
+    logits = torch.zeros(1, 100_000)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [choose(logits, 1.0, None, 1.0, generator).item() for _ in range(200)]
+    generator.manual_seed(0)
+    assert drawn == [choose(logits, 1.0, None, None, generator).item() for _ in range(200)]
+
+
+def test_top_k_leaves_k_tokens_even_if_some_are_equally_likely():
+    logits, generator = torch.zeros(1, 50), torch.Generator().manual_seed(0)
+    drawn = {choose(logits, 1.0, 3, None, generator).item() for _ in range(200)}
+    assert len(drawn) == 3
 
 
 def test_top_k_and_top_p_draw_every_one_of_those_they_leave():

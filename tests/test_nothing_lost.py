@@ -31,6 +31,7 @@ from data import Batches, Encoded
 from model import GPT, GPTConfig
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.errors import UserError
+from runtime.files import replacing
 from runtime.run import Log, load_state
 
 ROOT = Path(__file__).parent.parent
@@ -387,7 +388,11 @@ def test_a_run_says_when_there_is_something_to_resume_and_when_there_is_not(tmp_
     capsys.readouterr()
     train(train_sft, tmp_path)
     assert "--resume would have continued" in capsys.readouterr().out
-    assert path.with_suffix(".old").read_bytes() == before      # a forgotten flag costs nothing
+    assert path.with_suffix(".old1").read_bytes() == before     # a forgotten flag costs nothing
+    second = (interrupted(train_sft, tmp_path) / "sft_state.pt").read_bytes()
+    train(train_sft, tmp_path)                                  # nor does forgetting it again
+    assert path.with_suffix(".old1").read_bytes() == before
+    assert second in [old.read_bytes() for old in tmp_path.glob("sft_state.old*")]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -536,6 +541,37 @@ def test_overflows_of_float16_are_the_scalers_business_until_they_go_on_for_too_
 # ------------------------------------------------------------------------------------------------
 # Files
 # ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_file_is_saved_waits_until_it_is_complete(tmp_path, number):
+    """Outside the loop too, where sft.pt and dpo.pt are written."""
+    def handler(number, frame):
+        raise KeyboardInterrupt
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with replacing(tmp_path / "a") as file:
+                file.write(b"half ")
+                os.kill(os.getpid(), number)
+                file.write(b"and half")
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert (tmp_path / "a").read_bytes() == b"half and half"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The last update of a run can overflow, and nothing may look at the weights after it."""
+    model = GPT(GPTConfig(8, 20, 1, 1, 4))
+    save_checkpoint(tmp_path / "a.pt", model)
+    before = (tmp_path / "a.pt").read_bytes()
+    with torch.no_grad():
+        model.wte.weight[0, 0] = math.inf
+    with pytest.raises(UserError, match="some weights are NaN or infinite, so they are not saved"):
+        save_checkpoint(tmp_path / "a.pt", model)
+    assert (tmp_path / "a.pt").read_bytes() == before
 
 
 def test_a_full_disk_leaves_the_last_good_file(tmp_path):

@@ -220,14 +220,14 @@ def test_the_standard_error_of_accuracy_counts_prompts_not_pairs():
 
 
 def test_the_standard_error_does_not_depend_on_how_a_file_groups_its_pairs():
-    """The pairs above as twelve rows, three for each prompt: the same four draws."""
+    """The pairs above are now twelve rows, three per prompt: still four independent draws."""
     items = [Encoded([g], [[2], [3]], [(0, 1)]) for g in range(4) for _ in range(3)]
     found = rated(items, [[2.0, 1.0]] * 3 + [[1.0, 2.0]] * 3 + [[2.0, 1.0]] * 3 + [[1.0, 2.0]] * 3)
     assert found["accuracy"] == 0.5 and found["accuracy_se"] == pytest.approx(0.25)
 
 
 def rated(items, logps):
-    """What rate_pairs says about a policy with these log-probs, whose reference has zeros."""
+    """The result of rate_pairs for a policy with these log-probs and a reference with zeros."""
     policy = SimpleNamespace(config=GPTConfig(64), precision=None)
     reference = SimpleNamespace(config=GPTConfig(64), precision=None)
     with pytest.MonkeyPatch.context() as patch:
@@ -237,13 +237,22 @@ def rated(items, logps):
 
 
 def test_margins_within_rounding_are_ties_in_each_precision():
-    """Half of them right each, whatever their sign. 2e-4 nats in float32, 0.02 in half precision;
-    training, whose margins are rewards, scales both by beta."""
+    """Margins of up to 2e-4 nats in float32, or 0.02 in half precision, count as half right,
+    whatever their sign. In training, margins are rewards, so both are multiplied by beta."""
     margins = torch.tensor([3e-4, -3e-4, 1e-4, -1e-4, 0.0])
     float32, half = sample.tie_in_nats(None), sample.tie_in_nats(torch.bfloat16)
     assert sample.ranked_correctly(margins, float32).tolist() == [1, 0, 0.5, 0.5, 0.5]
     assert sample.ranked_correctly(margins, half).tolist() == [0.5] * 5
     assert sample.ranked_correctly(1e-4 * margins, 1e-4 * float32).tolist() == [1, 0, .5, .5, .5]
+
+
+@pytest.mark.parametrize("flags", [["--evaluate"], ["--prompt", "The plot"]])
+def test_a_checkpoint_that_was_trained_on_something_else_earns_a_warning(tmp_path, capsys, flags):
+    """With --data forgotten, the reviews task would be measured."""
+    for name in ("sft", "dpo"):
+        save_checkpoint(tmp_path / f"{name}.pt", small_gpt(0), tokenizer="reviews", source="x.jl")
+    sample.main(["--out", str(tmp_path), *FLAGS, *flags])
+    assert "dpo.pt was trained on x.jl, not on reviews" in capsys.readouterr().err
 
 
 def test_distinct_n_counts_n_grams_within_answers():
