@@ -41,8 +41,8 @@ from runtime.rows import Skipped, parse_preference, read_rows
 # Preferences: text
 # ------------------------------------------------------------------------------------------------
 
-# A prompt, its answers, and which answer is better than which: pairs of (winner, loser) indices,
-# those of the best answer first. A text for SFT is a Preference with one answer and no pairs.
+# A prompt, its answers, and which answer is better than which: pairs of (winner, loser) indices.
+# Pairs that the best answer won come first. A text for SFT is one answer without pairs.
 Preference = namedtuple("Preference", "prompt answers pairs")
 
 
@@ -172,10 +172,14 @@ def to_ids(text, tokenizer, where):
 
 def clear_pairs(item):
     """Of an Encoded in which some answers are equal, the indices of the pairs that are still clear:
-    one pair for each two different answers, unless copies of them were ranked both ways."""
+    one for each two different answers. An answer of which one copy was better than another answer
+    and one copy was worse is dropped."""
     as_ids = [(tuple(item.answers[w]), tuple(item.answers[l])) for w, l in item.pairs]
+    answers = [tuple(answer) for answer in item.answers]
+    unclear = {answer for pair in as_ids if pair[0] != pair[1] and pair[::-1] in as_ids
+               for answer in pair if answers.count(answer) > 1}
     return [i for i, (winner, loser) in enumerate(as_ids)
-            if winner != loser and (loser, winner) not in as_ids
+            if winner != loser and not {winner, loser} & unclear
             and (winner, loser) not in as_ids[:i]]
 
 
@@ -223,7 +227,8 @@ class Batch:
     owner: torch.Tensor         # (S,) answer it belongs to, in [0, N - 1]
     winners: torch.Tensor       # (P,) answers in [0, N - 1]
     losers: torch.Tensor        # (P,)
-    rankings: torch.Tensor      # (G, K) each prompt's answers, best first, padded with -1
+    rankings: torch.Tensor      # (G, K) each prompt's answers, best first, padded with -1; valid
+                                # if all pairs of each ranking are there, as with Batches(whole=True)
     ref_logps: torch.Tensor     # (N,) float32, zeros until they have been computed
 
     @property
@@ -243,7 +248,7 @@ class Batch:
     def to(self, device):
         """A copy on a device. Copies to CUDA start from pinned memory and do not block."""
         def move(tensor):
-            if tensor is None:
+            if tensor is None:          # a field that experiments.benchmark leaves out
                 return None
             if torch.device(device).type == "cuda":
                 tensor = tensor.pin_memory()
@@ -310,6 +315,7 @@ def number_pairs(encoded):
     for g, item in enumerate(encoded):
         pairs += [(first[g] + w, first[g] + l) for w, l in item.pairs]
         ref_logps += item.ref_logps or [0.0] * len(item.answers)
+        # In a ranking of K answers the k-th wins K - k pairs, so the wins give the ranking back.
         wins = Counter(w for w, _ in item.pairs)
         best_first = sorted(range(len(item.answers)), key=lambda i: -wins[i])
         rankings[g, :len(best_first)] = first[g] + torch.tensor(best_first)
@@ -383,15 +389,16 @@ def micro_batches(items, n, row_length, model):
 
     The caller divides each loss by the size of the whole batch, so that the gradients of all
     micro-batches add up to the gradient of the batch. Prompts are dealt out by length, so that all
-    micro-batches take about as long. Raises UserError if there are fewer prompts than processes.
+    micro-batches take about equally long. Raises UserError if there are fewer prompts than
+    processes.
     """
     if len(items) < world_size():
         raise UserError(f"a batch of {len(items)} prompts for {world_size()} processes: use a "
                         "larger --batch or fewer processes, so that each gets a prompt")
-    n = min(n * world_size(), len(items))
-    by_length = sorted(range(len(items)), key=lambda i: -count_tokens(items[i]))
-    for k in range(process_rank(), n, world_size()):
-        share = [items[i] for i in sorted(by_length[k::n])]
+    n_all = min(n * world_size(), len(items))               # of all processes
+    longest_first = sorted(range(len(items)), key=lambda i: -count_tokens(items[i]))
+    for k in range(process_rank(), n_all, world_size()):    # prompts are dealt out like cards
+        share = [items[i] for i in sorted(longest_first[k::n_all])]
         yield pack_for_model(share, row_length, model)
 
 

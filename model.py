@@ -165,8 +165,9 @@ class GPT(nn.Module):
     # -- forward ---------------------------------------------------------------------------------
 
     def hidden(self, tokens, positions=None, mask=None, caches=None):
-        """(B, T) ids to the final hidden states, (B, T, C). positions as in forward; mask: (B, T,
-        keys), with caches, one KeyValueCache per layer, where keys counts all tokens so far."""
+        """(B, T) ids to the final hidden states, (B, T, C). caches: a KeyValueCache per layer.
+        positions, mask: as in forward; with caches the mask is (B, T, keys), over all tokens so
+        far."""
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)
         if mask is not None:
@@ -193,7 +194,7 @@ class GPT(nn.Module):
         return F.linear(hidden.to(weight.dtype), weight, bias)
 
     def autocast(self):
-        """A with block in which matrix products have self.precision: the same for training,
+        """Context manager in which matrix products have self.precision: the same for training,
         reference, sampling and evaluation. If policy and reference differed in it, their log-probs
         would differ before the first update."""
         return torch.autocast(self.device.type, self.precision,
@@ -210,10 +211,10 @@ class GPT(nn.Module):
     def logps(self, batch):
         """log pi(y|x) = sum over the tokens of y of log pi(token | all before it), for each answer.
 
-        batch: a packed data.Batch: source are the S flat indices at which a scored token is
-        predicted (that of the token *before* it), target the ids of those tokens, owner the answer
-        each belongs to. Only these S positions go through the output head, which is a third of the
-        arithmetic of the smallest GPT-2. Returns (N,), in float32 also under autocast.
+        batch: a packed data.Batch. source (S,): flat index of the token *before* each scored token,
+        whose output predicts it; target (S,): the scored ids; owner (S,): the answer each belongs
+        to. Only these S positions go through the output head, which is a third of the arithmetic of
+        the smallest GPT-2. Returns (N,), in float32 also under autocast.
         """
         hidden = self.hidden(batch.tokens, batch.positions, batch.mask())        # (B, T, C)
         hidden = hidden.flatten(0, 1).index_select(0, batch.source)              # (S, C)
@@ -231,8 +232,8 @@ class GPT(nn.Module):
         max_new_tokens: also limited by the block size, for each prompt. temperature: 0 always takes
         the most likely token. top_k: sample from the k most likely tokens. top_p: sample from the
         fewest most likely tokens whose probabilities add up to at least p.
-        eot: the id that ends an answer. generator: a torch.Generator on the model's device, so that
-        sampling does not advance the generator of training. Returns a list of lists: the new ids of
+        eot: the id that ends an answer. generator: a torch.Generator on the model's device, for
+        answers that can be reproduced. Returns a list of lists: the new ids of
         each prompt, eot included if it was reached. Equal prompts are computed once and continued
         independently. Raises ValueError for an empty prompt, or one of block_size tokens or more.
         """
@@ -256,10 +257,10 @@ class GPT(nn.Module):
                 break
             if (step + 1) % CHECK_EVERY == 0:
                 unfinished = (answers[rows, :step + 1] != eot).all(1) & (limits[rows] > step + 1)
-                going = unfinished.nonzero()[:, 0]
+                going = unfinished.nonzero()[:, 0]                  # indices into rows
                 if len(going) == 0:
                     break
-                if len(going) <= MOST_GOING * len(rows):
+                if len(going) <= MOST_GOING * len(rows):            # drop the finished rows
                     rows, padding, token = rows[going], padding[going], token[going]
                     for cache in caches:
                         cache.select(going)
@@ -280,13 +281,13 @@ class GPT(nn.Module):
         the last tokens, padding (B,), the number of padded columns, and one KeyValueCache of
         `capacity` tokens per layer.
         """
-        row_of = {}                                                 # U distinct prompts
+        row_of = {}                         # {distinct prompt: its row}; there are U of them
         copies = [row_of.setdefault(tuple(prompt), len(row_of)) for prompt in prompts]
         T = max(map(len, prompts))
         tokens = torch.tensor([(0,) * (T - len(prompt)) + prompt for prompt in row_of],
                               device=self.device)                                       # (U, T)
         padding = tokens.new_tensor([T - len(prompt) for prompt in row_of])             # (U,)
-        copies = tokens.new_tensor(copies)                                              # (B,)
+        copies = tokens.new_tensor(copies)                          # (B,) the row of each prompt
         columns = torch.arange(T, device=self.device)
         positions = (columns - padding[:, None]).clamp(min=0)                           # (U, T)
         mask = None                         # attention is faster without one
@@ -359,4 +360,5 @@ def choose(logits, temperature, top_k, top_p, generator):
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     ends = logits.softmax(-1).cumsum(-1, dtype=dtype)                               # (B, V)
     u = torch.rand(len(ends), 1, dtype=dtype, device=ends.device, generator=generator)
-    return torch.searchsorted(ends, u * ends[:, -1:], right=True)[:, 0]
+    token = torch.searchsorted(ends, u * ends[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logits.size(-1) - 1)         # u * end may round up to end in float32

@@ -8,16 +8,16 @@
 People compare two answers to a prompt x and prefer y_w to y_l. RLHF fits a reward model r to such
 pairs and then looks for the policy pi (a language model) that maximizes
 
-    E[r(x, y)] - beta KL(pi || pi_ref)
+    E[r(x, y)] - beta KL(pi || pi_ref)                                    E over answers y ~ pi
 
 where the reference pi_ref is the model to stay close to, here the SFT model. The optimum is known:
 
     pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x)                     Z(x) makes it sum to 1
     r(x, y)  = beta log( pi*(y|x) / pi_ref(y|x) ) + beta log Z(x)         solved for r
 
-A preference depends on r(x, y_w) - r(x, y_l) only, in which Z(x) cancels. So DPO needs no reward
-model: it fits the policy itself to the pairs, by maximum likelihood, with sigma the logistic
-function:
+The Bradley-Terry model says that y_w is preferred to y_l with probability sigma(r(x, y_w) -
+r(x, y_l)), where sigma is the logistic function. Z(x) cancels in the difference. So DPO needs no
+reward model: it fits the policy itself to the pairs, by maximum likelihood:
 
     loss = -log sigma( beta log[pi(y_w|x)/pi_ref(y_w|x)] - beta log[pi(y_l|x)/pi_ref(y_l|x)] )
 
@@ -25,8 +25,8 @@ The log-probs under pi_ref never change, so they are computed once, before train
 
 Writes to out/<task>/: preferences.jsonl (if the task samples its own), reference.json, dpo.pt,
 metrics.csv, results.json. Left out on purpose: the reward model and PPO, which DPO replaces.
-Equations, sections and appendices named here are those of the paper, arXiv 2305.18290. It writes
-preferred and dispreferred, or w and l (winner and loser), for what files call chosen and rejected.
+Equations, sections and appendices named here are those of the paper, arXiv 2305.18290. The paper
+writes preferred and dispreferred, or w and l (winner and loser); files say chosen and rejected.
 """
 
 import json
@@ -66,7 +66,7 @@ LR = {"reviews": 3.5e-5, "hh": PAPER_LR, "tldr": PAPER_LR, "own file": PAPER_LR}
 
 
 # ------------------------------------------------------------------------------------------------
-# The mathematics. Pure functions of log-probabilities. Training uses these ...
+# The mathematics used in training: pure functions of log-probabilities
 # ------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +143,7 @@ def unlikelihood_loss(pi_logps, yw_idxs, yl_idxs):
 
 
 # ------------------------------------------------------------------------------------------------
-# ... and the tests and experiments these
+# The mathematics used only by tests and experiments
 # ------------------------------------------------------------------------------------------------
 
 
@@ -189,32 +189,36 @@ def train(policy, preferences, held_out, args):
     n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
     optimizer = policy.optimizer(args.lr, args.weight_decay)
     scaler = grad_scaler(policy)
+    # The log needs batches and scaler to judge a gradient that is not finite; the state is what
+    # --resume goes on with, and refuses to go on with other data.
     log = Log(args.out / "metrics.csv", COLUMNS, batches, scaler)
     state = TrainingState(args.out / "dpo_state.pt", args, policy, optimizer, scaler, log, batches,
-                          held_out)                                 # for --resume
+                          held_out)
     logps_of = compiled_logps(policy)                               # policy.logps, perhaps compiled
-    tie = args.beta * tie_in_nats(policy.precision)                 # a margin that may be rounding
-    for step in state.steps(n_steps, "DPO"):                        # those left, if resumed
-        # At some steps: evaluate on held-out pairs, with the weights that this step starts from.
+    tie = args.beta * tie_in_nats(policy.precision)                 # smaller margins are ties
+    for step in state.steps(n_steps, "DPO"):                        # from 0, or with --resume later
+        # At some steps, evaluate on held-out pairs, with the weights that this step starts from.
         evaluating = held_out and is_due(step, n_steps, args.eval_every)
         if evaluating:
             evaluate_preferences(policy, held_out, args, log)
-        # One batch, forward and backward in micro-batches, whose gradients add up.
-        for batch in micro_batches(batches[step], state.n_micro_batches, args.row_length, policy):
-            logps = logps_of(batch)                                 # (N,) log pi(y|x)
-            losses, rewards = objective(logps, batch, args)         # (P,) and (N,)
+        # One batch of args.batch pairs, forward and backward. The gradients of its micro-batches
+        # (state.n_micro_batches of them, --accumulate or as few as fit in memory) add up.
+        for micro_batch in micro_batches(batches[step], state.n_micro_batches, args.row_length,
+                                         policy):
+            logps = logps_of(micro_batch)                           # (N,) log pi(y|x)
+            losses, rewards = objective(logps, micro_batch, args)   # per pair (ranking), per answer
             loss = losses.sum() / args.batch                        # mean over the whole batch
             scaler.scale(loss).backward()
-            log.add(len(losses), loss=losses.detach().sum())        # a sum, and of how many
-            log.add(len(batch.winners), **describe(logps.detach(), rewards, batch, tie))
+            log.add(len(losses), loss=losses.detach().sum())        # a sum, and its count
+            log.add(len(micro_batch.winners), **describe(logps.detach(), rewards, micro_batch, tie))
             if step == 0:
-                check_start(logps.detach(), batch, args, policy.precision)
+                check_start(logps.detach(), micro_batch, args, policy.precision)
         # One update.
         sum_gradients(policy)                                       # of all processes
         lr = args.lr * warmup(step, args.warmup)
         grad_norm = update(policy, optimizer, scaler, lr, args.clip)
         log.note_update(step, grad_norm, lr)
-        # At some steps: write a line of the log, save the state.
+        # At some steps, write a line of the log, or save the state.
         if evaluating or is_due(step, n_steps, args.log_every):
             log.write(step)
         state.save_if_due(step)
@@ -247,10 +251,11 @@ def check_start(logps, batch, args, precision):
     and every later number would be off. Raises UserError, also if something is NaN."""
     losses, rewards = objective(logps, batch, args)
     expected, _ = objective(batch.ref_logps, batch, args)
-    tolerance = args.beta * (0.01 if precision is None else 1.0)    # beta times so many nats
+    # Beta times so many nats: rounding in the longest answer of a batch, with room to spare.
+    tolerance = args.beta * (0.01 if precision is None else 1.0)
     largest_reward = rewards.abs().max()
     loss_off = (losses - expected).mean().abs()
-    if args.loss == "unlikelihood":                                 # has no reference
+    if args.loss == "unlikelihood":         # in nats, not times beta; the rewards are enough
         loss_off = 0
     starts_at_reference = largest_reward <= tolerance and loss_off <= tolerance
     if not starts_at_reference:
@@ -279,16 +284,17 @@ def evaluate_preferences(policy, held_out, args, log):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    device, task = set_up(args), task_of(args)
+    device = set_up(args)                                   # also sets args.out
     make_folder(args.out)
-    source, sft_path = data_source(args), args.sft or args.out / "sft.pt"
+    task, source = task_of(args), data_source(args)
+    sft_path = args.sft or args.out / "sft.pt"
     if needs_sft(sft_path, args):
         train_sft.main(flags_for_sft(args))
     policy, tokenizer, facts = open_checkpoint(sft_path, device, args)
     check_sft_checkpoint(sft_path, policy, facts, source, args)
     choose_row_length(args, policy.config.block_size)
 
-    if task is reviews:
+    if task is reviews:                                     # the only task without preferences
         sample_preferences(policy, tokenizer, args)
     preferences, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
     prompts = task.prompts(held_out, tokenizer, args)       # for the table at the end
@@ -336,8 +342,8 @@ def ranked_samples(sft, tokenizer, args):
         raise UserError("no prompt got two finished answers of different reward: train SFT for "
                         "longer, or raise --max-new-tokens")
     print(f"sampled and ranked the answers to {len(ranked):,} prompts; left out "
-          f"{len(prompts) - len(ranked)} prompts (all rewards equal) and {n_unfinished} answers "
-          "(empty or unfinished)")
+          f"{len(prompts) - len(ranked)} prompts (fewer than two rewards) and {n_unfinished} "
+          "answers (empty or unfinished)")
     return "".join(json.dumps(row) + "\n" for row in ranked)
 
 

@@ -1,5 +1,5 @@
 """Supervised fine-tuning (SFT): maximum likelihood on good answers. DPO starts from the result, and
-train_dpo.py has the same loop with another loss.
+train_dpo.py has the same loop with another loss, and no decay of the learning rate.
 
     python train_sft.py                                # reviews, written by the task's own grammar
     python train_sft.py --task hh                      # GPT-2, on Anthropic's chosen answers
@@ -44,39 +44,43 @@ def train(model, examples, held_out, args):
     in place. held_out: more examples, for evaluation only. args: the flags of parse_args."""
     batches = Batches(examples, args.batch, args.seed, whole=True)
     n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
-    # Adam's usual beta2, 0.999, averages over 1,000 steps. For such short runs that is too many.
+    # beta2 0.99 instead of Adam's 0.999, because a run from random weights must soon forget the
+    # large gradients of its first steps. (DPO, which starts from trained weights, keeps 0.999.)
     optimizer = model.optimizer(args.lr, args.weight_decay, betas=(0.9, 0.99))
     scaler = grad_scaler(model)
+    # The log needs batches and scaler to judge a gradient that is not finite; the state is what
+    # --resume goes on with, and refuses to go on with other data.
     log = Log(args.out / "sft_metrics.csv", COLUMNS, batches, scaler)
     state = TrainingState(args.out / "sft_state.pt", args, model, optimizer, scaler, log, batches,
-                          held_out)                                 # for --resume
+                          held_out)
     logps_of = compiled_logps(model)                                # model.logps, perhaps compiled
-    for step in state.steps(n_steps, "SFT"):                        # those left, if resumed
-        # At some steps: evaluate on held-out texts, with the weights that this step starts from.
+    for step in state.steps(n_steps, "SFT"):                        # from 0, or with --resume later
+        # At some steps, evaluate on held-out texts, with the weights that this step starts from.
         evaluating = held_out and is_due(step, n_steps, args.eval_every)
         if evaluating:
-            evaluate(model, held_out, args, log)
-        # One batch, forward and backward in micro-batches, whose gradients add up.
-        examples_of_step = batches[step]
-        n_tokens = sum(len(item.answers[0]) for item in examples_of_step)
-        for batch in micro_batches(examples_of_step, state.n_micro_batches, args.row_length, model):
-            logps = logps_of(batch)                                 # (N,) log pi(y|x)
+            evaluate_examples(model, held_out, args, log)
+        # One batch of args.batch answers, forward and backward. The gradients of its micro-batches
+        # (state.n_micro_batches of them, --accumulate or as few as fit in memory) add up.
+        batch = batches[step]                                       # a list of Encoded
+        n_tokens = sum(len(item.answers[0]) for item in batch)
+        for micro_batch in micro_batches(batch, state.n_micro_batches, args.row_length, model):
+            logps = logps_of(micro_batch)                           # (N,) log pi(y|x)
             loss = -logps.sum() / n_tokens                          # mean over the whole batch
             scaler.scale(loss).backward()
-            log.add(len(batch.target), loss=-logps.detach().sum())  # a sum, and of how many tokens
+            log.add(len(micro_batch.target), loss=-logps.detach().sum())    # a sum, and its count
         # One update.
         sum_gradients(model)                                        # of all processes
-        lr = args.lr * min(warmup(step, args.warmup), cosine(step, n_steps))
+        lr = args.lr * min(warmup(step, args.warmup), cosine(step, n_steps))    # the lower one
         grad_norm = update(model, optimizer, scaler, lr, args.clip)
         log.note_update(step, grad_norm, lr)
-        # At some steps: write a line of the log, save the state.
+        # At some steps, write a line of the log, or save the state.
         if evaluating or is_due(step, n_steps, args.log_every):
             log.write(step)
         state.save_if_due(step)
 
 
 @torch.no_grad()
-def evaluate(model, held_out, args, log):
+def evaluate_examples(model, held_out, args, log):
     """Log the loss per token of all held-out answers."""
     logps_of = compiled_logps(model)
     for batch in batches_in_order(held_out, args.row_length, model):

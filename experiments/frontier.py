@@ -180,7 +180,7 @@ def cached(folder, config, compute, *arguments):
 def measure(policy, start, args):
     """Measure a policy on held-out prompts. Returns {"measures": reward, kl and so on, "prompts":
     the first two prompts, "answers": the answers to these}."""
-    prompts = prefixes(args.eval_prompts, True, start.tokenizer, args.seed + 1)
+    prompts = prefixes(args.eval_prompts, True, start.tokenizer, args.seed + 1, "--eval-prompts")
     measures, texts = evaluate({"policy": policy}, start.model, prompts, start.tokenizer,
                                args.max_new_tokens, args.seed + 1, **GRADES)
     measures = {name: value for name, value in measures["policy"].items()

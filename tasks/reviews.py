@@ -101,7 +101,7 @@ def opinion_value(opinion):
 
 
 def well_formed(text):
-    """Whether the grammar could have written exactly this review."""
+    """Whether the text has the form of a review, to the letter. Its opinions need not agree."""
     return REVIEW.fullmatch(text) is not None
 
 
@@ -149,16 +149,16 @@ def pick(rng, phrases, sign):
     return rng.choice([phrase for phrase, value in phrases.items() if value * sign > 0])
 
 
-def prefixes(count, held_out, tokenizer, seed):
+def prefixes(count, held_out, tokenizer, seed, flag="--prefixes"):
     """`count` distinct beginnings of new reviews, 2 to 8 tokens long, as texts. Either all of them
     are held out or none is (data.is_held_out), so training and evaluation share no prompt. Raises
-    UserError if there are not that many."""
+    UserError, which names the flag that asked for them, if there are not that many."""
     rng, found, draws = random.Random(f"prefixes {seed}"), {}, 0
     while len(found) < count:
         draws += 1
         if draws > 1000 * (len(found) + 100):
             raise UserError(f"the reviews do not have {count:,} different beginnings; lower "
-                            f"{'--eval-prompts' if held_out else '--prefixes'}")
+                            f"{flag}")
         ids = tokenizer.encode_ordinary(write_review(rng))[:rng.randint(2, 8)]
         text = tokenizer.decode(ids)
         if is_held_out(text) == held_out:
@@ -184,7 +184,7 @@ def sft_examples(args):
 
 
 def preferences(args):
-    """The sampled and ranked answers that train_dpo.py wrote, split as a file of your own is."""
+    """The sampled and ranked answers that train_dpo.py wrote, split in the same way as --data."""
     return own_file.read_split(name(args), args)
 
 
@@ -194,7 +194,7 @@ def held_out(args):
 
 def prompts(items, tokenizer, args):
     """Beginnings of new reviews; held-out preferences (items) are not needed."""
-    return prefixes(args.eval_prompts, True, tokenizer, args.seed + 1)
+    return prefixes(args.eval_prompts, True, tokenizer, args.seed + 1, "--eval-prompts")
 
 
 def name(args):

@@ -211,7 +211,7 @@ def test_comments_at_both_ends_of_a_body_go_with_it():
 def test_the_readme_of_a_copy_does_not_show_what_is_to_be_written(outcomes):
     text = (outcomes["folder"] / "README.md").read_text()
     shown = {3: "losses = -bradley_terry(rewards[yw_idxs], rewards[yl_idxs])",
-             10: "logps = logps_of(batch)"}
+             10: "logps = logps_of(micro_batch)"}
     for exercise_number, line in shown.items():
         assert message(EXERCISES[exercise_number]) in text and line not in text
         assert line in (ROOT / "README.md").read_text()

@@ -818,6 +818,17 @@ def test_answers_that_are_equal_after_the_cut_are_dropped_and_the_pairs_renumber
                        "answers equal after the cut": 1}
 
 
+def test_what_is_left_of_a_ranking_after_the_cut_is_a_ranking():
+    """Of four answers, best first 2, 0, 3, 1, the answers 0 and 1 became equal: on both sides of 3.
+    Without them, 2 > 3 is left, and no order of 3 and what was dropped."""
+    answers = [" very good.", " very good, but", " dull.", " weak."]
+    ranking = [2, 0, 3, 1]
+    pairs = [(w, l) for i, w in enumerate(ranking) for l in ranking[i + 1:]]
+    item = encode(Preference("The plot was", answers, pairs), TOKENIZER, 4 + 2)
+    assert item.answers == [ids(" dull."), ids(" weak.")] and item.pairs == [(0, 1)]
+    assert pack([item], 16).rankings.tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize("pairs", [[(0, 2), (0, 1), (2, 1)], [(1, 2), (1, 0), (2, 0)]])
 def test_answers_that_became_equal_and_were_ranked_both_ways_say_nothing(pairs):
     """One copy of " very good" is better than " dull." and the other is worse. Which of them comes
