@@ -228,7 +228,7 @@ class Batch:
     winners: torch.Tensor       # (P,) answers in [0, N - 1]
     losers: torch.Tensor        # (P,)
     rankings: torch.Tensor      # (G, K) each prompt's answers, best first, padded with -1; valid
-                                # if all pairs of each ranking are there, as with Batches(whole=True)
+                                # if all pairs of a ranking are there, as with Batches(whole=True)
     ref_logps: torch.Tensor     # (N,) float32, zeros until they have been computed
 
     @property

@@ -105,6 +105,8 @@ def make_copy(folder, exercises):
     chosen = by_module(exercises)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder}: already exists; choose a new or empty folder")
+    if any((ROOT / name) in [folder.resolve(), *folder.resolve().parents] for name in COPIED):
+        raise UserError(f"--out {folder}: inside a folder that is copied; choose one elsewhere")
     folder.mkdir(parents=True, exist_ok=True)
     ignored = shutil.ignore_patterns("__pycache__", ".*", "out", *LEFT_OUT)
     for path in sorted(ROOT.iterdir()):

@@ -757,6 +757,9 @@ def main(argv=None):
                     for key, value in vars(args).items()}
         content = {"machine": facts, "settings": settings, "lines": lines}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
+    failed = [f"{line['workload']} {line['rung']}" for line in lines if "failed" in line]
+    if failed:
+        raise UserError(f"not measured: {', '.join(failed)}")
 
 
 def measure_here(args, config):

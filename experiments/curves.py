@@ -130,6 +130,8 @@ def parse_args(argv):
 @command
 def main(argv=None):
     args = parse_args(argv)
+    if args.out and args.out.suffix != ".svg":
+        raise UserError(f"--out {args.out}: expected a name that ends in .svg")
     metrics = read_metrics(args.folder / "metrics.csv")
     draw(metrics, args.out or args.folder / "curves.svg")
 

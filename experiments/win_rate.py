@@ -297,7 +297,7 @@ def read_answers(path, key):
 def read_replies(text, form, path):
     """{question: verdict} of the replies to a chat batch, one per line. path: for messages."""
     answers = {}
-    for i, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(text.split("\n"), 1):     # JSON strings may hold U+2028
         if not line.strip():
             continue
         where = f"{path}, line {i}"

@@ -126,6 +126,11 @@ def parse_preference(row):
     if prompt.strip() and all(answer.startswith(prompt) for answer in answers):
         raise ValueError("all answers repeat the prompt: leave it out of them, since they are "
                          "appended to it")
+    return unusable(prompt, answers) or parsed
+
+
+def unusable(prompt, answers):
+    """Why a prompt with answers is left out, or None."""
     if not all(answer.strip() for answer in answers):
         return "empty answer"
     if len(set(answers)) < len(answers):
@@ -134,7 +139,7 @@ def parse_preference(row):
         "".join([prompt, *answers]).encode()
     except UnicodeEncodeError:
         return "half a character (a lone surrogate)"
-    return parsed
+    return None
 
 
 def parse_ranking(row):

@@ -21,6 +21,7 @@ from runtime.rows import (
     string_at,
     tldr_answer,
     tldr_prompt,
+    unusable,
 )
 from tasks import own_file
 
@@ -54,8 +55,9 @@ def load_summaries(held_out, folder, skipped):
     path = download(f"{URL}/datasets/{file_name}", (folder or cache_folder()) / file_name)
 
     def parse(row):
-        answer = tldr_answer(string_at(row, "summary"))
-        return Preference(tldr_prompt(row), [answer], []) if answer.strip() else "empty answer"
+        prompt, answer = tldr_prompt(row), tldr_answer(string_at(row, "summary"))
+        reason = unusable(prompt, [answer])
+        return reason or Preference(prompt, [answer], [])
     return limit_held_out(read_rows(path, parse, skipped), held_out, skipped)
 
 

@@ -542,6 +542,7 @@ def test_the_guide_lists_the_exercises_as_they_are():
     (assignment.main, [], "one of the arguments"),
     (assignment.main, ["--out", "{here}"], "already exists"),
     (assignment.main, ["--out", "{here}/x", "--exercises", "1,11"], "--exercises 1,11: expected"),
+    (assignment.main, ["--out", str(ROOT / "tests" / "class")], "inside a folder that is copied"),
     (assignment.main, ["--list", "--exercises", "1;2"], "--exercises 1;2: expected"),
     (assignment.main, ["--grade", "{here}/nowhere"], "no such folder"),
     (assignment.main, ["--list", "--seconds", "0"], "--seconds"),

@@ -224,6 +224,14 @@ def test_metrics_are_read_with_the_steps_at_which_they_were_logged(tmp_path):
     assert set(metrics) == set(train_dpo.COLUMNS)
 
 
+def test_a_picture_has_to_be_named_as_an_svg(tmp_path, capsys):
+    """Otherwise matplotlib would append .svg to the name."""
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    with pytest.raises(SystemExit) as caught:
+        curves.main([str(tmp_path), "--out", str(tmp_path / "pic")])
+    assert caught.value.code == 2 and "a name that ends in .svg" in capsys.readouterr().err
+
+
 @needs_matplotlib
 def test_curves_name_what_they_show_and_in_which_unit(tmp_path, capsys):
     (tmp_path / "metrics.csv").write_text(METRICS)
