@@ -403,8 +403,17 @@ def micro_batches(items, n, row_length, model):
 
 
 def batches_in_order(items, row_length, model, size=32):
-    """All items in order, `size` prompts at a time, packed, on the model's device. With several
-    processes, each yields every world_size()-th of these batches; runtime.parallel.all_gather puts
-    the results together again."""
-    for start in range(process_rank() * size, len(items), world_size() * size):
-        yield pack_for_model(items[start:start + size], row_length, model)
+    """All items in order, at most `size` prompts at a time, packed, on the model's device: fewer if
+    their logits would have more than 2^27 numbers, half a gigabyte. With several processes, each
+    yields every world_size()-th of these batches; runtime.parallel.all_gather puts the results
+    together again."""
+    batches, scored = [], 0
+    for item in items:
+        n = sum(len(answer) for answer in item.answers)
+        scored += n
+        if not batches or len(batches[-1]) == size or scored * model.config.vocab_size > 2**27:
+            batches.append([])
+            scored = n
+        batches[-1].append(item)
+    for batch in batches[process_rank()::world_size()]:
+        yield pack_for_model(batch, row_length, model)

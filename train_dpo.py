@@ -6,7 +6,7 @@
     torchrun --nproc_per_node 8 train_dpo.py --task hh            # on eight GPUs
 
 People compare two answers to a prompt x and prefer y_w to y_l. RLHF fits a reward model r to such
-pairs and then looks for the policy pi (a language model) that maximizes
+pairs and then looks for the policy pi (a language model) that maximises
 
     E[r(x, y)] - beta KL(pi || pi_ref)                                    E over answers y ~ pi
 
@@ -40,7 +40,7 @@ from data import Batches, batches_in_order, micro_batches, rank_answers
 from runtime.checkpoint import check_sft_checkpoint, data_source, open_checkpoint, save_checkpoint
 from runtime.cli import choose_row_length, command, set_up, warn_of_large_lr
 from runtime.errors import UserError
-from runtime.files import cached, make_folder, write_json
+from runtime.files import cached, claim_folder, write_json
 from runtime.flags import flags_for_sft, needs_sft, parse_dpo_flags
 from runtime.parallel import compiled_logps, sum_gradients
 from runtime.report import final_report
@@ -54,7 +54,7 @@ from sample import (
     score,
     tie_in_nats,
 )
-from tasks import encode_splits, reviews, task_of
+from tasks import encode_splits, evaluated, reviews, task_of
 from train_sft import grad_scaler, update, warmup
 
 # Defaults that depend on the task. Appendix B has beta 0.1 (0.5 for TL;DR) and learning rate 1e-6.
@@ -154,7 +154,7 @@ def log_partition(ref_logps, rewards, beta):
 
 
 def optimal_policy(ref_logps, rewards, beta):
-    """Eq. 15: log pi*(y|x) = log pi_ref(y|x) + r(x, y) / beta - log Z(x), the policy that maximizes
+    """Eq. 15: log pi*(y|x) = log pi_ref(y|x) + r(x, y) / beta - log Z(x), the policy that maximises
     E[r] - beta KL(pi || pi_ref). Last dimension: every possible answer y. Returns the same shape.
     """
     return ref_logps + rewards / beta - log_partition(ref_logps, rewards, beta)[..., None]
@@ -218,7 +218,7 @@ def train(policy, preferences, held_out, args):
         lr = args.lr * warmup(step, args.warmup)
         grad_norm = update(policy, optimizer, scaler, lr, args.clip)
         log.note_update(step, grad_norm, lr)
-        # At some steps, write a line of the log, or save the state.
+        # At some steps, the same for all processes, write a line of the log or save the state.
         if evaluating or is_due(step, n_steps, args.log_every):
             log.write(step)
         state.save_if_due(step)
@@ -285,7 +285,7 @@ def evaluate_preferences(policy, held_out, args, log):
 def main(argv=None):
     args = parse_args(argv)
     device = set_up(args)                                   # also sets args.out
-    make_folder(args.out)
+    claim_folder(args.out)
     task, source = task_of(args), data_source(args)
     sft_path = args.sft or args.out / "sft.pt"
     if needs_sft(sft_path, args):
@@ -302,7 +302,7 @@ def main(argv=None):
     warn_of_large_lr(args, PAPER_LR, facts.get("init", "random"))
     print(f"DPO of {sft_path} on {sum(len(item.pairs) for item in preferences):,} pairs of "
           f"{len(preferences):,} prompts, {args.loss}, beta {args.beta:g}, on {device}")
-    train(policy, preferences, held_out, args)
+    train(policy, preferences, evaluated(held_out), args)
     save_checkpoint(args.out / "dpo.pt", policy, tokenizer=facts["tokenizer"], stage="dpo",
                     init=facts.get("init", "random"), seed=args.seed, beta=args.beta,
                     loss=args.loss, **source)

@@ -20,11 +20,11 @@ from model import GPT, GPTConfig
 from runtime.checkpoint import data_source, save_checkpoint
 from runtime.cli import choose_row_length, command, set_up, warn_of_large_lr
 from runtime.errors import UserError
-from runtime.files import make_folder
+from runtime.files import claim_folder
 from runtime.flags import parse_sft_flags
 from runtime.parallel import compiled_logps, set_compiled, set_precision, sum_gradients
 from runtime.run import Log, TrainingState, is_due
-from tasks import encode_splits, task_of
+from tasks import encode_splits, evaluated, task_of
 from tasks.tokenizers import get_tokenizer
 
 # Defaults that depend on the initial weights: GPT-2's, or random ones, of these sizes.
@@ -73,7 +73,7 @@ def train(model, examples, held_out, args):
         lr = args.lr * min(warmup(step, args.warmup), cosine(step, n_steps))    # the lower one
         grad_norm = update(model, optimizer, scaler, lr, args.clip)
         log.note_update(step, grad_norm, lr)
-        # At some steps, write a line of the log, or save the state.
+        # At some steps, the same for all processes, write a line of the log or save the state.
         if evaluating or is_due(step, n_steps, args.log_every):
             log.write(step)
         state.save_if_due(step)
@@ -129,7 +129,7 @@ def grad_scaler(model):
 def main(argv=None):
     args = parse_args(argv)
     device = set_up(args)
-    make_folder(args.out)
+    claim_folder(args.out)
     tokenizer = get_tokenizer(args.tokenizer)
     model = initial_model(args, tokenizer).to(device)
     set_precision(model, args.precision)
@@ -142,7 +142,7 @@ def main(argv=None):
     warn_of_large_lr(args, LR["pretrained"], args.init)
     print(f"SFT of {sum(p.numel() for p in model.parameters()):,} parameters ({args.init}) on "
           f"{device}")
-    train(model, examples, held_out, args)
+    train(model, examples, evaluated(held_out), args)
     save_checkpoint(args.out / "sft.pt", model, tokenizer=args.tokenizer, stage="sft",
                     init=args.init, seed=args.seed, **source)
     (args.out / "sft_state.pt").unlink(missing_ok=True)     # the run has finished

@@ -291,7 +291,8 @@ def decay_on_everything(right, self, lr, weight_decay=0.0, **named):
 def compiled_names_in_the_checkpoint(right, path, model, **facts):
     """nanoGPT #325: keys that begin with _orig_mod. cannot be loaded anywhere else."""
     weights = {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}
-    compiled = SimpleNamespace(config=model.config, state_dict=lambda: weights)
+    compiled = SimpleNamespace(
+        config=model.config, parameters=model.parameters, state_dict=lambda: weights)
     return right(path, compiled, **facts)
 
 

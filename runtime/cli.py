@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.errors import Interrupted, UserError
+from runtime.files import CLAIMED, release_folders
 from runtime.parallel import choose_device, join_processes
 from tasks import TASKS
 
@@ -103,7 +104,7 @@ def command(main):
             raise Interrupted(number, "stopped; what was finished is kept")
         before = signal.signal(signal.SIGTERM, terminate)
         streams = sys.stdout, sys.stderr
-        nested = dist.is_initialized()
+        nested, locked_before = dist.is_initialized(), set(CLAIMED)
         rank = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -119,6 +120,7 @@ def command(main):
             if code is None:
                 raise
         finally:
+            release_folders(keep=locked_before)     # by the command that runs this one
             signal.signal(signal.SIGTERM, before)
             sys.stdout, sys.stderr = streams
         script = Path(sys.modules[main.__module__].__file__).name

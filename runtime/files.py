@@ -15,6 +15,11 @@ import torch
 from runtime.errors import UserError
 from runtime.parallel import barrier, first_process_first, process_rank
 
+try:
+    import fcntl
+except ImportError:             # Windows has no such locks
+    fcntl = None
+
 
 @contextmanager
 def replacing(path):
@@ -91,6 +96,32 @@ def make_folder(path):
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {path}: cannot make this folder: {error.strerror}") from error
+
+
+CLAIMED = {}            # {folder: file descriptor that holds its lock}
+
+
+def claim_folder(path):
+    """Create the run's folder if needed and lock it until the command ends, so that no other run
+    writes to it. The system releases the lock of a process that dies. Raises UserError."""
+    make_folder(path)
+    folder = path.resolve()
+    if fcntl is None or process_rank() > 0 or folder in CLAIMED:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"--out {path}: another run is writing to this folder; wait for it, or "
+                        "choose another") from None
+    CLAIMED[folder] = descriptor
+
+
+def release_folders(keep):
+    """Release the locks that this process holds, but those on the folders in `keep`."""
+    for folder in set(CLAIMED) - keep:
+        os.close(CLAIMED.pop(folder))
 
 
 # ------------------------------------------------------------------------------------------------

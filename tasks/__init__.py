@@ -20,6 +20,8 @@ and naming it in the table below. `args` are the parsed flags of a script.
     well_formed(text)         whether a grammar accepts prompt + answer; None if there is none
 """
 
+import zlib
+
 from data import encode_all
 from runtime.errors import UserError
 from runtime.rows import read_and_report
@@ -31,6 +33,20 @@ TASKS = {"reviews": reviews, "hh": hh, "tldr": tldr}
 def task_of(args):
     """The module of --task, or of --data."""
     return own_file if args.data else TASKS[args.task]
+
+
+MOST_EVALUATED = 2500       # about as many held-out prompts as hh has
+
+
+def evaluated(held_out):
+    """What the evaluations during training use of a list of Encoded: at most MOST_EVALUATED, chosen
+    by a checksum, so that a large file does not make training wait for them."""
+    if len(held_out) <= MOST_EVALUATED:
+        return held_out
+    print(f"evaluating on {MOST_EVALUATED:,} of {len(held_out):,} held-out prompts during training")
+    checksums = [zlib.crc32(repr(item.prompt).encode()) for item in held_out]
+    chosen = sorted(range(len(held_out)), key=lambda i: (checksums[i], i))[:MOST_EVALUATED]
+    return [held_out[i] for i in sorted(chosen)]
 
 
 def encode_splits(splits, name, tokenizer, args):

@@ -574,6 +574,25 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert (tmp_path / "a.pt").read_bytes() == before
 
 
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
+    """The lock belongs to the process: the system releases it however the process ends."""
+    fcntl = pytest.importorskip("fcntl")
+    flags = ["--out", str(tmp_path), *("--n-layer 1 --n-head 1 --n-embd 8 --block-size 64 "
+                                       "--reviews 20 --steps 1 --device cpu").split()]
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    for script in (train_sft, train_dpo):
+        with pytest.raises(SystemExit) as caught:
+            script.main(["--out", str(tmp_path), "--device", "cpu"])
+        assert caught.value.code == 2
+        assert "another run is writing to this folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    os.close(other)
+    train_sft.main(flags)
+    train_sft.main(flags)               # and the first one has released it
+    assert (tmp_path / "sft.pt").exists()
+
+
 def test_a_full_disk_leaves_the_last_good_file(tmp_path):
     """A limit on the size of files cuts off the writing in the middle, as a full disk does."""
     path = tmp_path / "a.pt"

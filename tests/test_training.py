@@ -28,6 +28,7 @@ import data
 import runtime.memory
 import runtime.run
 import sample
+import tasks
 import train_dpo
 import train_sft
 from data import Batches, Encoded, micro_batches, pack
@@ -420,6 +421,30 @@ def test_micro_batches_are_as_few_as_fit_in_the_memory_that_is_free(monkeypatch,
 def test_free_memory_is_more_than_a_megabyte_and_less_than_there_is():
     free = runtime.memory.free_memory(torch.device("cpu"))
     assert 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_evaluations_during_training_read_a_bounded_part_of_the_held_out_prompts(monkeypatch,
+                                                                                capsys):
+    """The same one each time, whatever the order of the file; and all of them if they are few."""
+    monkeypatch.setattr(tasks, "MOST_EVALUATED", 4)
+    items = [Encoded([i], [[1]], []) for i in range(10)]
+    chosen = tasks.evaluated(items)
+    assert len(chosen) == 4 and "evaluating on 4 of 10 held-out prompts" in capsys.readouterr().out
+    again = tasks.evaluated(items[::-1])
+    assert sorted(item.prompt for item in again) == sorted(item.prompt for item in chosen)
+    assert tasks.evaluated(items[:4]) == items[:4]
+
+
+@pytest.mark.parametrize("vocabulary, expected", [(50, [3, 3, 1]), (2**27 // 20, [2, 2, 2, 1]),
+                                                  (2**27 // 5, [1] * 7)])
+def test_passes_without_gradients_take_as_many_prompts_as_their_logits_allow(vocabulary, expected):
+    """Seven prompts with ten scored tokens each, at most three at a time, and at most 2^27 logits:
+    those of 20 tokens are two prompts; of 5 not even one, which then goes alone."""
+    model = SimpleNamespace(compiled=False, device=torch.device("cpu"),
+                            config=SimpleNamespace(vocab_size=vocabulary, n_embd=8))
+    items = [Encoded([1], [[2] * 4, [3] * 6], [(0, 1)])] * 7
+    batches = list(data.batches_in_order(items, 16, model, size=3))
+    assert [batch.n_answers // 2 for batch in batches] == expected
 
 
 class NeverWaits(TorchDispatchMode):
