@@ -386,10 +386,8 @@ def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
 
 
 def test_more_prompts_than_there_are_are_refused():
-    words = "not have 3,000 different beginnings; lower --prefixes"
+    words = "not have 3,000 different beginnings; lower --eval-prompts"
     with pytest.raises(UserError, match=words):
-        prefixes(3000, True, OneReview(), 0)
-    with pytest.raises(UserError, match="lower --eval-prompts"):
         prefixes(3000, True, OneReview(), 0, "--eval-prompts")
 
 
