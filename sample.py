@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Encoded, batches_in_order, encode_all
+from data import Encoded, batches_in_order
 from runtime.checkpoint import common_block_size, open_checkpoint, open_policies
 from runtime.cli import command, set_up
 from runtime.errors import UserError
@@ -46,8 +46,7 @@ from runtime.files import make_folder, write_json
 from runtime.flags import parse_sample_flags
 from runtime.parallel import all_gather, compiled_logps, process_rank, world_size
 from runtime.report import final_report, names_of, side_by_side
-from runtime.rows import read_and_report
-from tasks import task_of
+from tasks import held_out_pairs, task_of
 
 Z_95 = 1.959964     # 95 % of a normal distribution lie within this many standard deviations
 
@@ -322,17 +321,6 @@ def measure(paths, device, args):
         "task": args.task or args.data.name, "seed": args.seed, "reference": str(reference),
         "prompts": len(prompts), "baseline": baseline, "policies": measures})
     print(f"\nwrote {args.out / 'evaluation.json'}")
-
-
-def held_out_pairs(tokenizer, row_length, args):
-    """The held-out preferences, a list of Encoded; empty if train_dpo.py has not sampled them."""
-    task = task_of(args)
-    name = task.name(args)
-    if args.task == "reviews" and not name.exists():
-        print(f"no {name} yet, so no pairs to measure accuracy on: train_dpo.py writes them")
-        return []
-    return read_and_report(f"{name}, held out", args.strict, encode_all, task.held_out(args),
-                           tokenizer, row_length)
 
 
 def parse_args(argv):

@@ -16,13 +16,11 @@ import math
 import torch
 
 from data import Batches, batches_in_order, micro_batches
-from model import GPT, GPTConfig
-from runtime.checkpoint import data_source, save_checkpoint
+from runtime.checkpoint import data_source, initial_model, save_checkpoint
 from runtime.cli import choose_row_length, command, set_up, warn_of_large_lr
-from runtime.errors import UserError
 from runtime.files import claim_folder
 from runtime.flags import parse_sft_flags
-from runtime.parallel import compiled_logps, set_compiled, set_precision, sum_gradients
+from runtime.parallel import compiled_logps, sum_gradients
 from runtime.run import Log, TrainingState, is_due
 from tasks import encode_splits, evaluated, task_of
 from tasks.tokenizers import get_tokenizer
@@ -131,11 +129,8 @@ def main(argv=None):
     device = set_up(args)
     claim_folder(args.out)
     tokenizer = get_tokenizer(args.tokenizer)
-    model = initial_model(args, tokenizer).to(device)
-    set_precision(model, args.precision)
-    set_compiled(model, args.compile)
+    model = initial_model(args, tokenizer, device)
     choose_row_length(args, model.config.block_size)
-
     source = data_source(args)              # before training: the file may change meanwhile
     splits = task_of(args).sft_examples(args)
     examples, held_out = encode_splits(splits, args.data or args.task, tokenizer, args)
@@ -147,19 +142,6 @@ def main(argv=None):
                     init=args.init, seed=args.seed, **source)
     (args.out / "sft_state.pt").unlink(missing_ok=True)     # the run has finished
     print(f"wrote {args.out / 'sft.pt'}")
-
-
-def initial_model(args, tokenizer):
-    """The model that training starts from: random weights, or those of --init."""
-    if args.init == "random":
-        torch.manual_seed(args.seed)
-        return GPT(GPTConfig(args.block_size, tokenizer.n_vocab, args.n_layer, args.n_head,
-                             args.n_embd), args.init_std)
-    model = GPT.from_pretrained(args.init)
-    if model.config.vocab_size != tokenizer.n_vocab:
-        raise UserError(f"--init {args.init} has {model.config.vocab_size} ids, but the "
-                        f"{args.tokenizer} tokenizer has {tokenizer.n_vocab}")
-    return model
 
 
 def parse_args(argv):

@@ -26,15 +26,8 @@ from runtime.errors import UserError
 from runtime.files import make_folder, write_json
 from runtime.flags import add_measuring_flags, add_shared_flags, choose_task
 from runtime.report import names_of, table
-from sample import (
-    decode_answer,
-    encode_prompt,
-    held_out_pairs,
-    means,
-    sample,
-    score,
-)
-from tasks import task_of
+from sample import decode_answer, encode_prompt, means, sample, score
+from tasks import held_out_pairs, task_of
 
 
 def draw_answers(model, prompts, tokenizer, count, max_new_tokens, seed,

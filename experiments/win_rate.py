@@ -41,8 +41,8 @@ from runtime.checkpoint import open_policies
 from runtime.cli import Parser, command, number_type, set_up
 from runtime.errors import UserError
 from runtime.flags import add_shared_flags, choose_task
-from sample import decode_answer, encode_prompt, held_out_pairs, sample, wilson
-from tasks import task_of
+from sample import decode_answer, encode_prompt, sample, wilson
+from tasks import held_out_pairs, task_of
 
 # The prompts of C.2, word for word except for typesetting. `requests` fills in {prompt}, {A}, {B}.
 SUMMARY = """\

@@ -1,5 +1,5 @@
-"""Checkpoints: sft.pt and dpo.pt hold a model's weights and sizes, and facts about it: tokenizer,
-stage, the weights and the data it was trained from."""
+"""The model that a run starts from, and checkpoints. sft.pt and dpo.pt hold a model's weights and
+sizes, and facts about it: tokenizer, stage, the weights and the data it was trained from."""
 
 import hashlib
 import sys
@@ -34,6 +34,25 @@ def load_checkpoint(path, device="cpu"):
         model = GPT(GPTConfig(**saved["config"])).to(device)
         model.load_state_dict(saved["model"])
         return model, saved["facts"]
+
+
+def initial_model(args, tokenizer, device):
+    """The model that SFT starts from, on a device: random weights, or those of --init. Raises
+    UserError."""
+    if args.init == "random":
+        torch.manual_seed(args.seed)
+        config = GPTConfig(args.block_size, tokenizer.n_vocab, args.n_layer, args.n_head,
+                           args.n_embd)
+        model = GPT(config, args.init_std)
+    else:
+        model = GPT.from_pretrained(args.init)
+    if model.config.vocab_size != tokenizer.n_vocab:
+        raise UserError(f"--init {args.init} has {model.config.vocab_size} ids, but the "
+                        f"{args.tokenizer} tokenizer has {tokenizer.n_vocab}")
+    model = model.to(device)
+    set_precision(model, args.precision)
+    set_compiled(model, args.compile)
+    return model
 
 
 def open_checkpoint(path, device, args):

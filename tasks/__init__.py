@@ -60,3 +60,14 @@ def encode_splits(splits, name, tokenizer, args):
     if not training:
         raise UserError(f"{name}: no row is left to train on")
     return training, held_out
+
+
+def held_out_pairs(tokenizer, row_length, args):
+    """The held-out preferences, a list of Encoded; empty if train_dpo.py has not sampled them."""
+    task = task_of(args)
+    name = task.name(args)
+    if args.task == "reviews" and not name.exists():
+        print(f"no {name} yet, so no pairs to measure accuracy on: train_dpo.py writes them")
+        return []
+    return read_and_report(f"{name}, held out", args.strict, encode_all, task.held_out(args),
+                           tokenizer, row_length)
