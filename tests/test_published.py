@@ -18,6 +18,7 @@ import tiktoken
 import torch
 from hypothesis import given, settings, strategies as st
 
+import runtime.checkpoint
 import runtime.files
 import sample
 import tasks.tokenizers
@@ -327,7 +328,8 @@ def gpt2(tmp_path, monkeypatch):
     bytes_only = tiktoken.Encoding("gpt2", pat_str=tasks.tokenizers.GPT2_PATTERN,
                                    mergeable_ranks=ranks,
                                    special_tokens={"<|endoftext|>": 50256})
-    monkeypatch.setattr(train_sft, "get_tokenizer", lambda name: bytes_only)
+    for module in (train_sft, runtime.checkpoint):
+        monkeypatch.setattr(module, "get_tokenizer", lambda name: bytes_only)
     torch.manual_seed(0)
     GPT(GPTConfig(block_size=256, n_layer=1, n_head=1, n_embd=4)).save_pretrained(tmp_path / "gpt2")
     return tmp_path / "gpt2"
