@@ -49,9 +49,13 @@ def initial_model(args, tokenizer, device):
     if model.config.vocab_size != tokenizer.n_vocab:
         raise UserError(f"--init {args.init} has {model.config.vocab_size} ids, but the "
                         f"{args.tokenizer} tokenizer has {tokenizer.n_vocab}")
-    model = model.to(device)
+    return prepared(model.to(device), args)
+
+
+def prepared(model, args):
+    """A model on its device, with the precision and, in training, the compilation of the flags."""
     set_precision(model, args.precision)
-    set_compiled(model, args.compile)
+    set_compiled(model, getattr(args, "compile", "off"))
     return model
 
 
@@ -72,9 +76,7 @@ def open_checkpoint(path, device, args):
     if tokenizer.n_vocab != model.config.vocab_size:
         raise UserError(f"{path}: made for {model.config.vocab_size} ids, but the {name} tokenizer "
                         f"has {tokenizer.n_vocab}")
-    set_precision(model, args.precision)
-    set_compiled(model, getattr(args, "compile", "off"))
-    return model, tokenizer, facts
+    return prepared(model, args), tokenizer, facts
 
 
 def open_policies(paths, device, args):

@@ -59,15 +59,24 @@ def signals_deferred():
         yield                           # Python handles signals in the main thread only
         return
     waiting = []
-    handlers = {number: signal.signal(number, lambda number, frame: waiting.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with handling_signals(lambda number, frame: waiting.append(number)):
+            yield
+    finally:
+        for number in waiting[:1]:
+            signal.raise_signal(number)
+
+
+@contextmanager
+def handling_signals(handler):
+    """A with block in which Ctrl-C and SIGTERM call handler(number, frame)."""
+    before = {number: signal.signal(number, handler)
+              for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in waiting[:1]:
-            signal.raise_signal(number)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def write_json(path, content):

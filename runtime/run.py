@@ -17,7 +17,6 @@ With several processes, all of them call log.write and state.save_if_due at the 
 import hashlib
 import math
 import os
-import signal
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from runtime.errors import Interrupted, UserError
-from runtime.files import reading, replacing
+from runtime.files import handling_signals, reading, replacing
 from runtime.memory import fewest_micro_batches
 from runtime.parallel import all_reduce, barrier, process_rank, world_size
 
@@ -289,12 +288,8 @@ def noting_signals(noted):
         noted.append(number)
         if len(noted) > 1:
             raise Interrupted(number, "stopped at once; the last saved state is kept")
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling_signals(note):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def load_state(path):

@@ -14,8 +14,10 @@ def preferences(args):
 def read_split(path, args):
     """(training, held-out) lists of Preference from a file."""
     rows = read_and_report(path, args.strict, load_preferences, path)
-    training = [p for p in rows if not is_held_out(what_decides(p))]
-    held_out = [p for p in rows if is_held_out(what_decides(p))]
+    training, held_out = [], []
+    for row in rows:
+        split = held_out if is_held_out(what_decides(row)) else training
+        split.append(row)
     share = len(held_out) / len(rows)
     if len(rows) >= 100 and not 0.05 < share < 0.2:
         print(f"{path}: {share:.0%} of the rows are held out, not a tenth: prompts decide, and "
