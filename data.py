@@ -225,6 +225,7 @@ class Batch:
     source: torch.Tensor        # (S,) flat index of the token whose logits predict a scored token
     target: torch.Tensor        # (S,) id of the scored token
     owner: torch.Tensor         # (S,) answer it belongs to, in [0, N - 1]
+    last: torch.Tensor          # (N,) flat index of each answer's last token
     winners: torch.Tensor       # (P,) answers in [0, N - 1]
     losers: torch.Tensor        # (P,)
     rankings: torch.Tensor      # (G, K) each prompt's answers, best first, padded with -1; valid
@@ -270,7 +271,7 @@ def pack(encoded, row_length):
 
 
 def write_rows(pieces, starts, row_length):
-    """The fields of a Batch from `tokens` to `owner`.
+    """The fields of a Batch from `tokens` to `last`.
 
     pieces: prompts with some of their answers, as runtime.packing.Piece. starts: (row, column) at
     which each begins.
@@ -281,6 +282,7 @@ def write_rows(pieces, starts, row_length):
     group = np.full(shape, -1)
     answer_of = np.zeros(shape, dtype=np.int64)
     source, target, owner = [], [], []                  # an array for each answer
+    last = {}                                           # {answer: flat index of its last token}
     for g, (piece, (row, start)) in enumerate(zip(pieces, starts)):
         n = len(piece.prompt)
         column = start + n                              # the first after the prompt
@@ -299,11 +301,12 @@ def write_rows(pieces, starts, row_length):
             source.append(predicted_at)
             target.append(answer)
             owner.append(np.full(len(answer), number))
+            last[number] = row * row_length + end - 1
             column = end
         group[row, start:column] = g
     arrays = {"tokens": tokens, "positions": positions, "group": group, "answer": answer_of,
               "source": np.concatenate(source), "target": np.concatenate(target),
-              "owner": np.concatenate(owner)}
+              "owner": np.concatenate(owner), "last": np.array([last[n] for n in sorted(last)])}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
@@ -388,18 +391,23 @@ def micro_batches(items, n, row_length, model):
     of this process, packed, on the model's device.
 
     The caller divides each loss by the size of the whole batch, so that the gradients of all
-    micro-batches add up to the gradient of the batch. Prompts are dealt out by length, so that all
-    micro-batches take about equally long. Raises UserError if there are fewer prompts than
-    processes.
+    micro-batches add up to the gradient of the batch. Raises UserError if there are fewer prompts
+    than processes.
     """
+    for share in deal(items, n):
+        yield pack_for_model([items[i] for i in share], row_length, model)
+
+
+def deal(items, n):
+    """The items of each of the n micro-batches of this process: lists of indices. Prompts are dealt
+    out by length, like cards, so that all micro-batches take about equally long."""
     if len(items) < world_size():
         raise UserError(f"a batch of {len(items)} prompts for {world_size()} processes: use a "
                         "larger --batch or fewer processes, so that each gets a prompt")
     n_all = min(n * world_size(), len(items))               # of all processes
     longest_first = sorted(range(len(items)), key=lambda i: -count_tokens(items[i]))
-    for k in range(process_rank(), n_all, world_size()):    # prompts are dealt out like cards
-        share = [items[i] for i in sorted(longest_first[k::n_all])]
-        yield pack_for_model(share, row_length, model)
+    return [sorted(longest_first[k::n_all])
+            for k in range(process_rank(), n_all, world_size())]
 
 
 def batches_in_order(items, row_length, model, size=32):

@@ -211,16 +211,23 @@ class GPT(nn.Module):
     def logps(self, batch):
         """log pi(y|x) = sum over the tokens of y of log pi(token | all before it), for each answer.
 
-        batch: a packed data.Batch. source (S,): flat index of the token *before* each scored token,
-        whose output predicts it; target (S,): the scored ids; owner (S,): the answer each belongs
-        to. Only these S positions go through the output head, which is a third of the arithmetic of
-        the smallest GPT-2. Returns (N,), in float32 also under autocast.
+        batch: a packed data.Batch. owner (S,): the answer that each scored token belongs to.
+        Returns (N,), in float32 also under autocast.
+        """
+        token_logps = self.token_logps(batch)                                    # (S,)
+        return token_logps.new_zeros(batch.n_answers).index_add(0, batch.owner, token_logps)
+
+    def token_logps(self, batch):
+        """log pi(token | all before it) for each scored token of a packed data.Batch, (S,).
+
+        source (S,): flat index of the token *before* each scored token, whose output predicts it;
+        target (S,): the scored ids. Only these S positions go through the output head, which is a
+        third of the arithmetic of the smallest GPT-2.
         """
         hidden = self.hidden(batch.tokens, batch.positions, batch.mask())        # (B, T, C)
         hidden = hidden.flatten(0, 1).index_select(0, batch.source)              # (S, C)
         logits = self.head(hidden, self.vocab_multiple)                          # (S, V) or more
-        token_logps = -F.cross_entropy(logits, batch.target, reduction="none")   # (S,)
-        return token_logps.new_zeros(batch.n_answers).index_add(0, batch.owner, token_logps)
+        return -F.cross_entropy(logits, batch.target, reduction="none")
 
     # -- sampling --------------------------------------------------------------------------------
 
@@ -338,6 +345,39 @@ class GPT(nn.Module):
         GPT2LMHeadModel. The end-of-text id is taken to be the last of the vocabulary, as in GPT-2.
         """
         hub.write_pretrained(folder, self.config, self.state_dict())
+
+
+class ScalarGPT(GPT):
+    """GPT-2 with one number per token in place of logits: a reward model, or PPO's critic. Its
+    scalar head starts at zero."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scalar = nn.Linear(config.n_embd, 1)
+        nn.init.zeros_(self.scalar.weight)
+        nn.init.zeros_(self.scalar.bias)
+
+    @classmethod
+    def from_gpt(cls, model):
+        """A ScalarGPT with the weights, on the device and in the precision of a GPT."""
+        scalar_model = cls(model.config).to(model.device)
+        scalar_model.load_state_dict(model.state_dict(), strict=False)
+        scalar_model.precision = model.precision
+        return scalar_model
+
+    def rewards(self, batch):
+        """(N,) one number per answer of a packed data.Batch, read at the answer's last token."""
+        return self.scalars_at(batch.last, batch)
+
+    def values(self, batch):
+        """(S,) one number per scored token, read at the token before it: what the critic expects of
+        the rest of the answer before that token is chosen."""
+        return self.scalars_at(batch.source, batch)
+
+    def scalars_at(self, places, batch):
+        """The scalar head at flat indices into the B * T tokens; the shape of `places`."""
+        hidden = self.hidden(batch.tokens, batch.positions, batch.mask()).flatten(0, 1)
+        return self.scalar(hidden.index_select(0, places).to(self.scalar.weight.dtype))[:, 0]
 
 
 def choose(logits, temperature, top_k, top_p, generator):

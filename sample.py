@@ -84,17 +84,18 @@ def sample(model, prompts, max_new_tokens, seed, eot, temperature=1.0, top_k=Non
 
 
 @torch.no_grad()
-def score(model, items, row_length, progress="scoring"):
-    """log pi(y|x) of every answer: a list of floats for each of a list of Encoded."""
-    logps_of = compiled_logps(model)
+def score(model, items, row_length, progress="scoring", number_of=None):
+    """log pi(y|x) of every answer: a list of floats for each of a list of Encoded. number_of: a
+    function of a Batch that returns another number of each answer, (N,), instead."""
+    number_of = number_of or compiled_logps(model)
     most_answers = max((len(item.answers) for item in items), default=1)
     size = min(32, max(1, 128 // most_answers))
-    logps = []
+    numbers = []
     with tqdm(total=sum(len(item.answers) for item in items), desc=progress, delay=1) as bar:
         for batch in batches_in_order(items, row_length, model, size):
-            logps.append(logps_of(batch).tolist())
+            numbers.append(number_of(batch).tolist())
             bar.update(batch.n_answers * world_size())
-    flat = itertools.chain.from_iterable(all_gather(logps))         # of all answers, in order
+    flat = itertools.chain.from_iterable(all_gather(numbers))       # of all answers, in order
     return [list(itertools.islice(flat, len(item.answers))) for item in items]
 
 
@@ -210,9 +211,6 @@ def rate_pairs(policies, reference, items, betas):
     """
     row_length, measures = reference.config.block_size, {}
     ref_logps = score(reference, items, row_length, "scoring pairs, reference")
-    clusters = {}                                       # {prompt: its index}
-    cluster_of = [clusters.setdefault(tuple(item.prompt), len(clusters)) for item in items]
-    cluster_of = torch.tensor([c for c, item in zip(cluster_of, items) for _ in item.pairs])
 
     def differences(logps):
         """(P,) log-prob of the winner minus that of the loser."""
@@ -228,14 +226,24 @@ def rate_pairs(policies, reference, items, betas):
                    "logp_accuracy": ranked_correctly(pi_logratios, 0.0)}
         if name in betas:
             columns["margin"] = betas[name] * margins
-        measures[name] = {}
-        for measure, values in columns.items():
-            # Pairs of one prompt are not independent, so their deviations are added up first.
-            deviations = torch.zeros(len(clusters), dtype=torch.float64)
-            deviations.index_add_(0, cluster_of, (values - values.mean()).double())
-            measures[name] |= {measure: values.mean().item(),
-                               f"{measure}_se": deviations.norm().item() / len(values)}
+        measures[name] = means_over_pairs(columns, items)
     return measures
+
+
+def means_over_pairs(columns, items):
+    """{measure: values, one per pair of a list of Encoded} to {measure: mean, measure_se: its
+    standard error, clustered by prompt}."""
+    clusters = {}                                       # {prompt: its index}
+    cluster_of = [clusters.setdefault(tuple(item.prompt), len(clusters)) for item in items]
+    cluster_of = torch.tensor([c for c, item in zip(cluster_of, items) for _ in item.pairs])
+    found = {}
+    for measure, values in columns.items():
+        # Pairs of one prompt are not independent, so their deviations are added up first.
+        deviations = torch.zeros(len(clusters), dtype=torch.float64)
+        deviations.index_add_(0, cluster_of, (values - values.mean()).double())
+        found[measure] = values.mean().item()
+        found[f"{measure}_se"] = deviations.norm().item() / len(values)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def pad(encoded):
     return Batch(tokens=torch.from_numpy(tokens), positions=None, group=None, answer=None,
                  source=torch.from_numpy(np.concatenate(source)),
                  target=torch.from_numpy(np.concatenate(target)),
-                 owner=torch.from_numpy(np.concatenate(owner)),
+                 owner=torch.from_numpy(np.concatenate(owner)), last=None,
                  winners=None, losers=None, rankings=None, ref_logps=torch.tensor(ref_logps))
 
 

@@ -27,11 +27,12 @@ def save_checkpoint(path, model, **facts):
                    file)
 
 
-def load_checkpoint(path, device="cpu"):
-    """Returns (model, facts) of a file that save_checkpoint wrote. Raises UserError for others."""
+def load_checkpoint(path, device="cpu", kind=GPT):
+    """Returns (model, facts) of a file that save_checkpoint wrote. kind: the class of the model.
+    Raises UserError for other files."""
     with reading(path, "a checkpoint of train_sft.py or train_dpo.py"):
         saved = torch.load(path, map_location=device, weights_only=True)
-        model = GPT(GPTConfig(**saved["config"])).to(device)
+        model = kind(GPTConfig(**saved["config"])).to(device)
         model.load_state_dict(saved["model"])
         return model, saved["facts"]
 

@@ -1,4 +1,4 @@
-"""The flags of the three scripts: names, help, checks, and defaults that depend on other flags.
+"""The flags of the scripts: names, help, checks, and defaults that depend on other flags.
 
 Defaults that a reader looks for, learning rate and beta, are in tables at the top of the scripts.
 """
@@ -17,7 +17,7 @@ from tasks.tokenizers import TOKENIZERS
 
 
 def add_shared_flags(parser):
-    """Flags of all three scripts."""
+    """Flags of every script that works in the folder of a run."""
     add = parser.add_argument
     add("--task", choices=TASKS,
         help="reviews, written by a grammar; hh, Anthropic's helpful dialogues; tldr, summaries of "
@@ -38,8 +38,8 @@ def add_shared_flags(parser):
              "if the card lacks it; float32 elsewhere)")
 
 
-def add_training_flags(parser, batch, batch_unit, warmup):
-    """Flags of both training scripts, with their default batch and warm-up."""
+def add_model_flags(parser):
+    """Flags of train_sft.py and train_dpo.py about the model."""
     add = parser.add_argument
     add("--init",
         help=f"weights SFT starts from: random, {', '.join(RELEASED)}, or a folder with "
@@ -48,6 +48,11 @@ def add_training_flags(parser, batch, batch_unit, warmup):
     add("--tokenizer", choices=TOKENIZERS, help="default: reviews for that task, else gpt2")
     add("--compile", default="auto", choices=["auto", "on", "off"],
         help="torch.compile (default: on CUDA, for models of at least 10M parameters)")
+
+
+def add_training_flags(parser, batch, batch_unit, warmup):
+    """Flags of all training loops, with their default batch and warm-up."""
+    add = parser.add_argument
     add("--batch", type=number_type(int, 1, most=10**6), default=batch,
         help=f"{batch_unit} per step (default {batch})")
     add("--accumulate", type=number_type(int, 1),
@@ -73,8 +78,12 @@ def add_training_flags(parser, batch, batch_unit, warmup):
         help="treat rows that are skipped or cut as errors (default: count them)")
     add("--log-every", type=number_type(int, 1), default=20,
         help="steps between log lines (default 20)")
-    add("--eval-every", type=number_type(int, 1), default=100,
-        help="steps between evaluations on held-out data (default 100)")
+
+
+def add_evaluation_flag(parser):
+    """The flag of the training loops that evaluate on held-out data."""
+    parser.add_argument("--eval-every", type=number_type(int, 1), default=100,
+                        help="steps between evaluations on held-out data (default 100)")
 
 
 def add_measuring_flags(parser):
@@ -129,7 +138,9 @@ def parse_sft_flags(doc, argv, lr, sizes):
     """The flags of train_sft.py. lr: default learning rates; sizes: those of a random model."""
     parser = Parser(doc)
     add_shared_flags(parser)
+    add_model_flags(parser)
     add_training_flags(parser, 32, "answers", warmup=30)
+    add_evaluation_flag(parser)
     add = parser.add_argument
     add("--lr", type=number_type(float, 0, above=True),
         help="peak learning rate (default 2e-5 from pretrained weights; 3e-3 from random ones, for "
@@ -186,7 +197,9 @@ def parse_dpo_flags(doc, argv, lr, beta):
     """The flags of train_dpo.py. lr, beta: their defaults, by task."""
     parser = Parser(doc)
     add_shared_flags(parser)
+    add_model_flags(parser)
     add_training_flags(parser, 64, "pairs (or rankings with plackett_luce)", warmup=150)
+    add_evaluation_flag(parser)
     add_measuring_flags(parser)
     add = parser.add_argument
     add("--loss", default="dpo", choices=["dpo", "plackett_luce", "unlikelihood"],

@@ -1,0 +1,414 @@
+"""PPO, the second stage of RLHF, which DPO replaces: reinforcement learning from a reward.
+
+    python train_dpo.py                              # first: writes sft.pt and the preferences
+    python -m experiments.reward_model               # the first stage: writes reward.pt
+    python -m experiments.ppo                        # PPO with that reward model
+    python -m experiments.ppo --reward ground_truth  # PPO-GT: with the reward behind the labels
+
+It looks for the policy that maximises the KL-constrained reward of Eq. 3,
+
+    E[ r(x, y) ] - beta KL(pi || pi_ref)                                  E over answers y ~ pi
+
+Writing an answer is a game of one token after the other. The reward of token t is the penalty
+
+    r_t = -beta ( log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t) )
+
+and r(x, y) on top at the last token. Their sum over an answer has the expectation of Eq. 3. A step
+of the loop is three functions:
+
+    rollout       sample an answer to each prompt of a batch; note the log-probs of its tokens under
+                  policy and reference, what the critic expects before each token, and r(x, y)
+    advantages    GAE: how much better than expected each token turned out
+    improve       four epochs of minibatches: raise the probability of tokens with a positive
+                  advantage, lower that of the others, but by at most a factor of 1 +- 0.2 (the
+                  clipped objective of PPO); fit the critic to the returns
+
+The critic is a ScalarGPT of its own, with the same weights to start from. `--reward learned` needs
+reward.pt. An answer that does not end within --max-new-tokens has the reward UNFINISHED.
+
+Writes ppo.pt, ppo_metrics.csv and ppo.json to the folder of the run. Left out on purpose: an
+entropy bonus and dropout; a sampling temperature other than 1, which rollout, reference and update
+would all have to divide their logits by; a weight of the critic's loss, since Adam ignores the
+scale of a loss and the critic shares no weights with the policy.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import Batches, Encoded, batches_in_order, deal, pack_for_model
+from experiments.reward_model import open_reward_model
+from model import ScalarGPT
+from runtime.checkpoint import (
+    check_sft_checkpoint,
+    data_source,
+    open_checkpoint,
+    save_checkpoint,
+)
+from runtime.cli import Parser, choose_row_length, command, number_type, set_up
+from runtime.errors import UserError
+from runtime.files import claim_folder, write_json
+from runtime.flags import add_measuring_flags, add_shared_flags, add_training_flags, choose_task
+from runtime.parallel import all_gather, sum_gradients
+from runtime.report import final_report
+from runtime.run import Log, TrainingState, is_due
+from sample import decode_answer, evaluate, sample, score
+from tasks import encode_splits, task_of
+from train_sft import grad_scaler, update, warmup
+
+# Answers per step, answers per minibatch, learning rates, the penalty beta, and for an adaptive
+# beta the samples over which it may change. "trl" has the defaults of TRL's first PPO trainer for
+# pretrained models, with which C.1 compares; its own PPO had 1,024 answers per step.
+DEFAULTS = {
+    "reviews": {"batch": 256, "minibatch": 64, "lr": 1e-4, "critic_lr": 1e-3, "beta": 0.1,
+                "target_kl": None, "horizon": 2_000},
+    "pretrained": {"batch": 1024, "minibatch": 128, "lr": 1.41e-5, "critic_lr": 1.41e-5,
+                   "beta": 0.1, "target_kl": None, "horizon": 10_000},
+    "trl": {"batch": 128, "minibatch": 128, "lr": 1.41e-5, "critic_lr": 1.41e-5, "beta": 0.2,
+            "target_kl": 6.0, "horizon": 10_000},
+}
+EPOCHS = 4                  # passes over the answers of a step
+CLIP = 0.2                  # of ratios, and of the critic's values
+GAMMA, LAMBDA = 1.0, 0.95
+UNFINISHED = -1.0           # reward of an answer without end-of-text
+
+COLUMNS = {"reward": ".3f", "kl": ".3f", "beta": ".3f", "length": ".1f", "clipped": ".3f",
+           "value_loss": ".4f", "explained": ".3f", "grad_norm": ".2f"}
+
+
+# ------------------------------------------------------------------------------------------------
+# The mathematics: N answers of at most L tokens
+# ------------------------------------------------------------------------------------------------
+
+
+def token_rewards(logps, ref_logps, scores, mask, beta):
+    """Eq. 3, token by token: -beta (log pi - log pi_ref), and the score r(x, y) on top at the last
+    token, which is end-of-text unless the answer was cut.
+
+    logps, ref_logps: (N, L), zero at padding. scores: (N,). mask: (N, L) bool, True for the tokens
+    of an answer, end-of-text included. Returns (N, L), zero at padding.
+    """
+    rewards = -beta * (logps - ref_logps)
+    last = mask.sum(1) - 1
+    rewards[torch.arange(len(rewards), device=last.device), last] += scores
+    return rewards
+
+
+def gae(rewards, values, gamma, lam):
+    """Generalized advantage estimation (Schulman et al. 2016): the sum over later tokens
+
+        A_t = sum_k (gamma lam)^k delta_(t+k)         delta_t = r_t + gamma V_(t+1) - V_t
+
+    lam = 1 gives the rewards that really followed, minus V_t; lam = 0 trusts the critic after one
+    token. rewards, values: (N, L), zero at padding, so that the value after the last token is zero.
+    Returns advantages (N, L), zero at padding.
+    """
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.size(1))):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = delta + gamma * lam * next_advantage
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages
+
+
+def whiten(advantages, mask):
+    """Shift and scale to mean 0 and standard deviation 1 over the tokens of the mask. (N, L)."""
+    kept = advantages[mask]
+    return torch.where(mask, (advantages - kept.mean()) / (kept.std() + 1e-8), 0.0)
+
+
+def clipped_loss(logps, old_logps, advantages, clip):
+    """The clipped objective of PPO (Schulman et al. 2017, Eq. 7), negated: per token,
+    -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) with ratio = pi / pi_old.
+
+    It has no gradient where the ratio has already moved further than `clip` in the direction that
+    the advantage A asks for. logps (with gradient), old_logps (of the policy that sampled),
+    advantages: all of one shape, which is that of the losses.
+    """
+    ratios = (logps - old_logps).exp()
+    clipped = ratios.clamp(1 - clip, 1 + clip)
+    return -torch.min(ratios * advantages, clipped * advantages)
+
+
+def clipped_value_loss(values, old_values, returns, clip):
+    """Half the squared error of the critic, the larger of two: that of its values, and that of its
+    values moved by at most `clip` from the old ones. All of one shape."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+class Penalty:
+    """The strength beta of the KL penalty: fixed, or with a target, steered towards it (Ziegler et
+    al. 2019). A KL above the target raises beta, by at most a factor of 1.2 per `horizon` answers.
+    """
+
+    def __init__(self, beta, target, horizon):
+        self.beta, self.target, self.horizon = beta, target, horizon
+
+    def adapt(self, kl, n_answers):
+        """After a step of n_answers with this mean KL, in nats."""
+        if self.target is not None:
+            error = min(0.2, max(-0.2, kl / self.target - 1))
+            self.beta *= 1 + error * n_answers / self.horizon
+
+    def state_dict(self):
+        return {"beta": self.beta}
+
+    def load_state_dict(self, state):
+        self.beta = state["beta"]
+
+
+# ------------------------------------------------------------------------------------------------
+# The three functions of a step
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """N sampled answers, of which the longest has L tokens. Tensors are zero at padding."""
+
+    items: list                 # of N Encoded, a prompt with one answer each
+    mask: torch.Tensor          # (N, L) bool, True for the tokens of an answer
+    logps: torch.Tensor         # (N, L) log pi of each token, under the policy that sampled it
+    ref_logps: torch.Tensor     # (N, L) log pi_ref of each token
+    values: torch.Tensor        # (N, L) what the critic expected before each token
+    scores: torch.Tensor        # (N,) r(x, y)
+
+    def kl(self):
+        """(N,) log pi(y|x) - log pi_ref(y|x): its mean estimates the KL of policy to reference."""
+        return (self.logps - self.ref_logps).sum(1)
+
+
+def rollout(policy, critic, reference, prompts, score_answers, eot, step, args):
+    """Sample one answer to each of a list of prompts (ids) and note what `improve` needs to know.
+    score_answers: a function from a list of Encoded to rewards, a list. Returns a Rollout."""
+    answers = sample(policy, prompts, args.max_new_tokens, 10**6 * (args.seed + 1) + step, eot)
+    items = [Encoded(prompt, [answer], []) for prompt, answer in zip(prompts, answers)]
+    scores = [score if answer[-1] == eot else UNFINISHED
+              for score, answer in zip(score_answers(items), answers)]
+    logps = by_token(policy, policy.token_logps, items, args.row_length)
+    ref_logps = by_token(reference, reference.token_logps, items, args.row_length)
+    values = by_token(critic, critic.values, items, args.row_length)
+    lengths = torch.tensor([len(answer) for answer in answers], device=policy.device)
+    mask = torch.arange(logps.size(1), device=policy.device) < lengths[:, None]
+    return Rollout(items, mask, logps, ref_logps, values, logps.new_tensor(scores))
+
+
+def advantages_and_returns(rolled, beta):
+    """(advantages, returns) of a Rollout, both (N, L). The returns are what the critic learns, so
+    they have the true scale; the advantages are whitened."""
+    rewards = token_rewards(rolled.logps, rolled.ref_logps, rolled.scores, rolled.mask, beta)
+    advantages = gae(rewards, rolled.values, GAMMA, LAMBDA)
+    return whiten(advantages, rolled.mask), advantages + rolled.values
+
+
+def improve(actor, critic, rolled, advantages, returns, step, log, args):
+    """Four epochs of updates of policy and critic on the minibatches of a Rollout.
+
+    actor, critic: Learners. The order of the minibatches depends only on --seed and the step.
+    """
+    policy, factor = actor.model, warmup(step, args.warmup)
+    rng = np.random.default_rng([args.seed, step])
+    for _ in range(EPOCHS):
+        order = torch.from_numpy(rng.permutation(len(rolled.items)))
+        for rows in order.split(args.minibatch):                            # answers, by index
+            items = [rolled.items[i] for i in rows]
+            n_tokens = rolled.mask[rows].sum().item()
+            for share in deal(items, args.accumulate):                      # of this process
+                batch = pack_for_model([items[i] for i in share], args.row_length, policy)
+                answers, columns = places(batch)
+                at = rows[share][answers], columns                          # (S,) into (N, L)
+                old_logps, old_values = rolled.logps[at], rolled.values[at]
+                logps = policy.token_logps(batch)                           # (S,)
+                losses = clipped_loss(logps, old_logps, advantages[at], CLIP)
+                actor.scaler.scale(losses.sum() / n_tokens).backward()
+                values = critic.model.values(batch)                         # (S,)
+                value_losses = clipped_value_loss(values, old_values, returns[at], CLIP)
+                critic.scaler.scale(value_losses.sum() / n_tokens).backward()
+                moved = (logps.detach() - old_logps).exp() - 1
+                log.add(len(logps), value_loss=value_losses.detach().sum(),
+                        clipped=(moved.abs() > CLIP).sum())
+            log.note_update(step, actor.update(factor, args.clip), factor * actor.lr)
+            critic.update(factor, args.clip)
+
+
+# ------------------------------------------------------------------------------------------------
+# What they are made of
+# ------------------------------------------------------------------------------------------------
+
+
+class Learner:
+    """A model with its optimizer."""
+
+    def __init__(self, model, lr, weight_decay):
+        self.model, self.lr = model, lr
+        self.optimizer = model.optimizer(lr, weight_decay)
+        self.scaler = grad_scaler(model)
+
+    def update(self, factor, clip):
+        """One update at lr * factor. Returns the gradient norm before clipping."""
+        sum_gradients(self.model)                                           # of all processes
+        return update(self.model, self.optimizer, self.scaler, factor * self.lr, clip)
+
+
+def places(batch):
+    """Where each scored token of a packed Batch stands: (answer, token of the answer), both (S,).
+    """
+    before = batch.positions.flatten()[batch.source]                # of the token before it
+    first = before.new_full((batch.n_answers,), batch.tokens.size(1))
+    first = first.scatter_reduce(0, batch.owner, before, "amin")    # (N,) the prompt's last token
+    return batch.owner, before - first[batch.owner]
+
+
+@torch.no_grad()
+def by_token(model, numbers_of, items, row_length):
+    """A number per token of the answer of each of a list of Encoded: (N, L), zero at padding.
+    numbers_of: a function of a packed Batch, of which it returns (S,)."""
+    L = max(len(item.answers[0]) for item in items)
+    padded = []
+    for batch in batches_in_order(items, row_length, model, size=128):
+        numbers = numbers_of(batch)                                         # (S,)
+        rows = numbers.new_zeros(batch.n_answers, L)
+        rows[places(batch)] = numbers
+        padded.append(rows)
+    return torch.cat([rows.to(model.device) for rows in all_gather(padded)])
+
+
+# ------------------------------------------------------------------------------------------------
+# The loop
+# ------------------------------------------------------------------------------------------------
+
+
+def train(policy, reference, prompts, score_answers, eot, args):
+    """PPO on prompts, a list of ids. Trains the policy in place. score_answers: as in rollout."""
+    batches = Batches([Encoded(prompt, [], []) for prompt in prompts], args.batch, args.seed,
+                      whole=True)
+    n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
+    critic = Learner(ScalarGPT.from_gpt(policy), args.critic_lr, args.weight_decay)
+    actor = Learner(policy, args.lr, args.weight_decay)
+    penalty = Penalty(args.beta, args.target_kl, args.horizon)
+    log = Log(args.out / "ppo_metrics.csv", COLUMNS, batches, actor.scaler)
+    state = TrainingState(args.out / "ppo_state.pt", args, policy, actor.optimizer, actor.scaler,
+                          log, batches, [])
+    state.saved_objects |= {"critic": critic.model, "critic_optimizer": critic.optimizer,
+                            "critic_scaler": critic.scaler, "penalty": penalty}
+    for step in state.steps(n_steps, "PPO"):
+        batch = [item.prompt for item in batches[step]]
+        rolled = rollout(policy, critic.model, reference, batch, score_answers, eot, step, args)
+        advantages, returns = advantages_and_returns(rolled, penalty.beta)
+        describe(rolled, returns, penalty.beta, log)
+        improve(actor, critic, rolled, advantages, returns, step, log, args)
+        penalty.adapt(rolled.kl().mean().item(), len(batch))
+        if is_due(step, n_steps, args.log_every):
+            log.write(step)
+        state.save_if_due(step)
+
+
+def describe(rolled, returns, beta, log):
+    """Log a Rollout: reward, KL and length of an answer, and the share of the variance of the
+    returns that the critic explains."""
+    log.add(len(rolled.items), reward=rolled.scores.sum(), kl=rolled.kl().sum(),
+            length=rolled.mask.sum())
+    missed = (returns - rolled.values)[rolled.mask].var() / returns[rolled.mask].var()
+    log.add(1, beta=beta, explained=1 - missed)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    device = set_up(args)
+    claim_folder(args.out)
+    task, source = task_of(args), data_source(args)
+    sft_path = args.sft or args.out / "sft.pt"
+    policy, tokenizer, facts = open_checkpoint(sft_path, device, args)
+    check_sft_checkpoint(sft_path, policy, facts, source, args)
+    choose_row_length(args, policy.config.block_size)
+    preferences, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
+    score_answers = reward_function(tokenizer, facts["tokenizer"], device, args)
+    reference, _, _ = open_checkpoint(sft_path, device, args)
+    prompts = [item.prompt for item in preferences]
+    print(f"PPO of {sft_path} on {len(prompts):,} prompts, {args.reward} reward, {device}")
+    train(policy, reference, prompts, score_answers, tokenizer.eot_token, args)
+    save_checkpoint(args.out / "ppo.pt", policy, tokenizer=facts["tokenizer"], stage="ppo",
+                    init=facts.get("init", "random"), seed=args.seed, beta=args.beta,
+                    reward=args.reward, **source)
+    print(f"wrote {args.out / 'ppo.pt'}")
+    report(policy, reference, task.prompts(held_out, tokenizer, args), tokenizer, args)
+    (args.out / "ppo_state.pt").unlink(missing_ok=True)         # the run has finished
+
+
+def reward_function(tokenizer, tokenizer_name, device, args):
+    """--reward as a function from a list of Encoded with one answer each to a list of rewards."""
+    if args.reward == "ground_truth":
+        reward = task_of(args).reward
+        return lambda items: [reward(decode_answer(item.prompt + item.answers[0], tokenizer))
+                              for item in items]
+    path = args.reward_model or args.out / "reward.pt"
+    model, facts = open_reward_model(path, device, args)
+    if facts["tokenizer"] != tokenizer_name:
+        raise UserError(f"{path} is for the {facts['tokenizer']} tokenizer, but the policy has the "
+                        f"{tokenizer_name} tokenizer")
+    return lambda items: [rewards[0] for rewards in score(model, items, args.row_length, "rewards",
+                                                          model.rewards)]
+
+
+def report(policy, reference, prompts, tokenizer, args):
+    """Measure both models on held-out prompts (texts), print samples and the table, write
+    ppo.json."""
+    task = task_of(args)
+    measures, texts = evaluate({"sft": reference, "ppo": policy}, reference, prompts, tokenizer,
+                               args.max_new_tokens, args.seed + 1, task.reward, task.well_formed)
+    print(final_report(prompts, texts, measures, task.reward))
+    write_json(args.out / "ppo.json", {
+        "task": args.task or args.data.name, "reward": args.reward, "beta": args.beta,
+        "target_kl": args.target_kl, "prompts": len(prompts), "policies": measures})
+    print(f"\nwrote {args.out / 'ppo.json'}")
+
+
+def parse_args(argv):
+    parser = Parser(__doc__)
+    add_shared_flags(parser)
+    add_training_flags(parser, 256, "answers", warmup=10)
+    add_measuring_flags(parser)
+    add = parser.add_argument
+    add("--preset", choices=DEFAULTS,
+        help="where the defaults come from (default: reviews for that task, else pretrained; trl: "
+             "those of TRL's first PPO trainer)")
+    add("--reward", choices=["learned", "ground_truth"], default="learned",
+        help="the reward model, or the task's own reward if it has one (default learned)")
+    add("--reward-model", type=Path, help="default: reward.pt of the run")
+    add("--sft", type=Path, help="checkpoint to start from (default: sft.pt of the run)")
+    add("--minibatch", type=number_type(int, 1), help="answers per update (default 64)")
+    add("--lr", type=number_type(float, 0, above=True), help="of the policy (default 1e-4)")
+    add("--critic-lr", type=number_type(float, 0, above=True), help="of the critic (default 1e-3)")
+    add("--beta", type=number_type(float, 0),
+        help="strength of the KL penalty, the beta of DPO; with --target-kl, at the start (default "
+             "0.1)")
+    add("--target-kl", type=number_type(float, 0, above=True),
+        help="adapt beta towards this KL, in nats (default: fixed beta)")
+    add("--horizon", type=number_type(int, 1),
+        help="--target-kl: answers in which beta may change by a fifth (default 2,000)")
+    parser.set_defaults(batch=None, accumulate=1, init=None, tokenizer=None)
+    args = parser.parse_args(argv)
+    choose_task(args)
+    preset = args.preset or ("reviews" if args.task == "reviews" else "pretrained")
+    for name, default in DEFAULTS[preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.reward == "ground_truth" and not task_of(args).reward:
+        raise UserError("--reward ground_truth: only the reviews task has one")
+    return args
+
+
+if __name__ == "__main__":
+    main()

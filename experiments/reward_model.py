@@ -1,0 +1,279 @@
+"""The reward model of RLHF: GPT-2 with a scalar head, trained on the same preferences as DPO.
+
+    python train_dpo.py                          # first: writes sft.pt and the preferences
+    python -m experiments.reward_model           # trains the reward model on them
+    python -m experiments.reward_model --task hh # or --data pairs.jsonl
+
+RLHF, which DPO replaces, has two stages. This is the first one: fit a reward r(x, y) to the
+preferences by maximum likelihood under the Bradley-Terry model (Eq. 2),
+
+    loss = -log sigma( r(x, y_w) - r(x, y_l) )
+
+experiments/ppo.py is the second stage, which maximises that reward. In DPO the policy itself plays
+the role of r, with beta log(pi / pi_ref) for the reward; this script prints how often each of the
+two ranks a held-out pair correctly.
+
+As in C.1, the model starts from the SFT model and is trained for three epochs, and the weights with
+the highest validation accuracy are kept. Every second held-out prompt is for this choice, and the
+accuracy that is reported is that on the others. In the end the reward is shifted and scaled to mean
+0 and standard deviation 1 on answers of the SFT model. The shift changes no preference and no
+optimal policy (Lemmas 1 and 2). The scale changes both: r / s with beta is r with s beta. It is
+fixed so that one beta means about the same for every reward model.
+
+Reads sft.pt of the run, and dpo.pt if there is one. Writes reward.pt, reward_metrics.csv and
+reward.json to the same folder. Left out on purpose: torch.compile.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from data import Batches, Encoded, micro_batches
+from model import ScalarGPT
+from runtime.checkpoint import (
+    check_sft_checkpoint,
+    data_source,
+    load_checkpoint,
+    open_checkpoint,
+    open_policies,
+    save_checkpoint,
+)
+from runtime.cli import Parser, choose_row_length, command, number_type, set_up
+from runtime.errors import UserError
+from runtime.files import claim_folder, write_json
+from runtime.flags import (
+    add_evaluation_flag,
+    add_shared_flags,
+    add_training_flags,
+    choose_task,
+)
+from runtime.parallel import set_precision, sum_gradients
+from runtime.report import table
+from runtime.run import Log, TrainingState, is_due
+from sample import (
+    decode_answer,
+    means_over_pairs,
+    ranked_correctly,
+    rate_pairs,
+    sample,
+    score,
+)
+from tasks import encode_splits, evaluated, task_of
+from train_dpo import bradley_terry
+from train_sft import cosine, grad_scaler, update, warmup
+
+LR = {"reviews": 3e-4, "pretrained": 1e-5}      # the peak; it decays to a tenth
+N_NORMALISE = 1024          # answers of the SFT model on which the rewards have mean 0, deviation 1
+
+COLUMNS = {"loss": ".4f", "accuracy": ".3f", "grad_norm": ".2f", "lr": ".1e",
+           "held_out_accuracy": ".3f"}
+
+
+# ------------------------------------------------------------------------------------------------
+# The loss and the loop
+# ------------------------------------------------------------------------------------------------
+
+
+def reward_loss(rewards, yw_idxs, yl_idxs):
+    """Eq. 2: -log p(y_w > y_l | x) under the Bradley-Terry model of the rewards.
+
+    rewards: (N,) r(x, y) of each answer. yw_idxs, yl_idxs: (P,) indices of the preferred and the
+    dispreferred answer of each pair. Returns losses (P,).
+    """
+    return -bradley_terry(rewards[yw_idxs], rewards[yl_idxs])
+
+
+def train(model, preferences, held_out, args):
+    """Fit a ScalarGPT to preferences, a list of Encoded, in place. It ends with those of its
+    weights that rank the most pairs of held_out correctly. Returns the step they are from."""
+    batches = Batches(preferences, args.batch, args.seed)
+    n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
+    optimizer = model.optimizer(args.lr, args.weight_decay)
+    scaler = grad_scaler(model)
+    log = Log(args.out / "reward_metrics.csv", COLUMNS, batches, scaler)
+    state = TrainingState(args.out / "reward_state.pt", args, model, optimizer, scaler, log,
+                          batches, held_out)
+    best = state.saved_objects["best"] = Best()
+    for step in state.steps(n_steps, "reward model"):
+        # At some steps, look whether these are the best weights so far.
+        evaluating = held_out and is_due(step, n_steps, args.eval_every)
+        if evaluating:
+            best.offer(model, step, accuracy_of(model, held_out, args, log))
+        # One batch of args.batch pairs, forward and backward.
+        for micro_batch in micro_batches(batches[step], state.n_micro_batches, args.row_length,
+                                         model):
+            rewards = model.rewards(micro_batch)                            # (N,)
+            losses = reward_loss(rewards, micro_batch.winners, micro_batch.losers)      # (P,)
+            scaler.scale(losses.sum() / args.batch).backward()
+            margins = (rewards[micro_batch.winners] - rewards[micro_batch.losers]).detach()
+            log.add(len(losses), loss=losses.detach().sum(),
+                    accuracy=ranked_correctly(margins, 0.0).sum())
+        # One update.
+        sum_gradients(model)                                                # of all processes
+        lr = args.lr * min(warmup(step, args.warmup), cosine(step, n_steps))
+        grad_norm = update(model, optimizer, scaler, lr, args.clip)
+        log.note_update(step, grad_norm, lr)
+        if evaluating or is_due(step, n_steps, args.log_every):
+            log.write(step)
+        state.save_if_due(step)
+    if held_out:
+        best.offer(model, n_steps, accuracy_of(model, held_out, args, log))
+        log.write(n_steps)
+        model.load_state_dict(best.weights)
+        return best.step
+    return n_steps
+
+
+class Best:
+    """The best weights so far: `weights`, a state_dict, which had `accuracy` at `step`."""
+
+    def __init__(self):
+        self.step, self.accuracy, self.weights = 0, -1.0, {}
+
+    def offer(self, model, step, accuracy):
+        """Keep the weights of a model if they are better than all before."""
+        if accuracy > self.accuracy:
+            self.step, self.accuracy = step, accuracy
+            self.weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+def accuracy_of(model, items, args, log):
+    """Log and return the share of all pairs of a list of Encoded that a reward model ranks
+    correctly."""
+    correct = ranked_correctly(margins_of(model, items, args.row_length), 0.0)
+    log.add(len(correct), held_out_accuracy=correct.sum())
+    return correct.double().mean().item()
+
+
+def margins_of(model, items, row_length):
+    """(P,) reward of the winner minus that of the loser, for all pairs of a list of Encoded."""
+    rewards = score(model, items, row_length, "rewards", model.rewards)
+    return torch.tensor([of_item[w] - of_item[l] for of_item, item in zip(rewards, items)
+                         for w, l in item.pairs], dtype=torch.float64)
+
+
+@torch.no_grad()
+def normalise(model, items, row_length):
+    """Shift and scale a reward model in place, so that its rewards of all answers of a list of
+    Encoded have mean 0 and standard deviation 1. Raises UserError if they are all the same."""
+    rewards = torch.tensor(score(model, items, row_length, "rewards", model.rewards)).flatten()
+    mean, std = rewards.mean(), rewards.std()
+    if not std > 0:
+        raise UserError("the reward model gives all answers the same reward: it needs more --steps "
+                        "or a higher --lr")
+    model.scalar.weight.div_(std)
+    model.scalar.bias.sub_(mean).div_(std)
+
+
+def answers_of(sft, prompts, tokenizer, args):
+    """One sampled answer to each of a list of prompts (ids), as a list of Encoded."""
+    answers = sample(sft, prompts, args.max_new_tokens, args.seed + 2, tokenizer.eot_token,
+                     progress="sampling sft")
+    return [Encoded(prompt, [answer], []) for prompt, answer in zip(prompts, answers)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    device = set_up(args)
+    claim_folder(args.out)
+    task, source = task_of(args), data_source(args)
+    sft_path = args.sft or args.out / "sft.pt"
+    sft, tokenizer, facts = open_checkpoint(sft_path, device, args)
+    check_sft_checkpoint(sft_path, sft, facts, source, args)
+    choose_row_length(args, sft.config.block_size)
+    preferences, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
+    choosing, reporting = held_out[::2], held_out[1::2]
+
+    model = ScalarGPT.from_gpt(sft)
+    print(f"reward model from {sft_path} on {sum(len(item.pairs) for item in preferences):,} pairs "
+          f"of {len(preferences):,} prompts, on {device}")
+    best_step = train(model, preferences, evaluated(choosing), args)
+    prompts = [item.prompt for item in preferences[:N_NORMALISE]]
+    normalise(model, answers_of(sft, prompts, tokenizer, args), args.row_length)
+    save_checkpoint(args.out / "reward.pt", model, tokenizer=facts["tokenizer"], stage="reward",
+                    seed=args.seed, **source)
+    print(f"wrote {args.out / 'reward.pt'}, the weights of step {best_step}")
+    epoch = best_step * args.batch / sum(len(item.pairs) for item in preferences)
+    report(model, sft, sft_path, reporting, tokenizer, epoch, args)
+    (args.out / "reward_state.pt").unlink(missing_ok=True)      # the run has finished
+
+
+def report(model, sft, sft_path, items, tokenizer, epoch, args):
+    """Measure the reward model on held-out pairs (a list of Encoded), beside the implicit reward of
+    dpo.pt, and its correlation with the ground truth. Prints and writes reward.json."""
+    accuracy = {}
+    if items:
+        correct = ranked_correctly(margins_of(model, items, args.row_length), 0.0)
+        accuracy["reward model"] = means_over_pairs({"accuracy": correct}, items)
+    dpo_path = args.out / "dpo.pt"
+    if items and dpo_path.exists():
+        policies, _, betas = open_policies([dpo_path], sft.device, args)
+        rated = rate_pairs(policies, sft, items, betas)["dpo"]
+        accuracy["implicit reward of dpo.pt"] = {name: rated[name]
+                                                 for name in ("accuracy", "accuracy_se")}
+    found = {"epoch": epoch, "pairs": sum(len(item.pairs) for item in items),
+             "accuracy": accuracy, "correlation": None}
+    if accuracy:
+        print(f"\npairs ranked correctly, of {found['pairs']:,} held-out pairs that the choice of "
+              f"the weights did not see\n{table(accuracy)}")
+    reward = task_of(args).reward
+    if items and reward:
+        found["correlation"] = correlation_with_truth(model, items, reward, tokenizer, args)
+        print("\ncorrelation with the ground-truth reward, among answers to one prompt: "
+              f"{found['correlation']:.3f}")
+    write_json(args.out / "reward.json", found)
+    print(f"\nwrote {args.out / 'reward.json'}; next: python -m experiments.ppo")
+
+
+def correlation_with_truth(model, items, reward, tokenizer, args):
+    """Pearson's correlation of learned and true rewards over the answers of a list of Encoded. The
+    mean over the answers to a prompt is subtracted first, since preferences do not determine it
+    (Lemma 1)."""
+    learned, true = [], []
+    for item, rewards in zip(items, score(model, items, args.row_length, "rewards", model.rewards)):
+        truth = [reward(decode_answer(item.prompt + answer, tokenizer)) for answer in item.answers]
+        learned.append(torch.tensor(rewards) - sum(rewards) / len(rewards))
+        true.append(torch.tensor(truth) - sum(truth) / len(truth))
+    return torch.corrcoef(torch.stack([torch.cat(learned), torch.cat(true)]))[0, 1].item()
+
+
+def open_reward_model(path, device, args):
+    """(ScalarGPT ready for use, facts) of a reward.pt. Raises UserError for other files."""
+    model, facts = load_checkpoint(path, device, ScalarGPT)
+    set_precision(model, args.precision)
+    return model, facts
+
+
+def parse_args(argv):
+    parser = Parser(__doc__)
+    add_shared_flags(parser)
+    add_training_flags(parser, 64, "pairs", warmup=30)
+    add_evaluation_flag(parser)
+    add = parser.add_argument
+    add("--max-new-tokens", type=number_type(int, 1), default=96,
+        help="longest answer sampled to normalise the rewards (default 96)")
+    add("--lr", type=number_type(float, 0, above=True),
+        help="peak learning rate (default 1e-5; 3e-4 for reviews)")
+    add("--sft", type=Path, help="checkpoint to start from (default: sft.pt of the run)")
+    parser.set_defaults(epochs=3.0, init=None, tokenizer=None)      # C.1: three epochs
+    args = parser.parse_args(argv)
+    choose_task(args)
+    args.lr = args.lr or LR["reviews" if args.task == "reviews" else "pretrained"]
+    return args
+
+
+if __name__ == "__main__":
+    main()
