@@ -20,6 +20,7 @@ import os
 import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -342,6 +343,7 @@ def fingerprint(content):
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
     else:
-        for item in content:
+        for item in content:                # the same for ids in lists and in arrays
+            item = replace(item, prompt=list(item.prompt), answers=list(map(list, item.answers)))
             digest.update(repr(item).encode())
     return digest.hexdigest()
