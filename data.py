@@ -25,6 +25,7 @@ batch takes a few milliseconds.
 
 import math
 import zlib
+from array import array
 from collections import Counter, namedtuple
 from dataclasses import dataclass, fields
 
@@ -112,15 +113,16 @@ def is_held_out(text):
 
 
 # ------------------------------------------------------------------------------------------------
-# Encoded preferences: lists of ids
+# Encoded preferences: ids
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Encoded:
     """A Preference in ids. The prompt begins with end-of-text, as GPT-2's training texts did, so an
-    empty prompt is possible. Each answer ends with end-of-text unless it was cut. ref_logps: log
-    pi_ref(y|x) of each answer, once it has been computed."""
+    empty prompt is possible. Each answer ends with end-of-text unless it was cut. Ids are lists, or
+    arrays as in encode_all. ref_logps: log pi_ref(y|x) of each answer, once it has been computed.
+    """
 
     prompt: list
     answers: list
@@ -184,10 +186,16 @@ def clear_pairs(item):
 
 
 def encode_all(preferences, tokenizer, row_length, skipped):
-    """Encode a list of Preference, without those that have no comparison left."""
-    encoded = [encode(preference, tokenizer, row_length, skipped)
-               for preference in tqdm(preferences, "encoding", delay=1)]
-    return [item for item in encoded if item is not None]
+    """Encode a list of Preference, without those that have no comparison left. Ids are kept in
+    arrays, which take 4 bytes per id; lists take 38."""
+    encoded = []
+    for preference in tqdm(preferences, "encoding", delay=1):
+        item = encode(preference, tokenizer, row_length, skipped)
+        if item is not None:
+            item.prompt = array("i", item.prompt)
+            item.answers = [array("i", answer) for answer in item.answers]
+            encoded.append(item)
+    return encoded
 
 
 def select_pairs(item, indices):
@@ -305,9 +313,9 @@ def write_rows(pieces, starts, row_length):
             column = end
         group[row, start:column] = g
     arrays = {"tokens": tokens, "positions": positions, "group": group, "answer": answer_of,
-              "source": np.concatenate(source), "target": np.concatenate(target),
+              "source": np.concatenate(source), "target": np.concatenate(target, dtype=np.int64),
               "owner": np.concatenate(owner), "last": np.array([last[n] for n in sorted(last)])}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
 def number_pairs(encoded):

@@ -10,7 +10,7 @@ import torch
 
 from model import GPT, GPTConfig
 from runtime.errors import UserError
-from runtime.files import reading, replacing
+from runtime.files import load_tensors, reading, replacing
 from runtime.parallel import set_compiled, set_precision
 from runtime.report import names_of
 from tasks.tokenizers import TOKENIZERS, get_tokenizer
@@ -30,11 +30,16 @@ def save_checkpoint(path, model, **facts):
 def load_checkpoint(path, device="cpu", kind=GPT):
     """Returns (model, facts) of a file that save_checkpoint wrote. kind: the class of the model.
     Raises UserError for other files."""
-    with reading(path, "a checkpoint of train_sft.py or train_dpo.py"):
-        saved = torch.load(path, map_location=device, weights_only=True)
-        model = kind(GPTConfig(**saved["config"])).to(device)
-        model.load_state_dict(saved["model"])
-        return model, saved["facts"]
+    written_by = "train_sft.py or train_dpo.py" if kind is GPT else "experiments.reward_model"
+    with reading(path, f"a checkpoint of {written_by}"):
+        saved = load_tensors(path, device)
+        config, weights = GPTConfig(**saved["config"]), saved["model"]
+        if len(weights) < config.n_layer:
+            raise ValueError("there are more layers than weights")
+        with torch.device("meta"):      # allocates nothing before the sizes are compared
+            model = kind(config)
+        model.load_state_dict(weights, assign=True)
+        return model.float(), saved["facts"]
 
 
 def initial_model(args, tokenizer, device):

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+import zipfile
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -97,6 +98,18 @@ def reading(path, what):
         raise                       # the file may be fine
     except Exception as error:      # a foreign or damaged file may raise anything in its reader
         raise UserError(f"{path}: not {what}, or a damaged one") from error
+
+
+def load_tensors(path, device="cpu"):
+    """The content of a file that torch.save wrote. Such a file is a zip archive. torch.load does
+    not compare the checksums in it with what it reads, so that is done first. (Files that old
+    versions of PyTorch wrote have none.) To be called within `reading`."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} does not hold")
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 def make_folder(path):

@@ -11,7 +11,14 @@ from pathlib import Path
 import torch
 
 from runtime.errors import UserError
-from runtime.files import cache_folder, download, reading, replacing, write_json
+from runtime.files import (
+    cache_folder,
+    download,
+    load_tensors,
+    reading,
+    replacing,
+    write_json,
+)
 
 HUB = "https://huggingface.co"
 RELEASED = {"gpt2": dict(n_layer=12, n_head=12, n_embd=768),
@@ -114,8 +121,7 @@ def from_hub_layout(weights, wanted, path):
 def read_weights(path):
     """{name: tensor} of model.safetensors or pytorch_model.bin. Raises UserError."""
     with reading(path, "a file of weights"):
-        found = (read_safetensors(path) if path.suffix == ".safetensors" else
-                 torch.load(path, map_location="cpu", weights_only=True))
+        found = read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
         if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
             raise ValueError("expected names and tensors, and nothing else")
         return found
@@ -132,17 +138,20 @@ def read_safetensors(path):
         n bytes    JSON: {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
         the rest   the tensors' bytes, at their offsets, without gaps
 
-    Raises ValueError, KeyError and the like for any other file, or for a truncated one.
+    Raises ValueError, KeyError and the like for any other file, or for a truncated one. The file
+    has no checksums, so a changed weight goes unnoticed.
     """
     raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
     n = int.from_bytes(raw[:8].numpy().tobytes(), "little")
     header = json.loads(raw[8:8 + n].numpy().tobytes())
     header.pop("__metadata__", None)
     data, tensors, end = raw[8 + n:], {}, 0
-    for name, facts in header.items():
+    for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = facts["data_offsets"]
+        if not first == end <= last:
+            raise ValueError(f"{name} is at {first} to {last}, but the one before ends at {end}")
         tensor = data[first:last].clone().view(SAFETENSORS_TYPES[facts["dtype"]])
-        tensors[name], end = tensor.view(facts["shape"]), max(end, last)
+        tensors[name], end = tensor.view(facts["shape"]), last
     if end != len(data):
         raise ValueError(f"{len(data)} bytes of tensors, expected {end}")
     return tensors

@@ -20,13 +20,14 @@ import os
 import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from runtime.errors import Interrupted, UserError
-from runtime.files import handling_signals, reading, replacing
+from runtime.files import handling_signals, load_tensors, reading, replacing
 from runtime.memory import fewest_micro_batches
 from runtime.parallel import all_reduce, barrier, process_rank, world_size
 
@@ -146,9 +147,11 @@ class Log:
                 "overflows": self.overflows}
 
     def load_state_dict(self, state):
-        self.lines, self.overflows, self.text = state["lines"], state["overflows"], ""
+        self.lines, self.overflows, self.text = int(state["lines"]), int(state["overflows"]), ""
+        sums = {name: float(value) for name, value in state["sums"].items()}
+        counts = {name: float(value) for name, value in state["counts"].items()}
         if process_rank() == 0:             # the saved sums are those of all processes
-            self.sums, self.counts = Counter(state["sums"]), Counter(state["counts"])
+            self.sums, self.counts = Counter(sums), Counter(counts)
         self.append_text(state["text"])     # restore the file, whatever happened to it since
 
 
@@ -254,8 +257,10 @@ class TrainingState:
             if saved["digests"].get(name) != now:
                 raise UserError(f"{self.path}: cannot resume, the {name} changed since; without "
                                 "--resume a new run starts")
-        for name, saved_object in self.saved_objects.items():
-            saved_object.load_state_dict(saved[name])
+        with reading(self.path, A_STATE):
+            check_optimizer(saved["optimizer"], self.saved_objects["optimizer"])
+            for name, saved_object in self.saved_objects.items():
+                saved_object.load_state_dict(saved[name])
         self.step = saved["step"]
         print(f"{self.path}: going on with step {self.step}")
 
@@ -292,14 +297,36 @@ def noting_signals(noted):
         yield
 
 
+A_STATE = "the training state of a run"
+FIELDS = {"flags": dict, "digests": dict, "step": int, "micro_batches": int, "model": dict,
+          "optimizer": dict, "scaler": dict, "log": dict}
+
+
 def load_state(path):
     """The content of a file that TrainingState wrote. Raises UserError for others."""
-    with reading(path, "the training state of a run"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"flags", "digests", "step", "micro_batches", "model", "optimizer", "scaler",
-                "log"} <= state.keys():
-            raise ValueError("something is missing")
+    with reading(path, A_STATE):
+        state = load_tensors(path)
+        for name, kind in FIELDS.items():
+            if not isinstance(state[name], kind):
+                raise ValueError(f"{name} has another type")
+        if state["step"] < 0 or state["micro_batches"] < 1:
+            raise ValueError("a number is too small")
         return state
+
+
+def check_optimizer(saved, optimizer):
+    """Raise an exception if a saved state dict does not fit an AdamW. Its own load_state_dict
+    accepts any settings and shapes."""
+    def settings(groups):
+        return [group | {"lr": None} for group in groups]       # every step sets the lr
+    if settings(saved["param_groups"]) != settings(optimizer.state_dict()["param_groups"]):
+        raise ValueError("other settings")
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for i, moments in saved["state"].items():
+        shapes = {name: tuple(moment.shape) for name, moment in moments.items()}
+        shape = tuple(weights[i].shape)
+        if shapes != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
+            raise ValueError("other weights")
 
 
 def cache_key(*parts):
@@ -316,6 +343,7 @@ def fingerprint(content):
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
     else:
-        for item in content:
+        for item in content:                # the same for ids in lists and in arrays
+            item = replace(item, prompt=list(item.prompt), answers=list(map(list, item.answers)))
             digest.update(repr(item).encode())
     return digest.hexdigest()

@@ -415,6 +415,27 @@ def test_missing_checkpoints_are_refused_by_name(run, capsys, tmp_path):
         assert re.search(r"no\.pt: .*No such file", refused(main, [*flags, *there], capsys))
 
 
+def test_a_flipped_bit_in_a_checkpoint_is_refused(run, capsys, tmp_path):
+    """The bit is in the middle of the file, where the weights are."""
+    content = bytearray((run / "sft.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a.pt").write_bytes(content)
+    message = refused(sample.main, ["--checkpoint", tmp_path / "a.pt", "--out", tmp_path], capsys)
+    assert "a.pt: not a checkpoint of train_sft.py or train_dpo.py, or a damaged one" in message
+
+
+@pytest.mark.parametrize("name, size", [
+    ("n_embd", 10**6), ("n_layer", 10**9), ("vocab_size", 10**12), ("block_size", 10**12)])
+def test_sizes_are_compared_before_a_model_of_that_size_is_built(run, capsys, tmp_path, name, size):
+    """A token embedding of 10^12 ids would not fit in any memory, so this would not end with a
+    damaged file but with too little memory. Nor are 10^9 blocks built first."""
+    saved = torch.load(run / "sft.pt", weights_only=True)
+    saved["config"][name] = size
+    torch.save(saved, tmp_path / "a.pt")
+    message = refused(sample.main, ["--checkpoint", tmp_path / "a.pt", "--out", tmp_path], capsys)
+    assert "a.pt: not a checkpoint of train_sft.py or train_dpo.py, or a damaged one" in message
+
+
 def test_checkpoints_that_do_not_fit_are_refused(run, capsys, tmp_path):
     """Checkpoints without a tokenizer's name, with another number of ids, without room for reviews,
     from SFT on another file, with sizes that do not match the weights, with NaN weights, without a

@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+import tracemalloc
 from collections import Counter
 from types import SimpleNamespace
 
@@ -41,6 +42,7 @@ from data import (
 )
 from runtime.errors import UserError
 from runtime.rows import Skipped
+from runtime.run import fingerprint
 from tasks import own_file
 from tasks.reviews import (
     DEGREES,
@@ -846,8 +848,41 @@ def test_a_pair_whose_answers_are_equal_after_the_cut_is_dropped():
     assert encode(gone, TOKENIZER, 4 + 2, skipped) is None
     assert skipped["answers equal after the cut"] == 1
     found = encode_all([kept[0], gone, kept[1]], TOKENIZER, 4 + 2, skipped)
-    assert found == [encode(preference, TOKENIZER, 4 + 2) for preference in kept]
+    assert found == encode_all(kept, TOKENIZER, 4 + 2, Skipped())
     assert skipped["answers equal after the cut"] == 2
+
+
+class FarIds:
+    """A tokenizer that makes an id above 256 of each character. Below, Python keeps one int of each
+    number, which would hide what a list costs."""
+    eot_token = 50256
+
+    def encode_ordinary(self, text):
+        return [1000 + ord(character) for character in text]
+
+
+def test_a_million_pairs_of_250_tokens_fit_in_two_gigabytes():
+    """That is 2,000 bytes for each pair, which as lists of 38 bytes per token would take 9,500. The
+    ids themselves are 4 x 250 of them; the rest is Python's objects."""
+    preferences = [Preference("a" * 99, ["b" * 74, "c" * 74], [(0, 1)]) for _ in range(500)]
+    tracemalloc.start()
+    items = encode_all(preferences, FarIds(), 250, Skipped())
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(len(ids) for ids in [items[0].prompt, *items[0].answers]) == 250
+    assert used / len(items) < 2000
+
+
+def test_arrays_of_ids_are_packed_like_lists():
+    preferences = [Preference("The plot", [" was good.", " was dull."], [(0, 1)]),
+                   Preference("I", [" liked it.", " did not", " fell"], [(2, 0), (1, 0)])]
+    in_arrays = pack(encode_all(preferences, TOKENIZER, 16, Skipped()), 16)
+    in_lists = pack([encode(preference, TOKENIZER, 16) for preference in preferences], 16)
+    for name, tensor in vars(in_lists).items():
+        assert torch.equal(getattr(in_arrays, name), tensor), name
+        assert getattr(in_arrays, name).dtype == tensor.dtype, name
+    assert fingerprint(encode_all(preferences, TOKENIZER, 16, Skipped())) == fingerprint(
+        [encode(preference, TOKENIZER, 16) for preference in preferences])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -380,6 +380,48 @@ def test_a_damaged_or_foreign_state_is_refused_and_kept(tmp_path, monkeypatch):
     assert not (tmp_path / "pwned").exists()
 
 
+def test_a_flipped_bit_in_a_state_is_refused_or_changes_nothing(tmp_path):
+    """Most bytes of the file are numbers, and any bit of them makes another number. The archive has
+    a checksum of each tensor. (Bits of its padding and of dates mean nothing.)"""
+    path = interrupted(train_dpo, tmp_path) / "dpo_state.pt"
+    good, expected = path.read_bytes(), load_state(path)
+    positions = torch.Generator().manual_seed(1)
+    refused = 0
+    for at in torch.randint(len(good), (200,), generator=positions).tolist():
+        damaged = bytearray(good)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        try:
+            assert same(load_state(path), expected), at
+        except UserError as error:
+            assert str(error) == f"{path}: not the training state of a run, or a damaged one"
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("where, value", [
+    ("step", "3"), ("step", -1), ("micro_batches", 0), ("flags", None), ("digests", [1]),
+    ("model", None), ("model wte.weight", 1.0), ("model wte.weight", torch.zeros(3)),
+    ("optimizer", {}), ("optimizer state 0", None), ("optimizer state 0 exp_avg", [1.0]),
+    ("optimizer state 0 exp_avg", torch.zeros(3)), ("optimizer state 0 step", torch.zeros(3)),
+    ("optimizer param_groups 0 betas", (0.9,)), ("optimizer param_groups 0 betas", "betas"),
+    ("optimizer param_groups 1 weight_decay", 0.1), ("log", 7), ("log lines", "many"),
+    ("log text", 7), ("log sums", {"loss": "x"}), ("log counts", None),
+])
+def test_a_field_of_another_type_or_shape_is_refused(tmp_path, where, value):
+    """AdamW's load_state_dict accepts nearly all of them, and with moments of another shape PyTorch
+    wrote beyond its memory."""
+    path = interrupted(train_dpo, tmp_path) / "dpo_state.pt"
+    state = content = load_state(path)
+    *parents, name = [int(word) if word.isdigit() else word for word in where.split()]
+    for parent in parents:
+        content = content[parent]
+    content[name] = value
+    torch.save(state, path)
+    with pytest.raises(UserError, match="not the training state of a run, or a damaged one"):
+        train(train_dpo, tmp_path, resume=True)
+
+
 def test_a_run_says_when_there_is_something_to_resume_and_when_there_is_not(tmp_path, capsys):
     train(train_dpo, tmp_path, resume=True)
     assert "nothing to resume" in capsys.readouterr().out

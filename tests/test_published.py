@@ -183,7 +183,7 @@ def test_all_the_traps_on_the_real_file_with_the_real_tokens():
             assert item.prompt[0] == 50256 and 50256 not in item.prompt[1:]
             assert prompt.endswith(ASSISTANT)
             answers = scored[2 * n:2 * n + 2]
-            assert answers == item.answers
+            assert answers == list(map(list, item.answers))
             for answer in answers:
                 cut += answer[-1] != 50256
                 assert answer[-1] == 50256 or len(item.prompt) + len(answer) == 1024

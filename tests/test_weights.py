@@ -275,6 +275,34 @@ DAMAGED = {
 }
 
 
+# Three tensors of one float32 each follow one another as [0, 4], [4, 8] and [8, 12] in 12 bytes.
+OFFSETS = {
+    "an overlap": [[0, 4], [0, 4], [8, 12]], "a hole": [[0, 4], [8, 12], [8, 12]],
+    "a hole at the beginning": [[4, 8], [4, 8], [8, 12]],
+    "negative": [[-12, -8], [4, 8], [8, 12]], "backwards": [[0, 4], [8, 4], [8, 12]],
+    "unused bytes at the end": [[0, 4], [4, 8], [4, 8]], "two tensors in one": [[0, 8]] * 3,
+}
+
+
+def three_numbers(path, offsets):
+    """Write a safetensors file with the numbers 1, 2 and 3 under a, b and c."""
+    header = json.dumps({name: {"dtype": "F32", "shape": [1], "data_offsets": place}
+                         for name, place in zip("abc", offsets)}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<3f", 1, 2, 3))
+    return path
+
+
+@pytest.mark.parametrize("offsets", OFFSETS)
+def test_tensors_that_do_not_follow_one_another_are_refused(tmp_path, offsets):
+    """As the library that made the format does: each byte belongs to one tensor. Their order in the
+    header does not matter."""
+    good = three_numbers(tmp_path / "a.safetensors", [[8, 12], [0, 4], [4, 8]])
+    found = {name: value.item() for name, value in read_weights(good).items()}
+    assert found == {"b": 1, "c": 2, "a": 3}
+    with pytest.raises(UserError, match="not a file of weights, or a damaged one"):
+        read_weights(three_numbers(tmp_path / "a.safetensors", OFFSETS[offsets]))
+
+
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_file_of_weights_is_refused(tmp_path, damage):
     random_gpt(SMALL).save_pretrained(tmp_path)
