@@ -17,6 +17,7 @@ temperature 1,
                  count as half; with Wilson's 95 % interval
     well_formed  share of texts that the task's grammar accepts
     length       mean tokens of an answer, end-of-text included
+    finished     share of answers that reached end-of-text; in the JSON file only
 
 --evaluate adds
 
@@ -40,13 +41,13 @@ from tqdm import tqdm
 
 from data import Encoded, batches_in_order
 from runtime.checkpoint import common_block_size, open_checkpoint, open_policies
-from runtime.cli import command, set_up
+from runtime.cli import command, only_one_process, set_up
 from runtime.errors import UserError
 from runtime.files import make_folder, write_json
 from runtime.flags import parse_sample_flags
 from runtime.parallel import all_gather, compiled_logps, process_rank, world_size
 from runtime.report import final_report, names_of, side_by_side
-from tasks import held_out_pairs, task_of
+from tasks import held_out_pairs, held_out_prompts, task_of
 
 Z_95 = 1.959964     # 95 % of a normal distribution lie within this many standard deviations
 
@@ -138,6 +139,8 @@ def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
         if well_formed:
             columns[name]["well_formed"] = torch.tensor([float(well_formed(t)) for t in whole])
         columns[name]["length"] = torch.tensor([float(len(answer)) for answer in answers])
+        columns[name]["finished"] = torch.tensor([float(tokenizer.eot_token in answer)
+                                                  for answer in answers])
     measures = {}
     for name, values in columns.items():
         if reward:
@@ -145,7 +148,7 @@ def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
             values["win_rate"] = (ahead.sign() + 1) / 2
         measures[name] = means(values)
         if reward and name != baseline:
-            measures[name]["win_rate_95"] = wilson(values["win_rate"].sum().item(), len(prompts))
+            measures[name]["win_rate_95"] = wilson(values["win_rate"].tolist())
     return measures, texts
 
 
@@ -169,15 +172,17 @@ def means(columns):
     return found
 
 
-def wilson(wins, n):
-    """(low, high): Wilson's 95 % interval of a share, given wins (a tie is half a win) out of n.
+def wilson(scores):
+    """(low, high): the 95 % interval of the mean of n scores from 0 to 1. A win is 1, a tie 1/2.
 
-    It contains every rate p with |wins / n - p| <= z sqrt(p (1 - p) / n), where z = 1.96. Unlike
-    the share +- 2 standard errors, it stays within 0 and 1 and does not shrink to a point if all
-    were won.
+    Without ties it is Wilson's: it contains every rate p with |share - p| <= z sqrt(p (1 - p) / n),
+    where z = 1.96. Unlike the share +- 2 standard errors, it stays within 0 and 1 and does not
+    shrink to a point if all were won. With ties, p (1 - p) is less by their mean score (1 - score).
     """
-    share, z2 = wins / n, Z_95**2 / n
-    half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4)
+    n = len(scores)
+    share, z2 = sum(scores) / n, Z_95**2 / n
+    ties = sum(s * (1 - s) for s in scores) / (n + Z_95**2)     # so all ties do not make a point
+    half = math.sqrt((share * (1 - share) - ties) * z2 + (1 - 4 * ties) * z2**2 / 4)
     return (max(0.0, (share + z2 / 2 - half) / (1 + z2)),
             min(1.0, (share + z2 / 2 + half) / (1 + z2)))
 
@@ -271,8 +276,7 @@ def main(argv=None):
 
 def talk(paths, device, args):
     """Answer --prompt, or prompts that are typed until the end of input."""
-    if world_size() > 1:
-        raise UserError("talking takes one process: start it without torchrun")
+    only_one_process("talking")
     policies, tokenizer, _ = open_policies(paths, device, args)
     if args.prompt is not None:
         print(side_by_side([args.prompt] * args.n, answer(policies, tokenizer, args.prompt, args)))
@@ -311,10 +315,7 @@ def measure(paths, device, args):
     policies = {names[path]: models[names[path]] for path in paths}
     baseline, pi_ref = names[args.baseline or paths[0]], models[names[reference]]
     items = held_out_pairs(tokenizer, common_block_size(models), args)
-    prompts = task.prompts(items, tokenizer, args)
-    if len(prompts) < 2:
-        raise UserError(f"{args.task or args.data}: fewer than two held-out prompts to measure on")
-
+    prompts = held_out_prompts(items, tokenizer, args)
     measures, texts = evaluate(policies, pi_ref, prompts, tokenizer, args.max_new_tokens,
                                args.seed + 1, task.reward, task.well_formed, baseline)
     for name in policies:

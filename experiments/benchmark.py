@@ -68,8 +68,9 @@ from tqdm import tqdm
 
 from data import Batch, Batches, Encoded, encode_all, load_preferences, pack
 from model import GPT, GPTConfig
-from runtime.cli import Parser, command, number_type
+from runtime.cli import Parser, command, number_type, only_one_process
 from runtime.errors import UserError
+from runtime.files import write_json
 from runtime.packing import best_row_length
 from runtime.parallel import allow_any_size, compiled_logps, set_precision
 from runtime.rows import Skipped
@@ -743,6 +744,7 @@ def machine(args):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    only_one_process("the benchmark")
     config = GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -755,8 +757,7 @@ def main(argv=None):
     if args.json:
         settings = {key: str(value) if isinstance(value, Path) else value
                     for key, value in vars(args).items()}
-        content = {"machine": facts, "settings": settings, "lines": lines}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, {"machine": facts, "settings": settings, "lines": lines})
     failed = [f"{line['workload']} {line['rung']}" for line in lines if "failed" in line]
     if failed:
         raise UserError(f"not measured: {', '.join(failed)}")

@@ -19,7 +19,8 @@ prompts give best of N, at its KL bound log N - (N - 1) / N, and the best that a
     pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x)                                  (Eq. 15)
 
 Here pi_ref is replaced by a uniform draw from those answers, so the reward and the KL of pi* are
-finite sums for any beta.
+finite sums for any beta. Answers better than those are missing, so it is an estimate from below:
+the mean of reward - beta KL = beta log Z over draws is at most its true value (Jensen).
 
 Writes to out/frontier/: a folder with result.json for each run, which is reused as long as the
 settings of the run stay the same; frontier.json with all numbers; and frontier.svg, if matplotlib
@@ -38,12 +39,12 @@ from tqdm import tqdm
 
 import train_dpo
 import train_sft
-from data import Encoded
+from data import Encoded, best_answers
 from experiments.best_of import best_of, draw_answers
 from experiments.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, pyplot, save
 from model import GPT
 from runtime.checkpoint import open_checkpoint
-from runtime.cli import Parser, command, number_type, set_up
+from runtime.cli import Parser, command, number_type, only_one_process, set_up
 from runtime.errors import UserError
 from runtime.files import make_folder, write_json
 from runtime.report import side_by_side, table
@@ -121,7 +122,8 @@ def train(start, loss, flags, folder):
     if loss == "sft_chosen":
         module = train_sft
         args = train_sft.parse_args(flags)
-        training, held_out = best_answers(training), best_answers(held_out)
+        training, held_out = [[Encoded(*best) for best in best_answers(items)]
+                              for items in (training, held_out)]
     else:
         module = train_dpo
         args = train_dpo.parse_args([*flags, "--loss", loss])
@@ -137,16 +139,6 @@ def train(start, loss, flags, folder):
 def remove_training_state(folder):
     for state in folder.glob("*_state.*"):
         state.unlink()
-
-
-def best_answers(items):
-    """For SFT: each of a list of Encoded with only its best answer, the winner of its first pair.
-    """
-    best = []
-    for item in items:
-        winner, _ = item.pairs[0]
-        best.append(Encoded(item.prompt, [item.answers[winner]], []))
-    return best
 
 
 def train_and_measure(start, args, loss, flags, folder):
@@ -201,7 +193,8 @@ def measure_reference(start, args, numbers):
 
 def optimum(rewards, beta):
     """Reward and KL of the optimal policy of Eq. 15, if the reference draws uniformly from M
-    answers to each of P prompts. rewards: (P, M). Returns {"beta", "reward", "kl"}."""
+    answers to each of P prompts: an estimate from below. rewards: (P, M). Returns {"beta",
+    "reward", "kl"}."""
     ref_logps = torch.full_like(rewards, -math.log(rewards.size(1)))        # (P, M)
     logps = train_dpo.optimal_policy(ref_logps, rewards, beta)              # (P, M)
     expected_reward = (logps.exp() * rewards).sum(1).mean()
@@ -303,10 +296,11 @@ def label_best_of(ax, measures_by_n):
 
 
 def draw_optimum(ax, points):
-    """The reward of the optimal policies, up to a KL of 3.5. points: [{beta, reward, kl}, ...]."""
+    """The reward of the optimal policies, estimated from below, up to a KL of 3.5. points: [{beta,
+    reward, kl}, ...]."""
     shown = [point for point in points if point["kl"] < 3.5]
     ax.plot([point["kl"] for point in shown], [point["reward"] for point in shown], color=GREY,
-            linewidth=1, label="the best possible (Eq. 15)")
+            linewidth=1, label="the best possible (Eq. 15), estimated from below")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -331,6 +325,7 @@ def parse_args(argv):
 @command
 def main(argv=None):
     args, seeds, rest = parse_args(argv)
+    only_one_process("the frontier")
     make_folder(args.out)
     start = prepare(args)
     shared = {"start": start.key, "prompts": args.eval_prompts, "flags": rest}

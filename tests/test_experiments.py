@@ -3,9 +3,13 @@
     pytest tests/test_experiments.py
 """
 
+import errno
 import html
 import importlib.util
 import json
+import math
+import os
+import random
 import re
 import sys
 from html.parser import HTMLParser
@@ -17,6 +21,7 @@ from hypothesis import given, settings, strategies as st
 
 import sample
 import train_dpo
+from data import is_held_out
 from experiments import best_of, curves, frontier, win_rate
 from model import GPT, GPTConfig
 from runtime.checkpoint import save_checkpoint
@@ -168,6 +173,21 @@ def test_the_optimum_is_equation_15_over_the_answers_drawn(rewards, beta):
     assert score.item() <= found["reward"] - beta * found["kl"] + 1e-9
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_the_optimum_over_few_answers_is_an_estimate_from_below(beta):
+    """Rewards are uniform on [0, 1], so Z = E exp(r / beta) = beta (exp(1 / beta) - 1), and the
+    optimum is worth E r - beta KL = beta log Z. Over M answers the estimate is below that and rises
+    with M: by Jensen's inequality E log(mean of M) <= log E."""
+    truth = beta * math.log(beta * (math.exp(1 / beta) - 1))
+    worth = []
+    for m in (2, 8, 32, 128):
+        rewards = torch.rand(4000, m, generator=torch.Generator().manual_seed(0)).double()
+        found = frontier.optimum(rewards, beta)
+        worth.append(found["reward"] - beta * found["kl"])
+    assert worth == sorted(worth) and worth[-1] < truth
+    assert worth[-1] == pytest.approx(truth, abs=0.01)
+
+
 def test_best_of_n_is_never_above_the_optimum_at_its_kl_bound():
     """KL(best of N) <= log N - (N - 1) / N, and Eq. 15 has the highest reward at any KL."""
     rewards = torch.rand(500, 64, generator=torch.Generator().manual_seed(0)).double()
@@ -182,7 +202,8 @@ def test_the_frontier_is_drawn_with_axes_names_and_error_bars(small, tmp_path, c
     frontier.main([*small, "--out", str(tmp_path)])
     picture = (tmp_path / "frontier.svg").read_text()
     for words in ("KL to the SFT model, nats", "ground-truth reward, from -1 to 1",
-                  "share of well-formed texts", "best of N of SFT", "unlikelihood", "beta 0.5"):
+                  "share of well-formed texts", "best of N of SFT", "unlikelihood", "beta 0.5",
+                  "the best possible (Eq. 15), estimated from below"):
         assert f"<!-- {words}" in picture, words
     assert_has_no_background(picture)
     first = picture
@@ -219,8 +240,8 @@ held_out_loss,held_out_accuracy
 def test_metrics_are_read_with_the_steps_at_which_they_were_logged(tmp_path):
     (tmp_path / "metrics.csv").write_text(METRICS)
     metrics = curves.read_metrics(tmp_path / "metrics.csv")
-    assert metrics["held_out_loss"] == ((0, 40), (0.69, 0.45))
-    assert metrics["rejected_logp"] == ((0, 20, 40), (-21, -23, -24))
+    assert metrics["held_out_loss"] == ([0, 40], [0.69, 0.45])
+    assert metrics["rejected_logp"] == ([0, 20, 40], [-21, -23, -24])
     assert set(metrics) == set(train_dpo.COLUMNS)
 
 
@@ -230,6 +251,22 @@ def test_a_picture_has_to_be_named_as_an_svg(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         curves.main([str(tmp_path), "--out", str(tmp_path / "pic")])
     assert caught.value.code == 2 and "a name that ends in .svg" in capsys.readouterr().err
+
+
+@needs_matplotlib
+def test_a_picture_that_cannot_be_finished_leaves_the_one_before(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    curves.main([str(tmp_path)])
+    before = (tmp_path / "curves.svg").read_bytes()
+
+    def full(figure, file, **_):
+        with (file if hasattr(file, "write") else open(file, "wb")) as opened:
+            opened.write(b"<svg")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert "curves.svg: cannot be written: No space" in refused(curves.main, [tmp_path], capsys)
+    assert (tmp_path / "curves.svg").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.csv", "curves.svg"}
 
 
 @needs_matplotlib
@@ -255,12 +292,19 @@ def test_without_matplotlib_one_sentence_says_how_to_get_it(tmp_path, capsys, mo
 
 @pytest.mark.parametrize("content, words", [
     (None, "train_dpo.py writes it"), ("", "it has no steps"),
-    ("step,loss\n0,1\n", "not a metrics.csv"),
-    (METRICS.replace("0.75", "much"), "not a metrics.csv"), ("a,b\n1,2\n", "not a metrics.csv"),
-    (METRICS.splitlines()[0], "it has no steps yet")])
+    ("step,loss\n0,1\n", "line 2: not a row"), ("a,b\n1,2\n", "line 2: not a row"),
+    (METRICS.replace("0.75", "much"), "line 3: not a row"),
+    (METRICS.replace("40,0.4,0.8,0.75,0.15,", "40,0.4,0.8,0.75,,"), "line 4: not a row"),
+    (METRICS + "60,0.4", "line 5: not a row"),
+    (METRICS.replace("\n20,", "\n,"), "line 3: not a row"),
+    (METRICS.replace("0.693147", "inf"), "line 2: not a row"),
+    (METRICS.replace("\n40,", "\n4" + 400 * "0" + ","), "line 4: not a row"),
+    (METRICS.replace("0.693147", "0" * 200_000), "not a metrics.csv"),
+    (b"\xff\xfe", "not a metrics.csv"), (METRICS.splitlines()[0], "it has no steps yet")])
 def test_a_folder_without_metrics_is_refused(tmp_path, capsys, content, words):
     if content is not None:
-        (tmp_path / "metrics.csv").write_text(content)
+        content = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "metrics.csv").write_bytes(content)
     message = refused(curves.main, [tmp_path], capsys)
     assert words in message and str(tmp_path / "metrics.csv") in message
 
@@ -345,7 +389,7 @@ def test_asking_writes_questions_and_a_key_and_only_the_key_tells(run, tmp_path,
                  "--max-new-tokens", "5", "--device", "cpu"]
         win_rate.main(flags)
         written = (tmp_path / name).read_bytes()
-        key = json.loads((tmp_path / name).with_suffix(".key.json").read_text())
+        key = json.loads((tmp_path / f"{name}.key.json").read_text())
         assert key["policies"] == ["dpo", "sft"] and len(key["order"]) == 8
         assert b"dpo" not in written and b"sft" not in written
         assert "keep it from the judges" in capsys.readouterr().out
@@ -356,12 +400,43 @@ def test_asking_writes_questions_and_a_key_and_only_the_key_tells(run, tmp_path,
     assert list(Page((tmp_path / "study.html").read_text()).data) == list(key["order"])
 
 
+def test_two_studies_whose_files_differ_only_in_their_extension_have_two_keys(run, tmp_path):
+    """Each key has the names of the questions in its own file."""
+    for name, questions in (("j.jsonl", "4"), ("j.html", "6")):
+        win_rate.main(["--out", str(run), "--ask", str(tmp_path / name), "--questions", questions,
+                       "--max-new-tokens", "2", "--device", "cpu"])
+    asked = [json.loads(line) for line in (tmp_path / "j.jsonl").read_text().splitlines()]
+    key = json.loads((tmp_path / "j.jsonl.key.json").read_text())
+    assert [row["custom_id"] for row in asked] == list(key["order"])
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_a_preference_file_is_asked_about_with_its_own_prompts(run, tmp_path):
     win_rate.main(["--data", str(run / "pairs.jsonl"), "--out", str(run), "--ask",
                    str(tmp_path / "q.jsonl"), "--form", "summary_s", "--device", "cpu"])
     lines = (tmp_path / "q.jsonl").read_text().splitlines()
     assert 2 <= len(lines) <= 25 and all("Post:\\n\\nThe plot" in line or "Post:\\nThe plot" in line
                                         for line in lines)
+
+
+@pytest.mark.parametrize("main, flags", [
+    (sample.main, ["--evaluate"]), (best_of.main, ["--judge", "implicit"]),
+    (win_rate.main, ["--ask", "{out}/q.jsonl"])])
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_prompts_are_too_few_to_measure_on(run, tmp_path, capsys, main, flags,
+                                                          count):
+    """One value has no standard error."""
+    prompts = [f"The plot {i}" for i in range(60)]
+    held_out = [prompt for prompt in prompts if is_held_out(prompt)]
+    kept = [prompt for prompt in prompts if not is_held_out(prompt)] + held_out[:count]
+    data = write_lines(tmp_path / "few.jsonl", [
+        {"prompt": prompt, "chosen": " was good.", "rejected": " was dull."} for prompt in kept])
+    flags = [flag.format(out=tmp_path) for flag in flags]
+    with pytest.raises(SystemExit) as caught:
+        main([*flags, "--data", str(data), "--out", str(run), "--device", "cpu"])
+    message = capsys.readouterr().err.splitlines()[-1]      # after warnings: another task's policy
+    assert caught.value.code == 2
+    assert message.endswith(f"{data}: fewer than two held-out prompts to measure on")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -398,7 +473,7 @@ def reply(name, text):
 
 
 def numbers(report, words):
-    """[share, low, high, count, n], as text, of the first line that contains these words."""
+    """[share, low, high, count, n, questions], as text, of the first line with these words."""
     line = next(line for line in report.splitlines() if words in line)
     return re.findall(r"[\d.]+", line.split(words)[1].replace("-", " "))
 
@@ -413,8 +488,9 @@ def test_win_rate_bias_and_unparsable_share_are_told_apart(tmp_path, capsys):
     path = write_lines(tmp_path / "answers.jsonl", rows)
     win_rate.main(["--read", str(tmp_path / "k.json"), str(path)])
     report = capsys.readouterr().out
-    low, high = sample.wilson(4, 8)
-    assert numbers(report, "dpo over sft") == ["0.500", f"{low:.3f}", f"{high:.3f}", "4", "8"]
+    low, high = sample.wilson([1] * 4 + [0] * 4)
+    assert numbers(report, "dpo over sft") == ["0.500", f"{low:.3f}", f"{high:.3f}", "4", "8",
+                                                 "8"]
     assert numbers(report, "A was chosen")[::3] == ["1.000", "8"]
     assert numbers(report, "unparsable")[::3] == ["0.200", "2"]
     assert numbers(report, "can't tell")[::3] == ["0.000", "0"]
@@ -423,8 +499,9 @@ def test_win_rate_bias_and_unparsable_share_are_told_apart(tmp_path, capsys):
 
 def test_agreement_is_over_what_both_decided_and_ties_are_left_out(tmp_path, capsys):
     """Raters 1 and 2 both decide q0 to q2 and agree on two. Raters 1 and 3 have only q0 in common
-    (3 cannot tell q1), and agree; so do 2 and 3. That is 4 of 5. The model says A to q0 and q1. Of
-    the raters' six answers to those, five are letters (A B, A A, A), and four agree: 4 of 5."""
+    (3 cannot tell q1), and agree; so do 2 and 3. That is 3 of 3 for q0, 0 of 1 for q1, 1 of 1 for
+    q2, and 2/3 on average. The model says A to q0 and q1. Of the raters' six answers to those, five
+    are letters: A A A to q0, B A to q1. So they agree 3 of 3 and 1 of 2 times, 3/4 on average."""
     (tmp_path / "k.json").write_text(json.dumps(a_key(4)))
     raters = [{"q0": "A", "q1": "B", "q2": "A"}, {"q0": "A", "q1": "A", "q2": "A", "q3": "tie"},
               {"q0": "A", "q1": "tie"}]
@@ -436,15 +513,82 @@ def test_agreement_is_over_what_both_decided_and_ties_are_left_out(tmp_path, cap
     win_rate.main(["--read", str(tmp_path / "k.json"), *map(str, files)])
     report = capsys.readouterr().out
     assert "raters: 3 files, 9 answers" in report and "model: 1 file, 2 answers" in report
-    assert numbers(report, "agreement between raters")[::3] == ["0.800", "4"]
-    assert numbers(report, "raters with the model")[::3] == ["0.800", "4"]
-    assert numbers(report, "can't tell")[::3] == ["0.222", "2"]
+    assert numbers(report, "agreement between raters")[::3] == ["0.667", "4"]
+    assert numbers(report, "raters with the model")[::3] == ["0.750", "4"]
+    # One of three cannot tell q1, and the only one who is asked cannot tell q3: (1/3 + 1) / 4.
+    assert numbers(report, "can't tell")[::3] == ["0.333", "2"]
     # dpo is A in q0 and q2, B in q1. Of 3 answers to q0, 2 to q2 and 2 to q1, it wins 3 + 2 + 1.
-    assert numbers(report, "dpo over sft")[3:] == ["6", "7"]
+    assert numbers(report, "dpo over sft")[::3] == ["0.833", "6"]
+    assert numbers(report, "dpo over sft")[4:] == ["7", "3"]
+
+
+def rater_file(path, answers, **facts):
+    path.write_text(json.dumps({"rater": path.stem, "answers": answers} | facts))
+    return str(path)
+
+
+def test_ten_raters_who_agree_know_no_more_than_one(tmp_path, capsys):
+    """The interval is over questions. Ten raters with the same 25 verdicts, of which 15 are for
+    dpo, have the interval of 15 in 25, not that of 150 in 250."""
+    (tmp_path / "k.json").write_text(json.dumps(a_key(25)))
+    verdicts = {f"q{i}": "AB"[(i % 2) ^ (i >= 15)] for i in range(25)}
+    paths = [rater_file(tmp_path / f"r{i}.json", verdicts) for i in range(10)]
+    low, high = sample.wilson([1] * 15 + [0] * 10)
+    for files, answers in ((paths[:1], "25"), (paths, "250")):
+        win_rate.main(["--read", str(tmp_path / "k.json"), *files])
+        report = capsys.readouterr().out
+        found = numbers(report, "dpo over sft")
+        assert found[:3] == ["0.600", f"{low:.3f}", f"{high:.3f}"] and found[4:] == [answers, "25"]
+    low, high = sample.wilson([1] * 25)         # of ten raters, 45 pairs agree on each question
+    assert numbers(report, "agreement between raters") == [
+        "1.000", f"{low:.3f}", f"{high:.3f}", str(45 * 25), str(45 * 25), "25"]
+
+
+def test_the_interval_over_questions_covers_the_truth_in_about_19_of_20_studies():
+    """Raters who share an opinion of each question: they like dpo's answer with a probability that
+    is uniform over the questions, so its true win rate is 1/2."""
+    rng, hits = random.Random(0), 0
+    for _ in range(1000):
+        chances = [rng.random() for _ in range(25)]
+        line = win_rate.share("x", [(i, rng.random() < chances[i])
+                                    for _ in range(10) for i in range(25)])
+        _, low, high, *_ = numbers(line, "x")
+        hits += float(low) <= 0.5 <= float(high)
+    assert 0.93 < hits / 1000 < 0.98
+
+
+def test_of_two_downloads_of_one_rater_the_later_one_counts(tmp_path, capsys):
+    """A rater downloads after one answer, and again after changing it and answering the other. The
+    two files must not agree with each other, and their order on the command line, in which a
+    browser's "r (1).json" stands before "r.json", does not matter."""
+    (tmp_path / "k.json").write_text(json.dumps(a_key(2)))
+    early = rater_file(tmp_path / "r.json", {"q0": "B"}, downloaded="2024-05-01T10:00:00.000Z")
+    late = rater_file(tmp_path / "r (1).json", {"q0": "A", "q1": "B"}, rater="r",
+                      downloaded="2024-05-01T10:20:00.000Z")
+    for files in ([early, late], [late, early]):
+        win_rate.main(["--read", str(tmp_path / "k.json"), *files])
+        first, *report = capsys.readouterr().out.splitlines()
+        assert first == (f"{early}: left out, because {late} is a later download of the same rater")
+        assert report[0] == "raters: 1 file, 2 answers"
+        assert numbers("\n".join(report), "dpo over sft")[::3] == ["1.000", "2"]
+        assert "agreement" not in "\n".join(report)
+    no_time = [rater_file(tmp_path / f"{name}.json", {"q0": name}, rater="r") for name in "AB"]
+    win_rate.main(["--read", str(tmp_path / "k.json"), *no_time])
+    report = capsys.readouterr().out            # the one that was named last counts: B
+    assert "1 file, 1 answers" in report and numbers(report, "dpo over sft")[0] == "0.000"
+
+
+def test_the_page_says_who_downloaded_and_when():
+    """As read_answers reads it."""
+    assert "JSON.stringify({rater, downloaded: new Date().toISOString(), answers}" in " ".join(
+        win_rate.PAGE.split())
 
 
 @pytest.mark.parametrize("content, words", [
     ("", "it has no answers"), ("[1]\n", "line 1: neither a reply"), ("{]\n", "line 1: neither"),
+    ('{"custom_id": "q0"}\n{"custom_id": ["q1"]}\n', "line 2: neither a reply"),
+    ('{"custom_id": "q0"}\n' + "[" * 10**5 + "\n", "line 2: neither a reply"),
+    ('{"rater": "x", "answers": 5}\n', "line 1: neither a reply"),
     ('{"answers": {"other": "A"}}', "other questions than those of the key"),
     ('{"custom_id": "q0"}\n{"custom_id": "q0"}\n', "line 2: a second answer to q0"),
     (b"\xff\xfe", "not UTF-8"), (None, "No such file")])
@@ -459,7 +603,9 @@ def test_files_that_are_no_answers_are_refused(tmp_path, capsys, content, words)
 
 @pytest.mark.parametrize("content", [
     "", "[]", "{}", '{"form": "x", "policies": [1, 2], "order": {}}',
-    '{"form": "dialogue", "policies": ["a"], "order": {}}'])
+    '{"form": "dialogue", "policies": ["a"], "order": {}}', "[" * 10**5,
+    '{"form": "dialogue", "policies": ["a", "b"], "order": {"q": "AB"}}',
+    '{"form": "dialogue", "policies": ["a", "b"], "order": {"q": {"A": "a", "B": "c"}}}'])
 def test_the_key_goes_first_and_has_to_be_one(tmp_path, capsys, content):
     (tmp_path / "k.json").write_text(content)
     assert "not a key that --ask wrote" in refused(
