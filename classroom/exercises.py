@@ -37,7 +37,7 @@ EXERCISES = {exercise.number: exercise for exercise in [
     Exercise(
         2, "log-probabilities of answers",
         "log pi(y|x) = sum_t log pi(y_t | x, y_1 ... y_t-1)",
-        ["model.GPT.logps"], [1, 7],
+        ["model.GPT.logps", "model.GPT.token_logps"], [1, 7],
         "the fields of data.Batch; why logits and labels are shifted by one",
         ["test_packed_logps_are_those_of_one_row_a_sequence",
          "test_packed_gradients_are_those_of_one_row_a_sequence",
@@ -146,6 +146,33 @@ EXERCISES = {exercise.number: exercise for exercise in [
          "test_accumulation_changes_nothing_but_memory",
          "test_the_reference_is_used_and_belongs_to_its_answer",
          "test_the_reference_does_not_move_with_the_policy"]),
+    Exercise(
+        11, "the reward model's loss", "Eq. 2: -log sigma(r(x, y_w) - r(x, y_l))",
+        ["experiments.reward_model.reward_loss"], [3],
+        "exercise 3; Lemma 1 of the paper",
+        ["test_reward_loss_is_equation_2_written_out",
+         "test_a_shift_of_all_rewards_of_a_prompt_changes_no_loss_but_a_scale_does",
+         "test_the_loss_of_the_implicit_reward_is_the_dpo_loss"]),
+    Exercise(
+        12, "rewards and advantages of tokens",
+        "Eq. 3 token by token; GAE: A_t = sum_k (gamma lam)^k delta_(t+k)",
+        ["experiments.ppo.token_rewards", "experiments.ppo.gae", "experiments.ppo.whiten"], [],
+        "the top of experiments/ppo.py; Schulman et al. 2016, Eq. 11 to 16",
+        ["test_rewards_of_the_tokens_sum_to_the_kl_constrained_reward",
+         "test_the_score_is_on_the_last_token_and_never_on_padding",
+         "test_a_token_more_likely_than_under_the_reference_is_penalised",
+         "test_gae_is_the_discounted_sum_of_later_temporal_differences",
+         "test_with_lambda_1_the_advantage_is_what_followed_minus_what_was_expected",
+         "test_whitened_advantages_have_mean_0_and_deviation_1_over_the_tokens_alone"]),
+    Exercise(
+        13, "the clipped objectives of PPO",
+        "-min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), and its like for the critic",
+        ["experiments.ppo.clipped_loss", "experiments.ppo.clipped_value_loss"], [],
+        "importance weights; Schulman et al. 2017, Eq. 7",
+        ["test_clipped_loss_is_the_smaller_of_two_objectives_written_out",
+         "test_where_nothing_has_moved_the_gradient_is_that_of_reinforce",
+         "test_a_token_that_moved_far_enough_is_not_pushed_further_but_may_come_back",
+         "test_clipped_value_loss_is_the_larger_of_two_errors_written_out"]),
 ]}
 
 

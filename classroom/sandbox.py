@@ -149,7 +149,7 @@ def source_files(*packages):
 def copy_sources(folder, tests=(), tools=()):
     """Copy to an empty folder: the five files and what they import, some tests, and what is needed
     to run them. tools: further files of classroom/."""
-    for path in source_files("runtime", "tasks"):
+    for path in source_files("runtime", "tasks", "experiments"):
         copy = folder / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)

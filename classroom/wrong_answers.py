@@ -904,6 +904,205 @@ def ties_counted_for_the_policy(right, *arguments, reward=None, **named):
 
 
 # ------------------------------------------------------------------------------------------------
+# experiments/: the reward model and PPO
+# ------------------------------------------------------------------------------------------------
+
+
+@replaces("experiments.reward_model.reward_loss", "test_reward_loss_is_equation_2_written_out")
+def reward_of_the_loser_first(right, rewards, yw_idxs, yl_idxs):
+    """The difference has the wrong sign, so the model learns to prefer what people did not."""
+    return right(rewards, yl_idxs, yw_idxs)
+
+
+@replaces("experiments.reward_model.reward_loss", "test_reward_loss_is_equation_2_written_out")
+def rewards_regressed(right, rewards, yw_idxs, yl_idxs):
+    """Rewards of 1 for winners and 0 for losers, by least squares: the preferences say nothing
+    about single answers, and a shift by f(x) now costs something."""
+    return (rewards[yw_idxs] - 1) ** 2 + rewards[yl_idxs] ** 2
+
+
+@replaces("model.ScalarGPT.rewards", "test_packed_rewards_are_those_of_one_row_a_sequence")
+def reward_before_the_end(right, self, batch):
+    """Read one token early, at the last word: the model never sees that the answer ends."""
+    return self.scalars_at((batch.last - 1).clamp(min=0), batch)
+
+
+@replaces("model.ScalarGPT.rewards", "test_packed_rewards_are_those_of_one_row_a_sequence")
+def reward_at_the_end_of_the_row(right, self, batch):
+    """Read at the last column, which with padding on the right is padding for all but the longest
+    answer."""
+    T = batch.tokens.size(1)
+    return self.scalars_at(batch.last // T * T + T - 1, batch)
+
+
+@replaces("model.ScalarGPT.values", "test_the_value_of_a_token_is_read_before_it")
+def value_after_the_token(right, self, batch):
+    """The critic already knows the token whose outcome it is to predict."""
+    after = torch.where(batch.source + 1 < batch.tokens.numel(), batch.source + 1, batch.source)
+    return self.scalars_at(after, batch)
+
+
+@replaces("experiments.reward_model.normalise",
+          "test_normalised_rewards_have_mean_0_and_deviation_1_and_the_same_order")
+def normalised_bias_not_scaled(right, model, items, row_length):
+    """The shift is applied before the scale, but the bias is left as it was."""
+    bias = model.scalar.bias.detach().clone()
+    right(model, items, row_length)
+    with torch.no_grad():
+        model.scalar.bias.copy_(bias)
+
+
+@replaces("experiments.ppo.token_rewards",
+          "test_a_token_more_likely_than_under_the_reference_is_penalised")
+def kl_rewarded(right, logps, ref_logps, scores, mask, beta):
+    """The sign of the KL penalty: moving away from the reference pays."""
+    return right(logps, ref_logps, scores, mask, -beta)
+
+
+@replaces("experiments.ppo.token_rewards",
+          "test_the_score_is_on_the_last_token_and_never_on_padding")
+def score_in_the_last_column(right, logps, ref_logps, scores, mask, beta):
+    """The score stands in the last column of the matrix, which is padding for the shorter
+    answers."""
+    return right(logps, ref_logps, scores, torch.ones_like(mask), beta)
+
+
+@replaces("experiments.ppo.token_rewards",
+          "test_the_score_is_on_the_last_token_and_never_on_padding")
+def score_before_end_of_text(right, logps, ref_logps, scores, mask, beta):
+    """Off by one: the score stands on the last token but one."""
+    shorter = mask.clone()
+    shorter[torch.arange(len(mask)), (mask.sum(1) - 1).clamp(min=0)] = False
+    shorter[:, 0] = True
+    return right(logps, ref_logps, scores, shorter, beta)
+
+
+@replaces("experiments.ppo.token_rewards",
+          "test_rewards_of_the_tokens_sum_to_the_kl_constrained_reward")
+def kl_as_an_absolute_value(right, logps, ref_logps, scores, mask, beta):
+    """|log pi - log pi_ref| as an "estimate of the KL": it is never negative, but its mean is not
+    the KL."""
+    return right((logps - ref_logps).abs(), torch.zeros_like(logps), scores, mask, beta)
+
+
+@replaces("experiments.ppo.gae",
+          "test_gae_is_the_discounted_sum_of_later_temporal_differences")
+def gae_off_by_one(right, rewards, values, gamma, lam):
+    """The value of the token itself where that of the next one belongs."""
+    shifted = torch.cat([values[:, :1], values[:, :-1]], dim=1)
+    return right(rewards, shifted, gamma, lam)
+
+
+@replaces("experiments.ppo.gae",
+          "test_with_lambda_1_the_advantage_is_what_followed_minus_what_was_expected")
+def gae_without_the_critic(right, rewards, values, gamma, lam):
+    """The values are left out, so that every token of a good answer looks good."""
+    return right(rewards, torch.zeros_like(values), gamma, lam)
+
+
+@replaces("experiments.ppo.gae",
+          "test_gae_is_the_discounted_sum_of_later_temporal_differences")
+def lambda_for_gamma(right, rewards, values, gamma, lam):
+    """The two coefficients are swapped, which at 1 and 0.95 discounts the rewards."""
+    return right(rewards, values, lam, gamma)
+
+
+@replaces("experiments.ppo.whiten",
+          "test_whitened_advantages_have_mean_0_and_deviation_1_over_the_tokens_alone")
+def whitened_with_the_mean_kept(right, advantages, mask):
+    """Only scaled: if all rewards are positive, every token is pushed up."""
+    kept = advantages[mask]
+    return torch.where(mask, advantages / (kept.std() + 1e-8), 0.0)
+
+
+@replaces("experiments.ppo.whiten",
+          "test_whitened_advantages_have_mean_0_and_deviation_1_over_the_tokens_alone")
+def whitened_over_padding(right, advantages, mask):
+    """No mask: mean and deviation depend on how long the longest answer is."""
+    return right(advantages, torch.ones_like(mask))
+
+
+@replaces("experiments.ppo.clipped_loss",
+          "test_where_nothing_has_moved_the_gradient_is_that_of_reinforce")
+def ratio_of_the_policy_to_itself(right, logps, old_logps, advantages, clip):
+    """The old log-probs are computed again by the policy in training, with their gradient: the
+    ratio is always 1 and nothing is learned."""
+    return right(logps, logps, advantages, clip)
+
+
+@replaces("experiments.ppo.clipped_loss",
+          "test_a_token_that_moved_far_enough_is_not_pushed_further_but_may_come_back")
+def clipped_ratio_alone(right, logps, old_logps, advantages, clip):
+    """Without the minimum of the two: a token that moved too far the wrong way has no gradient
+    back."""
+    ratios = (logps - old_logps).exp().clamp(1 - clip, 1 + clip)
+    return -ratios * advantages
+
+
+@replaces("experiments.ppo.clipped_loss",
+          "test_clipped_loss_is_the_smaller_of_two_objectives_written_out")
+def maximum_of_the_objectives(right, logps, old_logps, advantages, clip):
+    """torch.max for torch.min: the loss is negated, so it is the objective of which the minimum is
+    meant."""
+    ratios = (logps - old_logps).exp()
+    return -torch.max(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
+
+
+@replaces("experiments.ppo.clipped_value_loss",
+          "test_clipped_value_loss_is_the_larger_of_two_errors_written_out")
+def smaller_error_of_the_value(right, values, old_values, returns, clip):
+    """torch.min for torch.max: the clip now hides errors instead of keeping values from jumping."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.min((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+@replaces("experiments.ppo.advantages_and_returns",
+          "test_returns_have_the_scale_of_the_rewards_and_advantages_are_whitened_after_that")
+def returns_of_whitened_advantages(right, rolled, beta):
+    """The critic learns whitened advantages plus its own values, which say nothing about the
+    rewards."""
+    advantages, _ = right(rolled, beta)
+    return advantages, advantages + rolled.values
+
+
+@replaces("experiments.ppo.by_token",
+          "test_what_a_rollout_notes_is_constant")
+def advantages_through_the_critic(right, model, numbers_of, items, row_length):
+    """The values keep their gradient, so the policy's loss trains the critic to be pessimistic."""
+    return right.__wrapped__(model, numbers_of, items, row_length)
+
+
+@replaces("experiments.ppo.sample",
+          "test_the_log_probs_noted_are_those_of_the_distribution_that_was_sampled")
+def rollout_at_another_temperature(right, *arguments, **named):
+    """Sampled at temperature 0.7, but scored at 1: the answers are not those of the policy whose
+    ratio is computed."""
+    return right(*arguments, temperature=0.7, **named)
+
+
+@replaces("experiments.ppo.rollout",
+          "test_an_unfinished_answer_has_the_stated_reward_and_a_finished_one_its_own")
+def unfinished_answers_scored(right, policy, critic, reference, prompts, score_answers, *more):
+    """Answers that were cut get the reward of their beginning, so the policy learns to ramble on
+    after a good first sentence."""
+    scores = []
+
+    def noting(items):
+        scores.extend(score_answers(items))
+        return scores
+    rolled = right(policy, critic, reference, prompts, noting, *more)
+    return replace(rolled, scores=rolled.scores.new_tensor(scores))
+
+
+@replaces("experiments.ppo.Penalty.adapt",
+          "test_beta_goes_up_when_the_kl_is_above_its_target_and_by_a_bounded_factor")
+def beta_goes_the_other_way(right, self, kl, n_answers):
+    """The error is target / KL - 1: above the target the penalty gets weaker."""
+    if self.target is not None:
+        return right(self, self.target ** 2 / max(kl, 1e-9), n_answers)
+
+
+# ------------------------------------------------------------------------------------------------
 # Putting a mutant in place
 # ------------------------------------------------------------------------------------------------
 

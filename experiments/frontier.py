@@ -2,6 +2,7 @@
 
     python -m experiments.frontier              # train, measure and draw; continues if interrupted
     python -m experiments.frontier --seeds 1    # half the time
+    python -m experiments.frontier --only dpo,ppo
 
 This is the paper's central figure, for the embedded reviews task. All runs start from one SFT model
 and one set of preferences. Each setting is trained --seeds times, with the batches in a different
@@ -11,6 +12,8 @@ order each time:
     plackett_luce   on rankings (A.3), for the same values of beta
     unlikelihood    the baseline of C.3, which has no beta, for several numbers of steps
     sft_chosen      maximum likelihood on the best answer to each prompt, for several epochs
+    ppo             RLHF: PPO with a reward model of the same pairs, for several targets of the KL
+    ppo_gt          PPO with the ground-truth reward, for the same targets
 
 Each policy is measured as in train_dpo.py: ground-truth reward and sampled KL to the SFT model, on
 held-out prompts at temperature 1. For comparison, 128 answers of the SFT model to each of 256
@@ -24,13 +27,16 @@ the mean of reward - beta KL = beta log Z over draws is at most its true value (
 
 Writes to out/frontier/: a folder with result.json for each run, which is reused as long as the
 settings of the run stay the same; frontier.json with all numbers; and frontier.svg, if matplotlib
-is installed. Flags that are not listed below are passed on to train_dpo.py. Left out on purpose:
-PPO.
+is installed. Flags that are not listed below are passed on to train_dpo.py, for the runs of its
+losses.
 """
 
+import argparse
 import copy
+import csv
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +46,9 @@ from tqdm import tqdm
 import train_dpo
 import train_sft
 from data import Encoded, best_answers
+from experiments import ppo, reward_model
 from experiments.best_of import best_of, draw_answers
-from experiments.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, pyplot, save
+from experiments.plot import BLUE, GOLD, GREEN, GREY, ORANGE, PURPLE, pyplot, save
 from model import GPT
 from runtime.checkpoint import open_checkpoint
 from runtime.cli import Parser, command, number_type, only_one_process, set_up
@@ -53,9 +60,12 @@ from sample import evaluate
 from tasks import encode_splits, reviews
 from tasks.reviews import prefixes, reward, well_formed
 
+LOSSES = ["dpo", "plackett_luce", "unlikelihood"]       # of train_dpo.py
 BETAS = [0.05, 0.15, 0.5, 1.5, 5]
 STEPS = [180, 270, 352, 450, 600]       # of unlikelihood; 352 are the one epoch of DPO
 EPOCHS = [1, 4, 16]                     # of sft_chosen
+TARGETS = [0.5, 1, 2, 4]                # KL of ppo and ppo_gt, in nats
+GOAL = 0.3                              # reward, for the comparison of costs
 NUMBERS = [1, 2, 4, 8, 16, 32, 64, 128]     # N of best of N
 GRADES = {"reward": reward, "well_formed": well_formed}
 
@@ -65,22 +75,29 @@ GRADES = {"reward": reward, "well_formed": well_formed}
 # ------------------------------------------------------------------------------------------------
 
 
-def grid(seeds):
-    """Yield every run as (name, loss, flags): the first seed of all settings, then the second."""
+def grid(seeds, only):
+    """Yield every run of the methods in `only` as (name, method, flags): the first seed of all
+    settings, then the second."""
     for seed in range(seeds):
-        seed_flags = ["--seed", str(seed)]
-        for beta in BETAS:
-            beta_flags = ["--beta", str(beta)]
-            yield f"dpo, beta {beta}, {seed}", "dpo", [*beta_flags, *seed_flags]
-            # 11 rankings of four answers are 66 pairs, about as many as the 64 of the other runs.
-            yield (f"plackett_luce, beta {beta}, {seed}", "plackett_luce",
-                   [*beta_flags, "--batch", "11", *seed_flags])
-        for steps in STEPS:
-            yield (f"unlikelihood, {steps} steps, {seed}", "unlikelihood",
-                   ["--steps", str(steps), *seed_flags])
-        for epochs in EPOCHS:
-            yield (f"sft_chosen, {epochs} epochs, {seed}", "sft_chosen",
-                   ["--epochs", str(epochs), "--lr", "5e-4", *seed_flags])
+        for method, setting, flags in settings():
+            if method in only:
+                yield f"{method}, {setting}, {seed}", method, [*flags, "--seed", str(seed)]
+
+
+def settings():
+    """Yield (method, setting, flags)."""
+    for beta in BETAS:
+        yield "dpo", f"beta {beta}", ["--beta", str(beta)]
+        # 11 rankings of four answers are 66 pairs, about as many as the 64 of the other runs.
+        yield "plackett_luce", f"beta {beta}", ["--beta", str(beta), "--batch", "11"]
+    for steps in STEPS:
+        yield "unlikelihood", f"{steps} steps", ["--steps", str(steps)]
+    for epochs in EPOCHS:
+        yield "sft_chosen", f"{epochs} epochs", ["--epochs", str(epochs), "--lr", "5e-4"]
+    for target in TARGETS:
+        flags = ["--target-kl", str(target)]
+        yield "ppo", f"KL {target}", ["--reward", "learned", *flags]
+        yield "ppo_gt", f"KL {target}", ["--reward", "ground_truth", *flags]
 
 
 @dataclass
@@ -115,18 +132,30 @@ def prepare(args):
     return Start(model, tokenizer, args.row_length, training, held_out, key)
 
 
-def train(start, loss, flags, folder):
-    """Train a copy of the SFT model with one of the losses. Returns the policy."""
+def fit_reward_model(args):
+    """Train the reward model of `ppo` on the preferences of the grid. Returns its reward.json."""
+    sft = args.sft or Path("out/reviews/sft.pt")
+    began = time.process_time()
+    reward_model.main([f"--out={args.out}", f"--sft={sft}", f"--device={args.device}",
+                       f"--precision={args.precision}"])
+    return {"seconds": time.process_time() - began,
+            **json.loads((args.out / "reward.json").read_text())}
+
+
+def train(start, method, flags, folder):
+    """Train a copy of the SFT model with one of the methods. Returns the policy."""
     policy = copy.deepcopy(start.model)
     training, held_out = start.training, start.held_out
-    if loss == "sft_chosen":
+    if method in ("ppo", "ppo_gt"):
+        return train_with_ppo(policy, start, flags, folder)
+    if method == "sft_chosen":
         module = train_sft
         args = train_sft.parse_args(flags)
         training, held_out = [[Encoded(*best) for best in best_answers(items)]
                               for items in (training, held_out)]
     else:
         module = train_dpo
-        args = train_dpo.parse_args([*flags, "--loss", loss])
+        args = train_dpo.parse_args([*flags, "--loss", method])
     args.out = folder
     args.row_length = start.row_length
     args.log_every = 10**9          # log the first and the last step only
@@ -136,15 +165,36 @@ def train(start, loss, flags, folder):
     return policy
 
 
+def train_with_ppo(policy, start, flags, folder):
+    """Train the policy with PPO on the prompts of the preferences, in place. Returns it."""
+    args = ppo.parse_args(flags)
+    args.out, args.row_length, args.log_every = folder, start.row_length, 1
+    args.reward_model = folder.parent / "reward.pt"
+    prompts = [list(item.prompt) for item in start.training]
+    score_answers = ppo.reward_function(start.tokenizer, "reviews", policy.device, args)
+    remove_training_state(folder)
+    ppo.train(policy, start.model, prompts, score_answers, start.tokenizer.eot_token, args)
+    remove_training_state(folder)
+    return policy
+
+
 def remove_training_state(folder):
     for state in folder.glob("*_state.*"):
         state.unlink()
 
 
-def train_and_measure(start, args, loss, flags, folder):
-    """Train and measure one run. Returns what `measure` returns."""
-    policy = train(start, loss, flags, folder)
-    return measure(policy, start, args)
+def train_and_measure(start, args, method, flags, folder):
+    """Train and measure one run. Returns what `measure` returns, and the cost: seconds of CPU time
+    of the training, and the tokens sampled in it."""
+    began = time.process_time()
+    policy = train(start, method, flags, folder)
+    seconds = time.process_time() - began
+    tokens = 0
+    if method in ("ppo", "ppo_gt"):
+        with open(folder / "ppo_metrics.csv", newline="") as file:
+            lengths = [float(row["length"]) for row in csv.DictReader(file)]
+        tokens = round(ppo.DEFAULTS["reviews"]["batch"] * sum(lengths))
+    return {**measure(policy, start, args), "seconds": seconds, "sampled_tokens": tokens}
 
 
 def cached(folder, config, compute, *arguments):
@@ -206,11 +256,13 @@ def optimum(rewards, beta):
 # The picture
 # ------------------------------------------------------------------------------------------------
 
-# Colour, marker, line style and label of each loss.
+# Colour, marker, line style and label of each method.
 STYLES = {"dpo": (BLUE, "o", "-", "DPO, pairs"),
           "plackett_luce": (GREEN, "^", "--", "DPO, rankings (Plackett-Luce)"),
           "sft_chosen": (PURPLE, "s", ":", "SFT on the chosen answers"),
-          "unlikelihood": (ORANGE, "X", "-.", "unlikelihood")}
+          "unlikelihood": (ORANGE, "X", "-.", "unlikelihood"),
+          "ppo": (GOLD, "v", "-", "PPO, reward model of the same pairs"),
+          "ppo_gt": (GOLD, "P", "--", "PPO, true reward")}
 
 FURTHEST = 7.5          # KL in nats at the right edge, where runs beyond it are marked
 
@@ -218,14 +270,16 @@ FURTHEST = 7.5          # KL in nats at the right edge, where runs beyond it are
 def draw(runs, reference, path):
     """Draw reward and the share of well-formed texts against KL, as an SVG file.
 
-    runs: {name: a result of `measure`, with its loss and setting}. reference: what
+    runs: {name: a result of `measure`, with its method and setting}. reference: what
     measure_reference returns.
     """
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.8))
     for ax, measure in zip(panels, ("reward", "well_formed")):
-        for loss in STYLES:
-            draw_loss(ax, measure, loss, [run for run in runs.values() if run["loss"] == loss])
+        for method in STYLES:
+            drawn = [run for run in runs.values() if run["method"] == method]
+            if drawn:
+                draw_method(ax, measure, method, drawn)
         draw_best_of(ax, measure, reference["best_of"])
         ax.set_xlabel("KL to the SFT model, nats")
         ax.set_xlim(-0.15, FURTHEST)
@@ -241,9 +295,10 @@ def draw(runs, reference, path):
     save(figure, path)
 
 
-def draw_loss(ax, measure, loss, runs):
-    """The runs of one loss with their error bars, and a line through the means of the settings."""
-    colour, marker, line, label = STYLES[loss]
+def draw_method(ax, measure, method, runs):
+    """The runs of one method with their error bars, and a line through the means of the settings.
+    """
+    colour, marker, line, label = STYLES[method]
     means = {}                          # {setting: (mean KL, mean of the measure)}
     for setting in dict.fromkeys(run["setting"] for run in runs):
         points = [run["measures"] for run in runs if run["setting"] == setting]
@@ -259,7 +314,7 @@ def draw_loss(ax, measure, loss, runs):
     for setting, (kl, value) in means.items():
         if kl > FURTHEST:
             mark_at_edge(ax, setting, kl, value, colour)
-        elif measure == "reward" and loss == "dpo":
+        elif measure == "reward" and method == "dpo":
             label_setting(ax, setting, kl, value, colour)
 
 
@@ -308,50 +363,82 @@ def draw_optimum(ax, points):
 # ------------------------------------------------------------------------------------------------
 
 
+def list_of_methods(text):
+    """An argparse type: "dpo,ppo" to ["dpo", "ppo"]."""
+    methods = text.split(",")
+    if not set(methods) <= set(STYLES):
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(STYLES)}, not {text!r}")
+    return methods
+
+
 def parse_args(argv):
-    """Returns (args of train_dpo.py, number of seeds, the flags passed on)."""
+    """Returns (args of train_dpo.py, the flags listed here, the flags passed on)."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/frontier"),
         help="folder for the runs, the numbers and the picture (default out/frontier)")
     add("--seeds", type=number_type(int, 1), default=2, help="runs of each setting (default 2)")
+    add("--only", type=list_of_methods, default=list(STYLES), metavar="METHOD,METHOD,...",
+        help="which methods to run and to draw (default all)")
     own, rest = parser.parse_known_args(argv)
     args = train_dpo.parse_args([*rest, "--out", str(own.out)])
     if args.data:
         raise UserError("--data: a file of preferences has no ground-truth reward to draw")
-    return args, own.seeds, rest
+    return args, own, rest
 
 
 @command
 def main(argv=None):
-    args, seeds, rest = parse_args(argv)
+    args, own, rest = parse_args(argv)
     only_one_process("the frontier")
     make_folder(args.out)
     start = prepare(args)
     shared = {"start": start.key, "prompts": args.eval_prompts, "flags": rest}
     reference = cached(args.out / "reference", {**shared, "numbers": NUMBERS},
                        measure_reference, start, args, NUMBERS)
+    learned = None
+    if "ppo" in own.only:
+        learned = cached(args.out / "reward_model", shared, fit_reward_model, args)
     runs = {}
-    for name, loss, own_flags in tqdm(list(grid(seeds)), "runs"):
+    for name, method, own_flags in tqdm(list(grid(own.seeds, own.only)), "runs"):
         folder = args.out / name.replace(", ", "-").replace(" ", "_")
-        config = {**shared, "loss": loss, "own": own_flags}
-        flags = own_flags if loss == "sft_chosen" else [*rest, *own_flags]
-        result = cached(folder, config, train_and_measure, start, args, loss, flags, folder)
+        config = {**shared, "method": method, "own": own_flags}
+        flags = [*rest, *own_flags] if method in LOSSES else own_flags
+        result = cached(folder, config, train_and_measure, start, args, method, flags, folder)
         _, setting, _ = name.split(", ")
-        runs[name] = {"loss": loss, "setting": setting, **result}
+        runs[name] = {"method": method, "setting": setting, **result}
     print_report(runs, reference)
-    write_json(args.out / "frontier.json", {"runs": runs, "reference": reference})
+    write_json(args.out / "frontier.json", {"runs": runs, "reference": reference,
+                                            "reward_model": learned})
     print(f"\nwrote {args.out / 'frontier.json'}")
     draw(runs, reference, args.out / "frontier.svg")
 
 
 def print_report(runs, reference):
-    """Print the measures of all runs, and two answers of the first run of each setting."""
+    """Print the measures of all runs, two answers of the first run of each setting, and the costs.
+    """
     measures = {name: run["measures"] for name, run in runs.items()}
     print(f"{table(measures)}\n\nbest of N of SFT\n{table(reference['best_of'])}")
     prompts = next(iter(runs.values()))["prompts"]
     answers = {f"{name}:": run["answers"] for name, run in runs.items() if name.endswith(", 0")}
     print(side_by_side(prompts, answers, reward))
+    print(f"\nthe cheapest run of each method with a reward of {GOAL} or more: seconds of CPU time "
+          "and tokens sampled in\ntraining, without what methods share: the preferences and the "
+          f"reward model\n{table(cheapest(runs, GOAL))}")
+
+
+def cheapest(runs, goal):
+    """Of each method, the run with at least this reward that took the fewest seconds: {name:
+    {reward, seconds, sampled_tokens}}. Methods without such a run are left out."""
+    found = {}
+    for method in STYLES:
+        good = [(run["seconds"], name) for name, run in runs.items()
+                if run["method"] == method and run["measures"]["reward"] >= goal]
+        if good:
+            seconds, name = min(good)
+            found[name] = {"reward": runs[name]["measures"]["reward"], "seconds": seconds,
+                           "sampled_tokens": runs[name]["sampled_tokens"]}
+    return found or {"none": {}}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from runtime.files import replacing
 
 GREY = "#7a7a7a"
 BLUE, ORANGE, GREEN, PURPLE = "#1f7fc4", "#d55e00", "#0a8f6a", "#b5609a"
+GOLD = "#a07d00"
 
 
 def pyplot():

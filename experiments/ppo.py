@@ -19,7 +19,7 @@ of the loop is three functions:
     rollout       sample an answer to each prompt of a batch; note the log-probs of its tokens under
                   policy and reference, what the critic expects before each token, and r(x, y)
     advantages    GAE: how much better than expected each token turned out
-    improve       four epochs of minibatches: raise the probability of tokens with a positive
+    improve       four passes in minibatches: raise the probability of tokens with a positive
                   advantage, lower that of the others, but by at most a factor of 1 +- 0.2 (the
                   clipped objective of PPO); fit the critic to the returns
 
@@ -59,18 +59,19 @@ from sample import decode_answer, evaluate, sample, score
 from tasks import encode_splits, task_of
 from train_sft import grad_scaler, update, warmup
 
-# Answers per step, answers per minibatch, learning rates, the penalty beta, and for an adaptive
-# beta the samples over which it may change. "trl" has the defaults of TRL's first PPO trainer for
-# pretrained models, with which C.1 compares; its own PPO had 1,024 answers per step.
+# Answers per step and per minibatch, learning rates, the penalty beta, a target for the KL (None:
+# beta is fixed) and the answers over which it may change beta by a fifth, passes over the prompts.
+# "trl" has the defaults of TRL's first PPO trainer, for pretrained models, with which C.1 compares;
+# its own PPO had 1,024 answers per step.
 DEFAULTS = {
     "reviews": {"batch": 256, "minibatch": 64, "lr": 1e-4, "critic_lr": 1e-3, "beta": 0.1,
-                "target_kl": None, "horizon": 2_000},
+                "target_kl": None, "horizon": 500, "epochs": 2},
     "pretrained": {"batch": 1024, "minibatch": 128, "lr": 1.41e-5, "critic_lr": 1.41e-5,
-                   "beta": 0.1, "target_kl": None, "horizon": 10_000},
+                   "beta": 0.1, "target_kl": None, "horizon": 10_000, "epochs": 1},
     "trl": {"batch": 128, "minibatch": 128, "lr": 1.41e-5, "critic_lr": 1.41e-5, "beta": 0.2,
-            "target_kl": 6.0, "horizon": 10_000},
+            "target_kl": 6.0, "horizon": 10_000, "epochs": 1},
 }
-EPOCHS = 4                  # passes over the answers of a step
+PASSES = 4                  # over the answers of a step
 CLIP = 0.2                  # of ratios, and of the critic's values
 GAMMA, LAMBDA = 1.0, 0.95
 UNFINISHED = -1.0           # reward of an answer without end-of-text
@@ -208,13 +209,13 @@ def advantages_and_returns(rolled, beta):
 
 
 def improve(actor, critic, rolled, advantages, returns, step, log, args):
-    """Four epochs of updates of policy and critic on the minibatches of a Rollout.
+    """Four passes over a Rollout, in minibatches, with an update of policy and critic for each.
 
     actor, critic: Learners. The order of the minibatches depends only on --seed and the step.
     """
     policy, factor = actor.model, warmup(step, args.warmup)
     rng = np.random.default_rng([args.seed, step])
-    for _ in range(EPOCHS):
+    for _ in range(PASSES):
         order = torch.from_numpy(rng.permutation(len(rolled.items)))
         for rows in order.split(args.minibatch):                            # answers, by index
             items = [rolled.items[i] for i in rows]
@@ -351,7 +352,7 @@ def reward_function(tokenizer, tokenizer_name, device, args):
     """--reward as a function from a list of Encoded with one answer each to a list of rewards."""
     if args.reward == "ground_truth":
         reward = task_of(args).reward
-        return lambda items: [reward(decode_answer(item.prompt + item.answers[0], tokenizer))
+        return lambda items: [reward(decode_answer([*item.prompt, *item.answers[0]], tokenizer))
                               for item in items]
     path = args.reward_model or args.out / "reward.pt"
     model, facts = open_reward_model(path, device, args)
@@ -397,8 +398,8 @@ def parse_args(argv):
     add("--target-kl", type=number_type(float, 0, above=True),
         help="adapt beta towards this KL, in nats (default: fixed beta)")
     add("--horizon", type=number_type(int, 1),
-        help="--target-kl: answers in which beta may change by a fifth (default 2,000)")
-    parser.set_defaults(batch=None, accumulate=1, init=None, tokenizer=None)
+        help="--target-kl: answers in which beta may change by a fifth (default 500)")
+    parser.set_defaults(batch=None, epochs=None, accumulate=1, init=None, tokenizer=None)
     args = parser.parse_args(argv)
     choose_task(args)
     preset = args.preset or ("reviews" if args.task == "reviews" else "pretrained")

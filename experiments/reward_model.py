@@ -244,7 +244,8 @@ def correlation_with_truth(model, items, reward, tokenizer, args):
     (Lemma 1)."""
     learned, true = [], []
     for item, rewards in zip(items, score(model, items, args.row_length, "rewards", model.rewards)):
-        truth = [reward(decode_answer(item.prompt + answer, tokenizer)) for answer in item.answers]
+        texts = [decode_answer([*item.prompt, *answer], tokenizer) for answer in item.answers]
+        truth = [reward(text) for text in texts]
         learned.append(torch.tensor(rewards) - sum(rewards) / len(rewards))
         true.append(torch.tensor(truth) - sum(truth) / len(truth))
     return torch.corrcoef(torch.stack([torch.cat(learned), torch.cat(true)]))[0, 1].item()

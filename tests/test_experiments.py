@@ -22,7 +22,7 @@ from hypothesis import given, settings, strategies as st
 import sample
 import train_dpo
 from data import is_held_out
-from experiments import best_of, curves, frontier, win_rate
+from experiments import best_of, curves, frontier, ppo, reward_model, win_rate
 from model import GPT, GPTConfig
 from runtime.checkpoint import save_checkpoint
 from tasks.tokenizers import get_tokenizer
@@ -61,7 +61,8 @@ def refused(main, argv, capsys):
     return message
 
 
-@pytest.mark.parametrize("module", [best_of, frontier, curves, win_rate])
+@pytest.mark.parametrize("module", [best_of, frontier, curves, win_rate, reward_model,
+                                    ppo])
 def test_every_flag_is_read(module):
     source = Path(module.__file__).read_text()
     root = Path(sample.__file__).parent
@@ -79,9 +80,11 @@ def test_every_flag_is_read(module):
 
 @pytest.fixture
 def small(monkeypatch, run):
-    """A grid of one run per loss, with preferences copied from a file instead of sampled."""
-    for name, value in {"BETAS": [0.5], "STEPS": [2], "EPOCHS": [1], "NUMBERS": [1, 2]}.items():
+    """A grid of one run per method, with preferences copied from a file instead of sampled."""
+    for name, value in {"BETAS": [0.5], "STEPS": [2], "EPOCHS": [1], "NUMBERS": [1, 2],
+                        "TARGETS": [1]}.items():
         monkeypatch.setattr(frontier, name, value)
+    monkeypatch.setattr(ppo, "DEFAULTS", {"reviews": ppo.DEFAULTS["reviews"] | {"batch": 32}})
 
     def copied(model, tokenizer, args):
         path = args.out / "preferences.jsonl"
@@ -96,7 +99,16 @@ def no_picture(monkeypatch):
     monkeypatch.setattr(frontier, "draw", lambda *_: None)
 
 
-def test_the_frontier_trains_each_loss_from_one_start_and_measures_it(small, tmp_path, monkeypatch):
+METHODS = ["dpo", "plackett_luce", "unlikelihood", "sft_chosen", "ppo", "ppo_gt"]
+
+
+def without_seconds(path):
+    """The content of a frontier.json, without what the clock says."""
+    return re.sub(r'"seconds": [\d.e+-]+', "", path.read_text())
+
+
+def test_the_frontier_trains_each_method_from_one_start_and_measures_it(small, tmp_path,
+                                                                        monkeypatch):
     no_picture(monkeypatch)
     started = []
     monkeypatch.setattr(frontier, "train", lambda start, *rest, real=frontier.train: started.append(
@@ -104,13 +116,37 @@ def test_the_frontier_trains_each_loss_from_one_start_and_measures_it(small, tmp
     frontier.main([*small, "--out", str(tmp_path)])
     numbers = json.loads((tmp_path / "frontier.json").read_text())
     assert list(numbers["runs"]) == ["dpo, beta 0.5, 0", "plackett_luce, beta 0.5, 0",
-                                     "unlikelihood, 2 steps, 0", "sft_chosen, 1 epochs, 0"]
-    assert len(started) == 4 and all(torch.equal(started[0], other) for other in started)
+                                     "unlikelihood, 2 steps, 0", "sft_chosen, 1 epochs, 0",
+                                     "ppo, KL 1, 0", "ppo_gt, KL 1, 0"]
+    assert len(started) == 6 and all(torch.equal(started[0], other) for other in started)
     found = [run["measures"] for run in numbers["runs"].values()]
-    assert len({m["kl"] for m in found}) == 4           # four policies, none of them the reference
+    assert len({m["kl"] for m in found}) == 6           # six policies, none of them the reference
     assert all(m["kl"] != 0 and {"reward", "reward_se", "kl_se", "well_formed"} <= set(m)
                and "win_rate" not in m for m in found)
     assert list(numbers["reference"]["best_of"]) == ["N = 1", "N = 2"]
+    assert 0 <= numbers["reward_model"]["accuracy"]["reward model"]["accuracy"] <= 1
+    for run in numbers["runs"].values():                # only PPO samples while it trains
+        assert run["seconds"] > 0 and (run["sampled_tokens"] > 0) == ("ppo" in run["method"])
+
+
+def test_only_the_methods_asked_for_are_run(small, tmp_path, monkeypatch, capsys):
+    no_picture(monkeypatch)
+    frontier.main([*small, "--out", str(tmp_path), "--only", "ppo_gt,unlikelihood"])
+    numbers = json.loads((tmp_path / "frontier.json").read_text())
+    assert [run["method"] for run in numbers["runs"].values()] == ["unlikelihood", "ppo_gt"]
+    assert numbers["reward_model"] is None              # PPO-GT does not need one
+    message = refused(frontier.main, ["--only", "dpo,grpo"], capsys)
+    assert "expected some of dpo" in message and "grpo" in message
+
+
+def test_the_cheapest_run_is_the_fastest_of_those_that_reach_the_goal():
+    """Of three runs of DPO with rewards 0.2, 0.3 and 0.4, the second takes the fewest seconds of
+    those with 0.3 or more."""
+    runs = {f"dpo, beta {i}, 0": {"method": "dpo", "measures": {"reward": reward},
+                                  "seconds": seconds, "sampled_tokens": 0}
+            for i, (reward, seconds) in enumerate([(0.2, 1), (0.3, 2), (0.4, 3)])}
+    assert frontier.cheapest(runs, 0.3) == {
+        "dpo, beta 1, 0": {"reward": 0.3, "seconds": 2, "sampled_tokens": 0}}
 
 
 def test_an_interrupted_frontier_goes_on_and_a_changed_one_starts_again(small, tmp_path,
@@ -120,30 +156,30 @@ def test_an_interrupted_frontier_goes_on_and_a_changed_one_starts_again(small, t
     no_picture(monkeypatch)
     trained, real = [], frontier.train
 
-    def train(start, loss, *rest):
+    def train(start, method, *rest):
         if len(trained) == broken_at:
             raise KeyboardInterrupt
-        trained.append(loss)
-        return real(start, loss, *rest)
+        trained.append(method)
+        return real(start, method, *rest)
     monkeypatch.setattr(frontier, "train", train)
     flags, broken_at = [*small, "--out", str(tmp_path)], 2
     with pytest.raises(SystemExit):                     # how the command ends after Ctrl-C
         frontier.main(flags)
-    assert trained == ["dpo", "plackett_luce"]
+    assert trained == METHODS[:2]
     trained, broken_at = [], None
     frontier.main(flags)
-    assert trained == ["unlikelihood", "sft_chosen"]
-    whole = (tmp_path / "frontier.json").read_bytes()
+    assert trained == METHODS[2:]
+    whole = without_seconds(tmp_path / "frontier.json")
     trained = []
     frontier.main(flags)
-    assert trained == [] and (tmp_path / "frontier.json").read_bytes() == whole
+    assert trained == [] and without_seconds(tmp_path / "frontier.json") == whole
     (tmp_path / "unlikelihood-2_steps-0" / "result.json").write_text("{")
     frontier.main(flags)
     assert trained == ["unlikelihood"]
-    assert (tmp_path / "frontier.json").read_bytes() == whole
+    assert without_seconds(tmp_path / "frontier.json") == whole
     trained = []
     frontier.main([*flags, "--lr", "1e-3"])
-    assert len(trained) == 4
+    assert trained == METHODS
 
 
 def test_the_sft_on_chosen_answers_reads_the_best_answers_only(small, tmp_path, monkeypatch):
@@ -151,7 +187,7 @@ def test_the_sft_on_chosen_answers_reads_the_best_answers_only(small, tmp_path, 
     seen = []
     monkeypatch.setattr(frontier.train_sft, "train", lambda model, items, held, args: seen.extend(
         items))
-    frontier.main([*small, "--out", str(tmp_path)])
+    frontier.main([*small, "--out", str(tmp_path), "--only", "sft_chosen"])
     texts = {TOKENIZER.decode(answer[:-1]) for item in seen for answer in item.answers}
     assert texts == {" was good."} and all(len(item.answers) == 1 for item in seen)
 

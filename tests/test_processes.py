@@ -7,6 +7,7 @@ The first command starts the second, which makes each run of RUNS and leaves its
 in a folder of their own. pytest then makes the same runs in one process and compares.
 """
 
+import copy
 import csv
 import functools
 import itertools
@@ -34,8 +35,8 @@ import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
 from classroom import assignment  # noqa: E402
 from data import Batches, Encoded  # noqa: E402
-from experiments import benchmark, curves  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from experiments import benchmark, curves, ppo, reward_model  # noqa: E402
+from model import GPT, GPTConfig, ScalarGPT  # noqa: E402
 from runtime.checkpoint import load_checkpoint  # noqa: E402
 from runtime.cli import set_up  # noqa: E402
 from runtime.errors import UserError  # noqa: E402
@@ -52,8 +53,11 @@ RUNS = {
     "rankings": (train_dpo, dict(batch=3, loss="plackett_luce")),
     "unlikelihood": (train_dpo, dict(batch=11, loss="unlikelihood")),
     "compiled": (train_dpo, dict(batch=13, compile="on")),
+    "reward model": (reward_model, dict(batch=13)),
+    "PPO": (ppo, dict(batch=7, minibatch=4, max_new_tokens=8, critic_lr=1e-2)),
 }
 STEPS = 4
+SCRIPTS = [train_sft, train_dpo, reward_model, ppo]
 SFT = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 64 --reviews 600 --batch 31 --lr 1e-2 "
        "--steps 40 --device cpu").split()
 DPO = ("--prefixes 60 --samples 3 --max-new-tokens 40 --steps 6 --batch 13 --log-every 2 "
@@ -65,7 +69,9 @@ def train(name, out, **changes):
     script, flags = RUNS[name]
     args = script.parse_args(["--device", "cpu"])
     flags = flags | changes | dict(out=out, row_length=32, steps=STEPS, lr=1e-2, warmup=2,
-                                   log_every=2, eval_every=3)
+                                   log_every=2)
+    if script is not ppo:
+        flags["eval_every"] = 3
     for flag, value in flags.items():
         assert hasattr(args, flag), flag
         setattr(args, flag, value)
@@ -80,6 +86,15 @@ def train(name, out, **changes):
              for n, draw in enumerate(torch.randint(0, 20, (7, 12), generator=numbers).tolist())]
     if script is train_sft:
         items = [Encoded(item.prompt, item.answers[:1], []) for item in items]
+    if script is ppo:
+        reference, prompts = copy.deepcopy(model), [item.prompt for item in items]
+        ppo.train(model, reference, prompts, lambda items: [len(item.answers[0]) / 8
+                                                            for item in items], 0, args)
+        return model
+    if script is reward_model:
+        model = ScalarGPT.from_gpt(model).double()
+        reward_model.train(model, items, items[:3], args)
+        return model
     with pytest.MonkeyPatch.context() as patch:     # compiled, except for generating kernels
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         set_compiled(model, args.compile)
@@ -105,9 +120,11 @@ def work(folder):
     for name in RUNS:
         calls, right = [], runtime.parallel.sum_gradients
         counted = lambda model: calls.append(1) or right(model)                     # noqa: E731
-        train_sft.sum_gradients = train_dpo.sum_gradients = counted
+        for script in SCRIPTS:
+            script.sum_gradients = counted
         model = train(name, folder / name)
-        train_sft.sum_gradients = train_dpo.sum_gradients = right
+        for script in SCRIPTS:
+            script.sum_gradients = right
         torch.save((model.state_dict(), len(calls)), folder / name / f"process_{process_rank()}.pt")
     out, right = folder / "stopped", train_sft.update
     train_sft.update = stop_in_step(2)
@@ -182,11 +199,13 @@ def test_metrics_are_those_of_all_processes(pair, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_gradients_travel_once_a_step(pair, name):
-    """They are not exchanged once per micro-batch."""
+def test_gradients_travel_once_an_update(pair, name):
+    """They are not exchanged once per micro-batch. A step of PPO makes four passes over two
+    minibatches, with one update of the policy and one of the critic for each."""
+    updates = ppo.PASSES * 2 * 2 if name == "PPO" else 1
     for process in (0, 1):
         _, calls = torch.load(pair / name / f"process_{process}.pt", weights_only=True)
-        assert calls == STEPS
+        assert calls == updates * STEPS
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(pair, tmp_path):

@@ -378,6 +378,14 @@ def test_the_log_probs_noted_are_those_of_the_distribution_that_was_sampled(tmp_
         assert share == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / n))
 
 
+def test_what_a_rollout_notes_is_constant(tmp_path):
+    """Nothing of it has a gradient: the policy's loss must not train the critic through the
+    advantages, nor the log-probs that the ratio is divided by."""
+    rolled = roll(flags(tmp_path, max_new_tokens=6))
+    for numbers in (rolled.logps, rolled.ref_logps, rolled.values, rolled.scores):
+        assert not numbers.requires_grad
+
+
 def test_every_step_samples_other_answers_and_the_same_in_another_run(tmp_path):
     args = flags(tmp_path, max_new_tokens=6)
     first, again, next_step = (roll(args, step=step).items for step in (0, 0, 1))
@@ -435,7 +443,7 @@ def test_on_the_first_minibatch_every_ratio_is_1_and_nothing_is_clipped(tmp_path
         patch.setattr(ppo, "clipped_loss", noting)
         ppo.improve(Learner(policy, 0.1, 0), Learner(critic, 1e-3, 0), rolled,
                     *ppo.advantages_and_returns(rolled, 0.1), 0, log, args)
-    assert len(seen) == 4 * 4       # four epochs of 64 answers in minibatches of 16
+    assert len(seen) == 4 * 4       # four passes over 64 answers in minibatches of 16
     assert seen[0] < 1e-5 and seen[1] > 1e-3
     assert log.added[0]["clipped"] == 0 and log.added[-1]["clipped"] > 0
 
@@ -619,7 +627,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bytes(run, tmp_path
             (tmp_path / name / file).write_bytes((run / file).read_bytes())
     module.main(command(tmp_path / "whole", *more))
     before, calls = module.update, itertools.count(1)
-    steps = 2 if module is reward_model else 2 * 4 * 2 * 2      # epochs, minibatches, two models
+    steps = 2 if module is reward_model else 2 * 4 * 2 * 2      # passes, minibatches, models
 
     def deadly(*arguments):
         if next(calls) > steps:
@@ -662,4 +670,4 @@ def test_the_trl_preset_has_the_defaults_of_its_first_trainer():
     args = ppo.parse_args(["--preset", "trl", "--lr", "1e-6"])
     assert (args.batch, args.beta, args.target_kl, args.horizon) == (128, 0.2, 6, 10_000)
     assert args.lr == 1e-6          # a flag goes before a preset
-    assert (ppo.EPOCHS, CLIP, GAMMA, LAMBDA) == (4, 0.2, 1.0, 0.95)
+    assert (ppo.PASSES, CLIP, GAMMA, LAMBDA) == (4, 0.2, 1.0, 0.95)
