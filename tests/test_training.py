@@ -239,6 +239,16 @@ def test_the_reference_is_used_and_belongs_to_its_answer(tmp_path):
         train_dpo.train(policy, items, [], settings(tmp_path, batch=18, steps=1))
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_reference_that_is_not_finite_is_said_as_such(tmp_path, value):
+    """Comparing with it would give the sentence that the loss is nan, not nan."""
+    policy = small_gpt()
+    items = ranked_items(6, policy)
+    items[3].ref_logps[1] = value
+    with pytest.raises(UserError, match="step 0: the loss is NaN or infinite"):
+        train_dpo.train(policy, items, [], settings(tmp_path, batch=18, steps=1))
+
+
 def test_the_reference_does_not_move_with_the_policy(tmp_path):
     """After training, ref_logps are still those of the model that DPO started from."""
     policy = small_gpt()
