@@ -62,7 +62,8 @@ class Attention(nn.Module):
     def forward(self, x, mask=None, cache=None):
         """(B, T, C) to (B, T, C).
 
-        mask: (B, 1, T, keys) bool, True where a token may attend; None is plain causal attention.
+        mask: (B, 1, T, keys), 0 where a token may attend and -inf elsewhere; None is plain causal
+        attention.
         cache: a KeyValueCache of the tokens before x, to which those of x are added. With tokens in
         the cache and no mask, x must be a single token, which attends to all of them.
         """
@@ -171,7 +172,10 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)
         if mask is not None:
-            mask = mask[:, None]                                    # (B, 1, T, keys)
+            # As numbers to add to the scores. A bool mask would be converted in each layer, and
+            # all the copies kept for the backward pass.
+            dtype = self.precision or self.wte.weight.dtype
+            mask = torch.where(mask[:, None], 0.0, -math.inf).to(dtype)     # (B, 1, T, keys)
         x = self.wte(tokens) + self.wpe(positions)                  # (B, T, C)
         with self.autocast():
             for i, block in enumerate(self.h):

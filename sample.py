@@ -285,7 +285,7 @@ def talk(paths, device, args):
         try:
             prompt = input("prompt> ")
             print(side_by_side([prompt] * args.n, answer(policies, tokenizer, prompt, args)))
-        except (UserError, UnicodeDecodeError) as error:    # a bad prompt: ask for another
+        except UserError as error:                          # a bad prompt: ask for another
             print(error)
         except EOFError:
             print()

@@ -250,6 +250,10 @@ def check_start(logps, batch, args, precision):
     the loss is that of equal models (log 2 for DPO). Otherwise the two were computed differently,
     and every later number would be off. Raises UserError, also if something is NaN."""
     losses, rewards = objective(logps, batch, args)
+    if not losses.isfinite().all():
+        raise UserError("step 0: the loss is NaN or infinite, because the log-probs of the model "
+                        "that DPO starts from are; start from another one, or use --precision "
+                        "float32")
     expected, _ = objective(batch.ref_logps, batch, args)
     # Beta times so many nats: rounding in the longest answer of a batch, with room to spare.
     tolerance = args.beta * (0.01 if precision is None else 1.0)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -106,14 +107,13 @@ def command(main):
     the first one prints; the others print only why they ended, if it was an error."""
     @functools.wraps(main)
     def run(argv=None):
+        prepare_streams()
         def terminate(number, frame):
             raise Interrupted(number, "stopped; what was finished is kept")
         before = signal.signal(signal.SIGTERM, terminate)
         streams = sys.stdout, sys.stderr
         nested, locked_before = dist.is_initialized(), set(CLAIMED)
         rank = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")
         if rank > 0:
             sys.stdout = sys.stderr = open(os.devnull, "w")
         try:
@@ -134,9 +134,26 @@ def command(main):
             time.sleep(2)
             script = f"{script}, process {rank}"
         if rank == 0 or code == 2:
-            print(f"{script}: {message}", file=sys.stderr)
+            with suppress(OSError):     # stderr may be what cannot be written
+                print(f"{script}: {printable(message)}", file=sys.stderr)
         sys.exit(code)
     return run
+
+
+def prepare_streams():
+    """Replace streams that the shell closed, as in 2>&-, and let no byte that is read or character
+    that is printed end a command."""
+    for name, mode in [("stdin", "r"), ("stdout", "w"), ("stderr", "w")]:
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream, errors in [(sys.stdin, "replace"), (sys.stdout, "backslashreplace")]:
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:
+            stream.reconfigure(errors=errors)
+
+
+def printable(message):
+    """A message with control characters escaped, since names of files may contain any."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
 
 
 def explain(error):
@@ -144,7 +161,7 @@ def explain(error):
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, OSError):
-        place = "the output" if isinstance(error, BrokenPipeError) else "a file"
+        place = "the output" if isinstance(error, BrokenPipeError) else "the output or a file"
         return 2, f"{error.filename or place}: {error.strerror or error}"
     if (isinstance(error, (MemoryError, torch.OutOfMemoryError))
             or isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):

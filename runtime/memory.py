@@ -12,13 +12,14 @@ from runtime.packing import count_tokens
 from runtime.parallel import all_reduce, world_size
 
 
-def bytes_of_step(config, tokens, scored):
+def bytes_of_step(config, tokens, scored, row_length):
     """An estimate of the peak memory of forward and backward, besides weights, gradients and
     optimizer: twenty floats per token, layer and channel; the logits of each scored token, their
-    log-softmax and its gradient; and the gradient of the embedding twice. Measured in float32; half
-    precision and compiled code need less."""
+    log-softmax and its gradient; the gradient of the embedding twice; and, for each token and each
+    place in its row, the mask as a float and as a bool. Measured in float32; half precision and
+    compiled code need less."""
     L, C, V = config.n_layer, config.n_embd, config.vocab_size
-    return 4 * (20 * L * C * tokens + 3 * V * scored + 2 * V * C)
+    return 4 * (20 * L * C * tokens + 3 * V * scored + 2 * V * C) + 5 * tokens * row_length
 
 
 def free_memory(device):
@@ -46,7 +47,8 @@ def fewest_micro_batches(model, batches, row_length):
 
     def peak(n):
         share = n * world_size()
-        return bytes_of_step(model.config, max(row_length, 1.25 * tokens / share), scored / share)
+        return bytes_of_step(model.config, max(row_length, 1.25 * tokens / share), scored / share,
+                             row_length)
     n = 1
     while n < batches.size and peak(n) > room:
         n *= 2

@@ -8,7 +8,10 @@ Left out on purpose: DistributedDataParallel, which overlaps the sum of the grad
 backward pass. It would have to wrap the model, and `policy.logps` would no longer be a plain call.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -26,10 +29,18 @@ def join_processes(device):
     """Connect to the other processes if torchrun started this one."""
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
+    end_with_torchrun()
     # Gradients travel over NCCL on GPUs, everything else over gloo. The timeout is long because the
-    # first process may spend hours on a download; if one process dies, torchrun ends the others.
+    # others wait while the first process downloads a model. If one dies, torchrun ends the others.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))
+    dist.init_process_group(backend, timeout=timedelta(hours=3))
+
+
+def end_with_torchrun():
+    """Have Linux kill this process when torchrun dies, which may itself have been killed. Nobody
+    else would end it if it waits for the others, and what it has saved is complete."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # 1 is PR_SET_PDEATHSIG
 
 
 def process_rank():

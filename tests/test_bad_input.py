@@ -11,6 +11,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -368,6 +369,18 @@ def test_letters_that_the_terminal_cannot_show_do_not_stop_a_run(run, capsys, tm
     assert done.returncode == 0 and b"\\xfc" in done.stdout and b"Traceback" not in done.stderr
 
 
+def test_a_line_that_is_not_utf8_does_not_take_the_next_prompt_with_it(run):
+    """It becomes a prompt with a replacement character, as the model's tokenizer would have it."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", "--checkpoint", run / "sft.pt",
+         "--max-new-tokens", "2"], input=b"The plot\n\xff was\nThe acting\n", capture_output=True,
+        env=os.environ | {"PYTHONUTF8": "1"})
+    out = done.stdout.decode()
+    assert done.returncode == 0, done.stderr.decode()
+    prompts = [line for line in out.splitlines() if line.startswith("prompt  ")]
+    assert prompts == ["prompt  'The plot'", "prompt  '� was'", "prompt  'The acting'"]
+
+
 def test_a_reader_of_the_output_that_goes_away_costs_one_sentence(run):
     """As in `python -m experiments.packed_row | head -1`."""
     process = subprocess.Popen([sys.executable, "-m", "experiments.packed_row", "--data",
@@ -377,6 +390,38 @@ def test_a_reader_of_the_output_that_goes_away_costs_one_sentence(run):
     err = process.stderr.read().decode()
     assert process.wait() == 2 and err.startswith("packed_row.py: the output: Broken pipe")
     assert "Traceback" not in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&-"])
+def test_closed_streams_do_not_cost_a_run(closed, tmp_path):
+    """A job that starts without a terminal may have none of them. Progress bars go to stderr."""
+    command = [sys.executable, ROOT / "train_sft.py", *TINY, "--task", "reviews", "--reviews", "20",
+               "--out", tmp_path]
+    done = subprocess.run(f"exec {shlex.join(map(str, command))} {closed}", shell=True)
+    assert done.returncode == 0 and (tmp_path / "sft.pt").exists()
+    talking = f"exec {sys.executable} {ROOT / 'sample.py'} --checkpoint {tmp_path / 'sft.pt'} <&-"
+    assert subprocess.run(talking, shell=True, stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("full", ["stdout", "stderr"])
+def test_an_output_on_a_full_disk_is_named(full, tmp_path):
+    """If it is stderr, then nothing can be said, but the exit code is that of a sentence."""
+    with open("/dev/full", "w") as disk:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {full: disk}
+        done = subprocess.run([sys.executable, ROOT / "train_sft.py", *TINY, "--task", "reviews",
+                               "--reviews", "20", "--out", tmp_path], text=True, **streams)
+    assert done.returncode == 2
+    if full == "stdout":
+        assert "train_sft.py: the output or a file: No space left on device\n" in done.stderr
+
+
+def test_control_characters_in_a_name_are_escaped(capsys, tmp_path):
+    """A line end would make two sentences of one, and an escape sequence may do anything."""
+    message = refused(sample.main, ["--checkpoint", tmp_path / "a\nb\x1b[31mé.pt"], capsys)
+    assert message == (f"sample.py: {tmp_path}/a\\nb\\x1b[31mé.pt: cannot be read: No such file or "
+                       "directory\n")
 
 
 def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):

@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -288,6 +289,35 @@ def test_bad_input_under_torchrun_is_said_once_by_the_script():
     assert "train_dpo.py, process 1" not in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can do this")
+def test_workers_do_not_outlive_a_torchrun_that_was_killed(tmp_path):
+    """They would wait for each other for hours, or go on writing where a new run has begun."""
+    script = tmp_path / "worker.py"
+    script.write_text("import os, sys, time, torch\n"
+                      "from runtime.parallel import join_processes\n"
+                      "join_processes(torch.device('cpu'))\n"
+                      "open(f'{sys.argv[1]}/{os.getpid()}.pid', 'w').close()\n"
+                      "time.sleep(300)\n")
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                 "--nproc_per_node", "2", script, tmp_path],
+                                env=os.environ | environment, stderr=subprocess.DEVNULL)
+    while len(workers := [path.stem for path in tmp_path.glob("*.pid")]) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.05)
+
+    def runs(worker):
+        status = Path(f"/proc/{worker}/stat")
+        return status.exists() and status.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    assert all(map(runs, workers))
+    launcher.kill()
+    launcher.wait()
+    until = time.monotonic() + 30
+    while any(map(runs, workers)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(runs, workers))
+
+
 @pytest.mark.parametrize("left_over", [{"WORLD_SIZE": "1"}, {"RANK": "1", "WORLD_SIZE": "2"},
                                        {"RANK": "abc"}, {"LOCAL_RANK": "7"}])
 def test_variables_that_a_cluster_left_over_change_nothing(left_over):
@@ -347,6 +377,7 @@ def test_a_batch_that_is_too_small_in_some_step_is_refused_before_the_first(tmp_
 def test_what_is_no_tensor_of_a_gpu_goes_by_way_of_the_cpu(monkeypatch, tmp_path):
     """By default PyTorch chooses only the accelerator's backend, which cannot send CPU tensors."""
     asked = []
+    monkeypatch.setattr(runtime.parallel, "end_with_torchrun", lambda: None)
     monkeypatch.setattr(runtime.parallel.dist, "init_process_group",
                         lambda *a, **k: asked.append(a[0]))
     monkeypatch.setenv("WORLD_SIZE", "2")

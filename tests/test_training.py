@@ -239,6 +239,16 @@ def test_the_reference_is_used_and_belongs_to_its_answer(tmp_path):
         train_dpo.train(policy, items, [], settings(tmp_path, batch=18, steps=1))
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_reference_that_is_not_finite_is_said_as_such(tmp_path, value):
+    """Comparing with it would give the sentence that the loss is nan, not nan."""
+    policy = small_gpt()
+    items = ranked_items(6, policy)
+    items[3].ref_logps[1] = value
+    with pytest.raises(UserError, match="step 0: the loss is NaN or infinite"):
+        train_dpo.train(policy, items, [], settings(tmp_path, batch=18, steps=1))
+
+
 def test_the_reference_does_not_move_with_the_policy(tmp_path):
     """After training, ref_logps are still those of the model that DPO started from."""
     policy = small_gpt()
@@ -381,14 +391,18 @@ def test_rows_are_as_long_as_costs_least_but_of_one_length_where_they_are_compil
 
 
 @given(st.integers(1, 3), st.integers(1, 2), st.sampled_from([32, 64, 128]),
-       st.sampled_from([8, 64, 500]), st.integers(1, 6), st.booleans())
+       st.sampled_from([8, 64, 500]), st.integers(1, 6), st.sampled_from([64, 1024]),
+       st.booleans())
 @hypothesis.settings(deadline=None, max_examples=30, derandomize=True)
 def test_the_estimate_of_memory_is_above_what_a_step_keeps_and_not_by_much(
-        layers, heads, channels, vocabulary, n, long):
+        layers, heads, channels, vocabulary, n, row_length, long):
     """The tensors that autograd saves between forward and backward are most of the peak. Counted
-    one by one, they are below the estimate, and more than a third of it."""
-    config = GPTConfig(64, vocabulary, layers, heads, channels)
-    batch = pack([Encoded([1], [[2] * (60 if long else 9), [3]], [(0, 1)])] * n, 64)
+    one by one, they are below the estimate, and more than a third of it. In rows of 1,024 tokens
+    the mask is a large part of them: with 32 channels and one layer, 4 x 1,024 bytes for a token,
+    beside 4 x 20 x 32. Each layer has the same one."""
+    config = GPTConfig(row_length, vocabulary, layers, heads, channels)
+    n_long = row_length - 4 if long else 9
+    batch = pack([Encoded([1], [[2] * n_long, [3]], [(0, 1)])] * n, row_length)
     model, kept = GPT(config), {}
     weights = {weight.data_ptr() for weight in model.parameters()}
 
@@ -399,17 +413,18 @@ def test_the_estimate_of_memory_is_above_what_a_step_keeps_and_not_by_much(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         graph = model.logps(batch).sum()
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    estimate = runtime.memory.bytes_of_step(config, batch.tokens.numel(), len(batch.target))
+    estimate = runtime.memory.bytes_of_step(config, batch.tokens.numel(), len(batch.target),
+                                            row_length)
     assert graph.requires_grad and estimate / 3 <= found <= estimate
 
 
-@pytest.mark.parametrize("room, expected", [(97_280, 1), (97_279, 2), (49_279, 4), (25_279, 8),
-                                            (0, 8)])
+@pytest.mark.parametrize("room, expected", [(106_880, 1), (106_879, 2), (54_079, 4),
+                                            (27_679, 8), (0, 8)])
 def test_micro_batches_are_as_few_as_fit_in_the_memory_that_is_free(monkeypatch, room, expected):
     """A step has eight prompts of 12 tokens, 10 of them scored. With a fifth of each row empty,
-    that is 120 places and 80 rows of 20 logits, or 4 (20 x 8 x 120 + 60 x 80 + 2 x 20 x 8) = 97,280
-    bytes in one micro-batch; in two it is 49,280, in four 25,280. The free memory is set to `room`
-    / 0.8 plus 12 bytes per weight, so that `room` bytes may be used."""
+    that is 120 places and 80 rows of 20 logits. In one micro-batch, it is 4 (20 x 8 x 120 + 60 x 80
+    + 2 x 20 x 8) + 5 x 120 x 16 = 106,880 bytes; in two 54,080, in four 27,680. The free memory is
+    set to `room` / 0.8 plus 12 bytes per weight, so that `room` bytes may be used."""
     model = GPT(GPTConfig(16, 20, 1, 2, 8))
     free = room / 0.8 + 12 * sum(weight.numel() for weight in model.parameters())
     monkeypatch.setattr(runtime.memory, "free_memory", lambda device: free)
