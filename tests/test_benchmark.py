@@ -30,6 +30,7 @@ from experiments.benchmark import (
     useful_flops,
 )
 from model import GPT, GPTConfig
+from runtime.errors import UserError
 from tasks.tokenizers import get_tokenizer
 from train_dpo import dpo_loss
 
@@ -207,6 +208,15 @@ def test_executed_flops_are_those_counted_by_hand():
     model.vocab_multiple = 64
     assert executed("answer-logits") == 3 * (36_864 + 2_688 + 4_000)
     assert executed("shared") == 3 * (49_152 + 16_384 + 5_120)
+
+
+def test_a_step_with_fewer_prompts_than_micro_batches_is_refused():
+    """c1 has six pairs to a prompt, so 12 pairs are two prompts."""
+    flags = ["--workload", "c1", "--pairs", "12", "--accumulate"]
+    config = GPTConfig(n_layer=1)
+    assert len(benchmark.load_steps(benchmark.parse_args([*flags, "2"]), config)) == 7
+    with pytest.raises(UserError, match="--accumulate 3: a step of 12 pairs has only 2 prompts"):
+        benchmark.load_steps(benchmark.parse_args([*flags, "3"]), config)
 
 
 @pytest.mark.parametrize("name", ["reference-once", "answer-logits", "packed", "shared"])
