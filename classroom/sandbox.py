@@ -29,6 +29,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from classroom.exercises import EXERCISES, path_of, split_target
+
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 2 << 30            # bytes that the code under test may use in addition to PyTorch
 LARGEST_FILE = 1 << 26      # bytes
@@ -147,9 +149,11 @@ def source_files(*packages):
 
 
 def copy_sources(folder, tests=(), tools=()):
-    """Copy to an empty folder: the five files and what they import, some tests, and what is needed
-    to run them. tools: further files of classroom/."""
-    for path in source_files("runtime", "tasks", "experiments"):
+    """Copy to an empty folder: the five files and what they import, the other modules with
+    exercises, some tests, and what is needed to run them. tools: further files of classroom/."""
+    with_exercises = {path_of(split_target(target)[0]) for exercise in EXERCISES.values()
+                      for target in exercise.functions}
+    for path in {*source_files("runtime", "tasks"), *with_exercises}:
         copy = folder / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)

@@ -64,8 +64,8 @@ from train_sft import grad_scaler, update, warmup
 # "trl" has the defaults of TRL's first PPO trainer, for pretrained models, with which C.1 compares;
 # its own PPO had 1,024 answers per step.
 DEFAULTS = {
-    "reviews": {"batch": 256, "minibatch": 64, "lr": 1e-4, "critic_lr": 1e-3, "beta": 0.1,
-                "target_kl": None, "horizon": 500, "epochs": 2},
+    "reviews": {"batch": 256, "minibatch": 64, "lr": 1e-4, "critic_lr": 1e-3, "beta": 0.2,
+                "target_kl": None, "horizon": 300, "epochs": 2},
     "pretrained": {"batch": 1024, "minibatch": 128, "lr": 1.41e-5, "critic_lr": 1.41e-5,
                    "beta": 0.1, "target_kl": None, "horizon": 10_000, "epochs": 1},
     "trl": {"batch": 128, "minibatch": 128, "lr": 1.41e-5, "critic_lr": 1.41e-5, "beta": 0.2,
@@ -379,7 +379,7 @@ def report(policy, reference, prompts, tokenizer, args):
 def parse_args(argv):
     parser = Parser(__doc__)
     add_shared_flags(parser)
-    add_training_flags(parser, 256, "answers", warmup=10)
+    add_training_flags(parser, 256, "answers", warmup=3)
     add_measuring_flags(parser)
     add = parser.add_argument
     add("--preset", choices=DEFAULTS,
@@ -394,11 +394,11 @@ def parse_args(argv):
     add("--critic-lr", type=number_type(float, 0, above=True), help="of the critic (default 1e-3)")
     add("--beta", type=number_type(float, 0),
         help="strength of the KL penalty, the beta of DPO; with --target-kl, at the start (default "
-             "0.1)")
+             "0.2)")
     add("--target-kl", type=number_type(float, 0, above=True),
         help="adapt beta towards this KL, in nats (default: fixed beta)")
     add("--horizon", type=number_type(int, 1),
-        help="--target-kl: answers in which beta may change by a fifth (default 500)")
+        help="--target-kl: answers in which beta may change by a fifth (default 300)")
     parser.set_defaults(batch=None, epochs=None, accumulate=1, init=None, tokenizer=None)
     args = parser.parse_args(argv)
     choose_task(args)
