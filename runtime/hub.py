@@ -148,8 +148,8 @@ def read_safetensors(path):
     data, tensors, end = raw[8 + n:], {}, 0
     for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = facts["data_offsets"]
-        if not first == end <= last:
-            raise ValueError(f"{name} is at {first} to {last}, but the one before ends at {end}")
+        if first != end:
+            raise ValueError(f"{name} begins at {first}, but the one before ends at {end}")
         tensor = data[first:last].clone().view(SAFETENSORS_TYPES[facts["dtype"]])
         tensors[name], end = tensor.view(facts["shape"]), last
     if end != len(data):

@@ -277,17 +277,19 @@ DAMAGED = {
 
 # Three tensors of one float32 each follow one another as [0, 4], [4, 8] and [8, 12] in 12 bytes.
 OFFSETS = {
-    "an overlap": [[0, 4], [0, 4], [8, 12]], "a hole": [[0, 4], [8, 12], [8, 12]],
+    "an overlap": [[0, 8], [4, 12]], "a whole overlap": [[0, 4], [0, 4], [4, 12]],
+    "an overlap and a hole": [[0, 4], [0, 4], [8, 12]], "a hole": [[0, 4], [8, 12], [8, 12]],
     "a hole at the beginning": [[4, 8], [4, 8], [8, 12]],
     "negative": [[-12, -8], [4, 8], [8, 12]], "backwards": [[0, 4], [8, 4], [8, 12]],
-    "unused bytes at the end": [[0, 4], [4, 8], [4, 8]], "two tensors in one": [[0, 8]] * 3,
+    "unused bytes at the end": [[0, 4], [4, 8]], "too many": [[0, 4], [4, 8], [8, 16]],
 }
 
 
 def three_numbers(path, offsets):
     """Write a safetensors file with the numbers 1, 2 and 3 under a, b and c."""
-    header = json.dumps({name: {"dtype": "F32", "shape": [1], "data_offsets": place}
-                         for name, place in zip("abc", offsets)}).encode()
+    header = json.dumps({name: {"dtype": "F32", "shape": [(last - first) // 4],
+                                "data_offsets": [first, last]}
+                         for name, (first, last) in zip("abc", offsets)}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<3f", 1, 2, 3))
     return path
 
