@@ -144,7 +144,7 @@ def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
             values["win_rate"] = (ahead.sign() + 1) / 2
         measures[name] = means(values)
         if reward and name != baseline:
-            measures[name]["win_rate_95"] = wilson(values["win_rate"].sum().item(), len(prompts))
+            measures[name]["win_rate_95"] = wilson(values["win_rate"].tolist())
     return measures, texts
 
 
@@ -168,15 +168,18 @@ def means(columns):
     return found
 
 
-def wilson(wins, n):
-    """(low, high): Wilson's 95 % interval of a share, given wins (a tie is half a win) out of n.
+def wilson(scores):
+    """(low, high): the 95 % interval of the mean of n scores from 0 to 1. A win is 1, a tie 1/2.
 
-    It contains every rate p with |wins / n - p| <= z sqrt(p (1 - p) / n), where z = 1.96. Unlike
-    the share +- 2 standard errors, it stays within 0 and 1 and does not shrink to a point if all
-    were won.
+    Without ties it is Wilson's: it contains every rate p with |share - p| <= z sqrt(p (1 - p) / n),
+    where z = 1.96. Unlike the share +- 2 standard errors, it stays within 0 and 1 and does not
+    shrink to a point if all were won. Ties vary less than wins and losses do: with them, the mean
+    of score (1 - score) is subtracted from p (1 - p).
     """
-    share, z2 = wins / n, Z_95**2 / n
-    half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4)
+    n = len(scores)
+    share, z2 = sum(scores) / n, Z_95**2 / n
+    ties = sum(s * (1 - s) for s in scores) / (n + Z_95**2)     # so all ties do not make a point
+    half = math.sqrt((share * (1 - share) - ties) * z2 + (1 - 4 * ties) * z2**2 / 4)
     return (max(0.0, (share + z2 / 2 - half) / (1 + z2)),
             min(1.0, (share + z2 / 2 + half) / (1 + z2)))
 

@@ -377,7 +377,7 @@ def share(label, count, n):
     """A line of the report: count as a share of n, with its 95 % interval."""
     if not n:
         return f"  {label:<40} none to count"
-    low, high = wilson(count, n)
+    low, high = wilson([1] * count + [0] * (n - count))
     return f"  {label:<40} {count / n:.3f}  {low:.3f}-{high:.3f}  {count} of {n}"
 
 

@@ -413,7 +413,7 @@ def test_win_rate_bias_and_unparsable_share_are_told_apart(tmp_path, capsys):
     path = write_lines(tmp_path / "answers.jsonl", rows)
     win_rate.main(["--read", str(tmp_path / "k.json"), str(path)])
     report = capsys.readouterr().out
-    low, high = sample.wilson(4, 8)
+    low, high = sample.wilson([1] * 4 + [0] * 4)
     assert numbers(report, "dpo over sft") == ["0.500", f"{low:.3f}", f"{high:.3f}", "4", "8"]
     assert numbers(report, "A was chosen")[::3] == ["1.000", "8"]
     assert numbers(report, "unparsable")[::3] == ["0.200", "2"]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 import sample
 from data import Encoded, Preference, encode, is_held_out, pack
@@ -62,36 +62,59 @@ def evaluation(run):
 
 
 @for_all
-@given(n=st.integers(1, 5000), halves=st.data())
-def test_wilsons_bounds_are_the_rates_at_which_the_share_is_just_not_surprising(n, halves):
-    """The definition: |share - p| = z sqrt(p (1 - p) / n) at both ends, the share in between."""
-    wins = halves.draw(st.integers(0, 2 * n)) / 2
-    share, z = wins / n, 1.959964
-    low, high = sample.wilson(wins, n)
-    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
+@given(wins=st.integers(0, 2000), ties=st.integers(0, 2000), losses=st.integers(0, 2000))
+def test_wilsons_bounds_are_the_rates_at_which_the_share_is_just_not_surprising(wins, ties, losses):
+    """The definition: |share - p| = z sqrt(variance / n) at both ends, the share in between.
+
+    Without ties the variance of a score is p (1 - p). Scores of 0, 1/2 and 1 with mean p have
+    E[score^2] = p - (share of ties) / 4, so their variance is p (1 - p) - (share of ties) / 4.
+    The share of ties is counted out of n + z^2, so that it never reaches 1.
+    """
+    n, z = wins + ties + losses, 1.959964
+    assume(n)
+    share = (wins + ties / 2) / n
+    low, high = sample.wilson([1] * wins + [0.5] * ties + [0] * losses)
+    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 and low < high
     for p in (low, high):
         if 1e-9 < p < 1 - 1e-9:
-            assert abs(share - p) == pytest.approx(z * math.sqrt(p * (1 - p) / n), abs=1e-7)
+            variance = p * (1 - p) - ties / (n + z**2) / 4
+            assert abs(share - p) == pytest.approx(z * math.sqrt(variance / n), abs=1e-7)
 
 
 def test_wilsons_interval_of_8_in_10_is_that_of_the_textbook():
     """With z^2 = 3.8415, the centre is (0.8 + z^2 / 20) / (1 + z^2 / 10) = 0.7167, and the interval
     is 0.7167 +- 0.2266. The plain one, 0.8 +- 1.96 sqrt(0.016), would end at 1.05."""
-    assert sample.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=2e-4)
+    assert sample.wilson([1] * 8 + [0] * 2) == pytest.approx((0.4902, 0.9433), abs=2e-4)
 
 
 def test_all_won_does_not_mean_certain():
     """With a share of 1, the lower end is n / (n + z^2)."""
-    low, high = sample.wilson(10, 10)
+    low, high = sample.wilson([1] * 10)
     assert high == pytest.approx(1) and low == pytest.approx(10 / (10 + 3.8415), abs=1e-4)
 
 
-@pytest.mark.parametrize("rate, n", [(0.5, 20), (0.9, 30), (0.98, 100)])
-def test_wilsons_interval_covers_the_truth_in_about_19_of_20_cases(rate, n):
+@pytest.mark.parametrize("rate, tied, n", [
+    (0.5, 0, 20), (0.9, 0, 30), (0.98, 0, 100),
+    (0.5, 0.6, 50), (0.6, 0.6, 100), (0.9, 0.6, 50), (0.6, 0.3, 30)])
+def test_wilsons_interval_covers_the_truth_in_about_19_of_20_cases(rate, tied, n):
+    """rate: the share of wins among what is no tie. If ties were counted as p (1 - p) counts them,
+    99.8 % of the intervals would contain the truth with 60 % ties, because they would be 1.6 times
+    (1 / sqrt(0.4)) as wide as they need to be."""
     rng = random.Random(0)
-    hits = [low <= rate <= high for low, high in (
-        sample.wilson(sum(rng.random() < rate for _ in range(n)), n) for _ in range(4000))]
+    truth = tied / 2 + (1 - tied) * rate
+    hits = []
+    for _ in range(4000):
+        scores = [0.5 if rng.random() < tied else float(rng.random() < rate) for _ in range(n)]
+        low, high = sample.wilson(scores)
+        hits.append(low <= truth <= high)
     assert 0.93 < sum(hits) / len(hits) < 0.98
+
+
+def test_few_decided_among_many_ties_do_not_make_an_interval_of_no_width():
+    """One comparison in ten is decided, and always won, so of ten comparisons all tie in 35 % of
+    the cases. The interval around one half still has to contain the truth, 0.55."""
+    low, high = sample.wilson([0.5] * 10)
+    assert low < 0.45 and 0.55 < high and low + high == pytest.approx(1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -181,12 +204,12 @@ def test_the_win_rate_is_against_the_baseline_that_is_named():
     args = policies["a"], ["The plot"] * 50, TOKENIZER, 4, 0
     first, texts = sample.evaluate(policies, *args, reward=len)
     other, _ = sample.evaluate(policies, *args, reward=len, baseline="b")
-    wins = sum((len(b) > len(a)) + (len(b) == len(a)) / 2
-               for a, b in zip(texts["a"], texts["b"]))
-    assert first["b"]["win_rate"] == pytest.approx(wins / 50)
+    scores = [(len(b) > len(a)) + (len(b) == len(a)) / 2 for a, b in zip(texts["a"], texts["b"])]
+    wins = sum(scores)
+    assert first["b"]["win_rate"] == pytest.approx(wins / 50) and 0.5 in scores
     assert other["a"]["win_rate"] == pytest.approx(1 - wins / 50)
     assert first["a"]["win_rate"] == other["b"]["win_rate"] == 0.5
-    assert first["b"]["win_rate_95"] == sample.wilson(wins, 50)
+    assert first["b"]["win_rate_95"] == sample.wilson(scores)
     assert "win_rate_95" not in first["a"] and "win_rate_95" not in other["b"]
 
 
