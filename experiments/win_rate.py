@@ -16,14 +16,18 @@ extension of the file decides its format:
 
 --read takes the key and any number of files of answers: replies to a batch, one per line, each with
 its custom_id and the text as response.body.choices[0].message.content; or files that raters
-downloaded. The report shows
+downloaded, of which the latest of each rater counts. The report shows
 
-    win rate        of the first checkpoint, with Wilson's 95 % interval; "I can't tell" is left
-                    out, as in D.3, and counted separately
+    win rate        of the first checkpoint; "I can't tell" is left out, as in D.3, and counted
+                    separately
     order bias      how often A was chosen: half of the time, if the order does not matter
     unparsable      replies whose last line is not exactly the verdict that was asked for
     agreement       of two judges on the questions that both decided: between raters, and of the
                     raters with the model
+
+Each share is first taken among the answers to one question, then averaged over the questions. Its
+95 % interval (sample.wilson) is over questions too: more raters make it no narrower than the
+questions allow, and it says nothing about what other raters would answer.
 
 Left out on purpose: sending anything anywhere. What to ask, and whom, is up to you.
 """
@@ -33,8 +37,9 @@ import itertools
 import json
 import random
 import re
+import statistics
 import zlib
-from collections import Counter
+from collections import namedtuple
 from pathlib import Path
 
 from runtime.checkpoint import open_policies
@@ -194,7 +199,8 @@ names.forEach((name, i) => {
 });
 count();
 document.getElementById("download").addEventListener("click", () => {
-  const file = new Blob([JSON.stringify({rater, answers}, null, 1)],
+  const file = new Blob([JSON.stringify({rater, downloaded: new Date().toISOString(), answers},
+                                        null, 1)],
                         {type: "application/json"});
   element(document.body, "a", "",
           {href: URL.createObjectURL(file), download: `answers_${rater}.json`}).click();
@@ -272,15 +278,24 @@ def read_key(path):
     return key
 
 
+# A file of answers. kind: "raters" or "model". judge: the id of a rater, or else the path. time: of
+# the download, as text that sorts; "" if unknown. answers: {question: "A", "B", "tie", or None if
+# it cannot be parsed}.
+Answers = namedtuple("Answers", "path kind judge time answers")
+
+
 def read_answers(path, key):
-    """Read a file of answers. Returns ("raters" or "model", {question: answer}), where an answer is
-    "A", "B", "tie", or None if it cannot be parsed. Raises UserError."""
+    """Read a file of answers. Raises UserError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text") from error
+    kind, judge, time = "raters", str(path), ""
     try:
-        kind, answers = "raters", dict(json.loads(text)["answers"])
+        content = json.loads(text)
+        answers = dict(content["answers"])
+        judge = str(content.get("rater") or path)
+        time = str(content.get("downloaded", ""))
     except (ValueError, KeyError, TypeError):
         kind, answers = "model", read_replies(text, key["form"], path)
     if not answers:
@@ -291,7 +306,19 @@ def read_answers(path, key):
         for question, answer in answers.items():
             if answer not in ("A", "B", "tie"):
                 answers[question] = None
-    return kind, answers
+    return Answers(path, kind, judge, time, answers)
+
+
+def latest_of_each(files):
+    """The latest of each judge's files, a list of Answers. Prints which are left out. Of files
+    without a time, the one that was named last is the latest."""
+    latest = {}
+    for file in sorted(files, key=lambda file: file.time):
+        if file.judge in latest:
+            print(f"{latest[file.judge].path}: left out, because {file.path} is a later download "
+                  "of the same rater")
+        latest[file.judge] = file
+    return list(latest.values())
 
 
 def read_replies(text, form, path):
@@ -329,18 +356,18 @@ def read_reply(line, form, where):
 
 
 def report(files, key):
-    """The report as text. files: what read_answers returned for each file."""
+    """The report as text. files: a list of Answers."""
     lines = []
     for kind in ("raters", "model"):
-        files_of_kind = [answers for other, answers in files if other == kind]
+        files_of_kind = [file.answers for file in files if file.kind == kind]
         if files_of_kind:
             lines += ["", *report_kind(kind, files_of_kind, key)]
     between_raters = agreements(files, ["raters", "raters"])
     if between_raters:
-        lines += ["", share("agreement between raters", sum(between_raters), len(between_raters))]
+        lines += ["", share("agreement between raters", between_raters)]
     with_model = agreements(files, ["model", "raters"])
     if with_model:
-        lines += [share("agreement of raters with the model", sum(with_model), len(with_model))]
+        lines += [share("agreement of raters with the model", with_model)]
     return "\n".join(lines[1:])
 
 
@@ -348,37 +375,47 @@ def report_kind(kind, files, key):
     """The lines of the report on the raters or on the model. files: {question: answer} of each."""
     first, second = key["policies"]
     answers = [pair for file in files for pair in file.items()]
-    counts = Counter(answer for _, answer in answers)
     decided = [(question, answer) for question, answer in answers if answer in ("A", "B")]
-    won = sum(key["order"][question][answer] == first for question, answer in decided)
     plural = "s" if len(files) > 1 else ""
     return [f"{kind}: {len(files)} file{plural}, {len(answers)} answers",
-            share(f"win rate of {first} over {second}", won, len(decided)),
-            share("order bias: A was chosen", counts["A"], len(decided)),
-            share("can't tell", counts["tie"], len(answers)),
-            share("unparsable", counts[None], len(answers))]
+            share(f"win rate of {first} over {second}",
+                  [(question, key["order"][question][answer] == first)
+                   for question, answer in decided]),
+            share("order bias: A was chosen",
+                  [(question, answer == "A") for question, answer in decided]),
+            share("can't tell", [(question, answer == "tie") for question, answer in answers]),
+            share("unparsable", [(question, answer is None) for question, answer in answers])]
 
 
 def agreements(files, kinds):
-    """Whether two judges gave the same answer, for each two files of these kinds (sorted) and each
-    question that both decided."""
+    """(question, whether two judges gave the same answer) for each two files of these kinds
+    (sorted) and each question that both decided."""
     same = []
-    for (kind, answers), (other_kind, other_answers) in itertools.combinations(files, 2):
-        if sorted([kind, other_kind]) != kinds:
+    for file, other in itertools.combinations(files, 2):
+        if sorted([file.kind, other.kind]) != kinds:
             continue
-        for question, answer in answers.items():
-            other_answer = other_answers.get(question)
+        for question, answer in file.answers.items():
+            other_answer = other.answers.get(question)
             if answer in ("A", "B") and other_answer in ("A", "B"):
-                same.append(answer == other_answer)
+                same.append((question, answer == other_answer))
     return same
 
 
-def share(label, count, n):
-    """A line of the report: count as a share of n, with its 95 % interval."""
-    if not n:
+def share(label, judged):
+    """A line of the report: the mean share over questions, with its 95 % interval.
+
+    judged: (question, whether it counts) for each answer. Answers to one question are not
+    independent, so they are averaged first.
+    """
+    if not judged:
         return f"  {label:<40} none to count"
-    low, high = wilson([1] * count + [0] * (n - count))
-    return f"  {label:<40} {count / n:.3f}  {low:.3f}-{high:.3f}  {count} of {n}"
+    by_question = {}
+    for question, counts in judged:
+        by_question.setdefault(question, []).append(counts)
+    shares = [statistics.fmean(counts) for counts in by_question.values()]
+    low, high = wilson(shares)
+    return (f"  {label:<40} {statistics.fmean(shares):.3f}  {low:.3f}-{high:.3f}  "
+            f"{sum(counts for _, counts in judged)} of {len(judged)}, {len(shares)} questions")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -432,7 +469,7 @@ def main(argv=None):
     key_path, *paths = args.read
     key = read_key(key_path)
     files = [read_answers(path, key) for path in paths]
-    print(report(files, key))
+    print(report(latest_of_each(files), key))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 import html
 import importlib.util
 import json
+import random
 import re
 import sys
 from html.parser import HTMLParser
@@ -398,7 +399,7 @@ def reply(name, text):
 
 
 def numbers(report, words):
-    """[share, low, high, count, n], as text, of the first line that contains these words."""
+    """[share, low, high, count, n, questions], as text, of the first line with these words."""
     line = next(line for line in report.splitlines() if words in line)
     return re.findall(r"[\d.]+", line.split(words)[1].replace("-", " "))
 
@@ -414,7 +415,8 @@ def test_win_rate_bias_and_unparsable_share_are_told_apart(tmp_path, capsys):
     win_rate.main(["--read", str(tmp_path / "k.json"), str(path)])
     report = capsys.readouterr().out
     low, high = sample.wilson([1] * 4 + [0] * 4)
-    assert numbers(report, "dpo over sft") == ["0.500", f"{low:.3f}", f"{high:.3f}", "4", "8"]
+    assert numbers(report, "dpo over sft") == ["0.500", f"{low:.3f}", f"{high:.3f}", "4", "8",
+                                                 "8"]
     assert numbers(report, "A was chosen")[::3] == ["1.000", "8"]
     assert numbers(report, "unparsable")[::3] == ["0.200", "2"]
     assert numbers(report, "can't tell")[::3] == ["0.000", "0"]
@@ -423,8 +425,9 @@ def test_win_rate_bias_and_unparsable_share_are_told_apart(tmp_path, capsys):
 
 def test_agreement_is_over_what_both_decided_and_ties_are_left_out(tmp_path, capsys):
     """Raters 1 and 2 both decide q0 to q2 and agree on two. Raters 1 and 3 have only q0 in common
-    (3 cannot tell q1), and agree; so do 2 and 3. That is 4 of 5. The model says A to q0 and q1. Of
-    the raters' six answers to those, five are letters (A B, A A, A), and four agree: 4 of 5."""
+    (3 cannot tell q1), and agree; so do 2 and 3. That is 3 of 3 for q0, 0 of 1 for q1, 1 of 1 for
+    q2, and 2/3 on average. The model says A to q0 and q1. Of the raters' six answers to those, five
+    are letters: A A A to q0, B A to q1. So they agree 3 of 3 and 1 of 2 times, 3/4 on average."""
     (tmp_path / "k.json").write_text(json.dumps(a_key(4)))
     raters = [{"q0": "A", "q1": "B", "q2": "A"}, {"q0": "A", "q1": "A", "q2": "A", "q3": "tie"},
               {"q0": "A", "q1": "tie"}]
@@ -436,11 +439,78 @@ def test_agreement_is_over_what_both_decided_and_ties_are_left_out(tmp_path, cap
     win_rate.main(["--read", str(tmp_path / "k.json"), *map(str, files)])
     report = capsys.readouterr().out
     assert "raters: 3 files, 9 answers" in report and "model: 1 file, 2 answers" in report
-    assert numbers(report, "agreement between raters")[::3] == ["0.800", "4"]
-    assert numbers(report, "raters with the model")[::3] == ["0.800", "4"]
-    assert numbers(report, "can't tell")[::3] == ["0.222", "2"]
+    assert numbers(report, "agreement between raters")[::3] == ["0.667", "4"]
+    assert numbers(report, "raters with the model")[::3] == ["0.750", "4"]
+    # One of three cannot tell q1, and the only one who is asked cannot tell q3: (1/3 + 1) / 4.
+    assert numbers(report, "can't tell")[::3] == ["0.333", "2"]
     # dpo is A in q0 and q2, B in q1. Of 3 answers to q0, 2 to q2 and 2 to q1, it wins 3 + 2 + 1.
-    assert numbers(report, "dpo over sft")[3:] == ["6", "7"]
+    assert numbers(report, "dpo over sft")[::3] == ["0.833", "6"]
+    assert numbers(report, "dpo over sft")[4:] == ["7", "3"]
+
+
+def rater_file(path, answers, **facts):
+    path.write_text(json.dumps({"rater": path.stem, "answers": answers} | facts))
+    return str(path)
+
+
+def test_ten_raters_who_agree_know_no_more_than_one(tmp_path, capsys):
+    """The interval is over questions. Ten raters with the same 25 verdicts, of which 15 are for
+    dpo, have the interval of 15 in 25, not that of 150 in 250."""
+    (tmp_path / "k.json").write_text(json.dumps(a_key(25)))
+    verdicts = {f"q{i}": "AB"[(i % 2) ^ (i >= 15)] for i in range(25)}
+    paths = [rater_file(tmp_path / f"r{i}.json", verdicts) for i in range(10)]
+    low, high = sample.wilson([1] * 15 + [0] * 10)
+    for files, answers in ((paths[:1], "25"), (paths, "250")):
+        win_rate.main(["--read", str(tmp_path / "k.json"), *files])
+        report = capsys.readouterr().out
+        found = numbers(report, "dpo over sft")
+        assert found[:3] == ["0.600", f"{low:.3f}", f"{high:.3f}"] and found[4:] == [answers, "25"]
+    low, high = sample.wilson([1] * 25)         # of ten raters, 45 pairs agree on each question
+    assert numbers(report, "agreement between raters") == [
+        "1.000", f"{low:.3f}", f"{high:.3f}", str(45 * 25), str(45 * 25), "25"]
+
+
+def test_the_interval_over_questions_covers_the_truth_in_about_19_of_20_studies():
+    """Raters who share an opinion of each question: they like dpo's answer with a probability that
+    is uniform over the questions, so its true win rate is 1/2."""
+    rng, hits = random.Random(0), 0
+    for _ in range(1000):
+        chances = [rng.random() for _ in range(25)]
+        line = win_rate.share("x", [(i, rng.random() < chances[i])
+                                    for _ in range(10) for i in range(25)])
+        _, low, high, *_ = numbers(line, "x")
+        hits += float(low) <= 0.5 <= float(high)
+    assert 0.93 < hits / 1000 < 0.98
+
+
+def test_of_two_downloads_of_one_rater_the_later_one_counts(tmp_path, capsys):
+    """A rater downloads after one answer, and again after changing it and answering the other. The
+    two files must not agree with each other, and their order on the command line, in which a
+    browser's "r (1).json" stands before "r.json", does not matter."""
+    (tmp_path / "k.json").write_text(json.dumps(a_key(2)))
+    early = rater_file(tmp_path / "r.json", {"q0": "B"}, downloaded="2024-05-01T10:00:00.000Z")
+    late = rater_file(tmp_path / "r (1).json", {"q0": "A", "q1": "B"}, rater="r",
+                      downloaded="2024-05-01T10:20:00.000Z")
+    for files in ([early, late], [late, early]):
+        win_rate.main(["--read", str(tmp_path / "k.json"), *files])
+        first, *report = capsys.readouterr().out.splitlines()
+        assert first == (f"{early}: left out, because {late} is a later download of the same rater")
+        assert report[0] == "raters: 1 file, 2 answers"
+        assert numbers("\n".join(report), "dpo over sft")[::3] == ["1.000", "2"]
+        assert "agreement" not in "\n".join(report)
+    no_time = [rater_file(tmp_path / f"{name}.json", {"q0": name}, rater="r") for name in "AB"]
+    win_rate.main(["--read", str(tmp_path / "k.json"), *no_time])
+    report = capsys.readouterr().out            # the one that was named last counts: B
+    assert "1 file, 1 answers" in report and numbers(report, "dpo over sft")[0] == "0.000"
+    no_id = [rater_file(tmp_path / f"{name}.json", {"q0": name}, rater=None) for name in "AB"]
+    win_rate.main(["--read", str(tmp_path / "k.json"), *no_id])
+    assert "raters: 2 files, 2 answers" in capsys.readouterr().out
+
+
+def test_the_page_says_who_downloaded_and_when():
+    """As read_answers reads it."""
+    assert "JSON.stringify({rater, downloaded: new Date().toISOString(), answers}" in " ".join(
+        win_rate.PAGE.split())
 
 
 @pytest.mark.parametrize("content, words", [
