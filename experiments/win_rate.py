@@ -2,11 +2,11 @@
 
     python -m experiments.win_rate --ask judge.jsonl --task hh     # for a model: C.2's prompts
     python -m experiments.win_rate --ask study.html --task hh      # for people: D.3's form
-    python -m experiments.win_rate --read judge.key.json answers.jsonl rater_1.json rater_2.json
+    python -m experiments.win_rate --read judge.jsonl.key.json answers.jsonl rater_1.json
 
 --ask samples one answer from each of two checkpoints to held-out prompts and writes the questions.
 Which of the two answers is called A is drawn at random for each question. Only the key,
-judge.key.json, records it, so neither a model nor a person can tell from the questions. The
+judge.jsonl.key.json, records it, so neither a model nor a person can tell from the questions. The
 extension of the file decides its format:
 
     .jsonl    one request per line in the common chat-batch form,
@@ -236,7 +236,7 @@ def ask(args):
     else:
         content = "".join(requests(questions, args.form, args.judge_model))
     args.ask.write_text(content, encoding="utf-8")
-    key_path = args.ask.with_suffix(".key.json")
+    key_path = Path(f"{args.ask}.key.json")
     key = {"form": args.form, "policies": list(texts), "order": order}
     key_path.write_text(json.dumps(key, indent=1) + "\n")
     print(f"wrote {len(questions)} questions to {args.ask}, and to {key_path} which answer is "

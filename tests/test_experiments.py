@@ -346,7 +346,7 @@ def test_asking_writes_questions_and_a_key_and_only_the_key_tells(run, tmp_path,
                  "--max-new-tokens", "5", "--device", "cpu"]
         win_rate.main(flags)
         written = (tmp_path / name).read_bytes()
-        key = json.loads((tmp_path / name).with_suffix(".key.json").read_text())
+        key = json.loads((tmp_path / f"{name}.key.json").read_text())
         assert key["policies"] == ["dpo", "sft"] and len(key["order"]) == 8
         assert b"dpo" not in written and b"sft" not in written
         assert "keep it from the judges" in capsys.readouterr().out
@@ -355,6 +355,17 @@ def test_asking_writes_questions_and_a_key_and_only_the_key_tells(run, tmp_path,
     asked = [json.loads(line) for line in (tmp_path / "judge.jsonl").read_text().splitlines()]
     assert [row["custom_id"] for row in asked] == list(key["order"])
     assert list(Page((tmp_path / "study.html").read_text()).data) == list(key["order"])
+
+
+def test_two_studies_whose_files_differ_only_in_their_extension_have_two_keys(run, tmp_path):
+    """Each key has the names of the questions in its own file."""
+    for name, questions in (("j.jsonl", "4"), ("j.html", "6")):
+        win_rate.main(["--out", str(run), "--ask", str(tmp_path / name), "--questions", questions,
+                       "--max-new-tokens", "2", "--device", "cpu"])
+    asked = [json.loads(line) for line in (tmp_path / "j.jsonl").read_text().splitlines()]
+    key = json.loads((tmp_path / "j.jsonl.key.json").read_text())
+    assert [row["custom_id"] for row in asked] == list(key["order"])
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_preference_file_is_asked_about_with_its_own_prompts(run, tmp_path):
