@@ -33,22 +33,36 @@ def read_metrics(path):
     without columns that have no values. Raises UserError."""
     metrics = {}
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        for name in COLUMNS:
-            logged = [row for row in rows if row[name]]
-            steps = tuple(int(row["step"]) for row in logged)
-            values = tuple(float(row[name]) for row in logged)
-            if logged:
-                metrics[name] = (steps, values)
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            for row in rows:
+                read_row(row, metrics, f"{path}, line {rows.line_num}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; train_dpo.py writes it "
                         "to the folder of its run") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a metrics.csv of train_dpo.py") from error
-    if not rows:
+    if not metrics:
         raise UserError(f"{path}: it has no steps yet")
     return metrics
+
+
+def read_row(row, metrics, where):
+    """Add a row of a metrics.csv to metrics. Only the columns of held-out data have empty cells.
+    where: file and line, for the message. Raises UserError."""
+    try:
+        step = int(row["step"])
+        for name in COLUMNS:
+            if row[name] == "" and name.startswith("held_out"):
+                continue
+            value = float(row[name])
+            if not math.isfinite(step + value):
+                raise ValueError
+            steps, values = metrics.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(value)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}: not a row of a metrics.csv of train_dpo.py") from error
 
 
 # ------------------------------------------------------------------------------------------------

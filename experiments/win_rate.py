@@ -270,8 +270,10 @@ def read_key(path):
         key = json.loads(path.read_text(encoding="utf-8"))
         form, order = key["form"], key["order"]
         _, _ = key["policies"]          # there must be two
-        valid = form in FORMS and all(set(names) == {"A", "B"} for names in order.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        valid = form in FORMS and all(
+            set(names) == {"A", "B"} and set(names.values()) == set(key["policies"])
+            for names in order.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(refusal) from error
     if not valid:
         raise UserError(refusal)
@@ -296,7 +298,7 @@ def read_answers(path, key):
         answers = dict(content["answers"])
         judge = str(content.get("rater") or path)
         time = str(content.get("downloaded", ""))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         kind, answers = "model", read_replies(text, key["form"], path)
     if not answers:
         raise UserError(f"{path}: it has no answers")
@@ -340,7 +342,9 @@ def read_reply(line, form, where):
     try:
         row = json.loads(line)
         question = row["custom_id"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(question, str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: neither a reply with a custom_id nor a file that a rater "
                         "downloaded") from error
     try:

@@ -220,8 +220,8 @@ held_out_loss,held_out_accuracy
 def test_metrics_are_read_with_the_steps_at_which_they_were_logged(tmp_path):
     (tmp_path / "metrics.csv").write_text(METRICS)
     metrics = curves.read_metrics(tmp_path / "metrics.csv")
-    assert metrics["held_out_loss"] == ((0, 40), (0.69, 0.45))
-    assert metrics["rejected_logp"] == ((0, 20, 40), (-21, -23, -24))
+    assert metrics["held_out_loss"] == ([0, 40], [0.69, 0.45])
+    assert metrics["rejected_logp"] == ([0, 20, 40], [-21, -23, -24])
     assert set(metrics) == set(train_dpo.COLUMNS)
 
 
@@ -256,12 +256,19 @@ def test_without_matplotlib_one_sentence_says_how_to_get_it(tmp_path, capsys, mo
 
 @pytest.mark.parametrize("content, words", [
     (None, "train_dpo.py writes it"), ("", "it has no steps"),
-    ("step,loss\n0,1\n", "not a metrics.csv"),
-    (METRICS.replace("0.75", "much"), "not a metrics.csv"), ("a,b\n1,2\n", "not a metrics.csv"),
-    (METRICS.splitlines()[0], "it has no steps yet")])
+    ("step,loss\n0,1\n", "line 2: not a row"), ("a,b\n1,2\n", "line 2: not a row"),
+    (METRICS.replace("0.75", "much"), "line 3: not a row"),
+    (METRICS.replace("40,0.4,0.8,0.75,0.15,", "40,0.4,0.8,0.75,,"), "line 4: not a row"),
+    (METRICS + "60,0.4", "line 5: not a row"),
+    (METRICS.replace("\n20,", "\n,"), "line 3: not a row"),
+    (METRICS.replace("0.693147", "inf"), "line 2: not a row"),
+    (METRICS.replace("\n40,", "\n4" + 400 * "0" + ","), "line 4: not a row"),
+    (METRICS.replace("0.693147", "0" * 200_000), "not a metrics.csv"),
+    (b"\xff\xfe", "not a metrics.csv"), (METRICS.splitlines()[0], "it has no steps yet")])
 def test_a_folder_without_metrics_is_refused(tmp_path, capsys, content, words):
     if content is not None:
-        (tmp_path / "metrics.csv").write_text(content)
+        content = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "metrics.csv").write_bytes(content)
     message = refused(curves.main, [tmp_path], capsys)
     assert words in message and str(tmp_path / "metrics.csv") in message
 
@@ -526,6 +533,9 @@ def test_the_page_says_who_downloaded_and_when():
 
 @pytest.mark.parametrize("content, words", [
     ("", "it has no answers"), ("[1]\n", "line 1: neither a reply"), ("{]\n", "line 1: neither"),
+    ('{"custom_id": "q0"}\n{"custom_id": ["q1"]}\n', "line 2: neither a reply"),
+    ('{"custom_id": "q0"}\n' + "[" * 10**5 + "\n", "line 2: neither a reply"),
+    ('{"rater": "x", "answers": 5}\n', "line 1: neither a reply"),
     ('{"answers": {"other": "A"}}', "other questions than those of the key"),
     ('{"custom_id": "q0"}\n{"custom_id": "q0"}\n', "line 2: a second answer to q0"),
     (b"\xff\xfe", "not UTF-8"), (None, "No such file")])
@@ -540,7 +550,9 @@ def test_files_that_are_no_answers_are_refused(tmp_path, capsys, content, words)
 
 @pytest.mark.parametrize("content", [
     "", "[]", "{}", '{"form": "x", "policies": [1, 2], "order": {}}',
-    '{"form": "dialogue", "policies": ["a"], "order": {}}'])
+    '{"form": "dialogue", "policies": ["a"], "order": {}}', "[" * 10**5,
+    '{"form": "dialogue", "policies": ["a", "b"], "order": {"q": "AB"}}',
+    '{"form": "dialogue", "policies": ["a", "b"], "order": {"q": {"A": "a", "B": "c"}}}'])
 def test_the_key_goes_first_and_has_to_be_one(tmp_path, capsys, content):
     (tmp_path / "k.json").write_text(content)
     assert "not a key that --ask wrote" in refused(
