@@ -17,6 +17,7 @@ temperature 1,
                  count as half; with Wilson's 95 % interval
     well_formed  share of texts that the task's grammar accepts
     length       mean tokens of an answer, end-of-text included
+    finished     share of answers that reached end-of-text; in the JSON file only
 
 --evaluate adds
 
@@ -137,6 +138,8 @@ def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
         if well_formed:
             columns[name]["well_formed"] = torch.tensor([float(well_formed(t)) for t in whole])
         columns[name]["length"] = torch.tensor([float(len(answer)) for answer in answers])
+        columns[name]["finished"] = torch.tensor([float(tokenizer.eot_token in answer)
+                                                  for answer in answers])
     measures = {}
     for name, values in columns.items():
         if reward:

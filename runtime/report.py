@@ -6,9 +6,10 @@ from collections import Counter
 
 def table(measures, width=100):
     """{name: {measure: value}} as text, a row for each name: mean +- standard error, or the 95 %
-    interval for a win rate. As many columns side by side as fit in the width."""
+    interval for a win rate. As many columns side by side as fit in the width. `finished` is left
+    out: a sixth column would not fit in 100, and it is in the JSON file."""
     columns = list(dict.fromkeys(measure for values in measures.values() for measure in values
-                                 if not measure.endswith(("_se", "_95"))))
+                                 if not measure.endswith(("_se", "_95", "finished"))))
     first = max(6, *(len(name) + 1 for name in measures))
     abreast = max(1, (width - first) // 18)
     blocks = []

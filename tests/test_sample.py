@@ -213,6 +213,18 @@ def test_the_win_rate_is_against_the_baseline_that_is_named():
     assert "win_rate_95" not in first["a"] and "win_rate_95" not in other["b"]
 
 
+def test_finished_is_the_share_of_answers_that_reached_end_of_text(monkeypatch):
+    """Of four answers three end with end-of-text, the last of them after no other token; one was
+    cut. The share is not in the table, for which a sixth column is too wide."""
+    eot, model = TOKENIZER.eot_token, small_gpt(0)
+    answers = [[5, eot], [5, 6, eot], [5, 6, 7], [eot]]
+    monkeypatch.setattr(sample, "sample", lambda *_, **__: answers)
+    measures, _ = sample.evaluate({"sft": model}, model, ["The plot"] * 4, TOKENIZER, 3, 0, len)
+    assert measures["sft"]["finished"] == 0.75
+    assert measures["sft"]["finished_se"] == pytest.approx(0.25)        # sqrt(0.1875 / 3)
+    assert "finished" not in table(measures) and "length" in table(measures)
+
+
 def test_accuracy_is_of_the_log_ratio_and_logp_accuracy_of_the_log_prob_alone():
     """Against a loop over pairs. The two differ, and the reference ties with itself on all."""
     items, ref, policy = some_items(30), small_gpt(0), small_gpt(1)
@@ -349,7 +361,8 @@ def test_evaluate_measures_every_checkpoint_named_and_writes_the_same_numbers_ag
     results, out = evaluation(run), capsys.readouterr().out
     assert list(results["policies"]) == ["sft", "dpo", "other"] and results["baseline"] == "sft"
     assert results["prompts"] == 12 and results["task"] == "reviews"
-    measures = {"reward", "kl", "win_rate", "well_formed", "length", "accuracy", "logp_accuracy"}
+    measures = {"reward", "kl", "win_rate", "well_formed", "length", "finished", "accuracy",
+                "logp_accuracy"}
     expected = measures | {f"{m}_se" for m in measures} | {"distinct_1", "distinct_2"}
     assert set(results["policies"]["sft"]) == expected
     assert set(results["policies"]["other"]) == expected | {"win_rate_95"}

@@ -118,7 +118,7 @@ def test_results_have_a_mean_and_a_standard_error_for_each_measure(run):
     assert results["beta"] == 0.1 and results["prompts"] >= 2
     assert list(results["policies"]) == ["sft", "dpo"]
     for measures in results["policies"].values():
-        assert set(measures) == {"kl", "kl_se", "length", "length_se"}
+        assert set(measures) == {"kl", "kl_se", "length", "length_se", "finished", "finished_se"}
     assert results["policies"]["sft"]["kl"] == results["policies"]["sft"]["kl_se"] == 0
 
 
@@ -134,7 +134,7 @@ def test_the_reviews_task_goes_from_sampling_to_results(tmp_path, capsys):
         assert best_first == sorted(set(best_first), reverse=True)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["task"] == "reviews" and results["prompts"] == 20
-    names = {"reward", "kl", "win_rate", "well_formed", "length"}
+    names = {"reward", "kl", "win_rate", "well_formed", "length", "finished"}
     for policy, measures in results["policies"].items():
         interval = {"win_rate_95"} if policy == "dpo" else set()
         assert set(measures) == names | {name + "_se" for name in names} | interval
