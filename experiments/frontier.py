@@ -19,7 +19,8 @@ prompts give best of N, at its KL bound log N - (N - 1) / N, and the best that a
     pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x)                                  (Eq. 15)
 
 Here pi_ref is replaced by a uniform draw from those answers, so the reward and the KL of pi* are
-finite sums for any beta.
+finite sums for any beta. Answers better than those are missing, so it is an estimate from below:
+the mean of reward - beta KL = beta log Z over draws is at most its true value (Jensen).
 
 Writes to out/frontier/: a folder with result.json for each run, which is reused as long as the
 settings of the run stay the same; frontier.json with all numbers; and frontier.svg, if matplotlib
@@ -201,7 +202,8 @@ def measure_reference(start, args, numbers):
 
 def optimum(rewards, beta):
     """Reward and KL of the optimal policy of Eq. 15, if the reference draws uniformly from M
-    answers to each of P prompts. rewards: (P, M). Returns {"beta", "reward", "kl"}."""
+    answers to each of P prompts: an estimate from below. rewards: (P, M). Returns {"beta",
+    "reward", "kl"}."""
     ref_logps = torch.full_like(rewards, -math.log(rewards.size(1)))        # (P, M)
     logps = train_dpo.optimal_policy(ref_logps, rewards, beta)              # (P, M)
     expected_reward = (logps.exp() * rewards).sum(1).mean()
@@ -303,10 +305,11 @@ def label_best_of(ax, measures_by_n):
 
 
 def draw_optimum(ax, points):
-    """The reward of the optimal policies, up to a KL of 3.5. points: [{beta, reward, kl}, ...]."""
+    """The reward of the optimal policies, estimated from below, up to a KL of 3.5. points: [{beta,
+    reward, kl}, ...]."""
     shown = [point for point in points if point["kl"] < 3.5]
     ax.plot([point["kl"] for point in shown], [point["reward"] for point in shown], color=GREY,
-            linewidth=1, label="the best possible (Eq. 15)")
+            linewidth=1, label="the best possible (Eq. 15), estimated from below")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 import html
 import importlib.util
 import json
+import math
 import random
 import re
 import sys
@@ -169,6 +170,21 @@ def test_the_optimum_is_equation_15_over_the_answers_drawn(rewards, beta):
     assert score.item() <= found["reward"] - beta * found["kl"] + 1e-9
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_the_optimum_over_few_answers_is_an_estimate_from_below(beta):
+    """Rewards are uniform on [0, 1], so Z = E exp(r / beta) = beta (exp(1 / beta) - 1), and the
+    optimum is worth E r - beta KL = beta log Z. Over M answers the estimate is below that and rises
+    with M: by Jensen's inequality E log(mean of M) <= log E."""
+    truth = beta * math.log(beta * (math.exp(1 / beta) - 1))
+    worth = []
+    for m in (2, 8, 32, 128):
+        rewards = torch.rand(4000, m, generator=torch.Generator().manual_seed(0)).double()
+        found = frontier.optimum(rewards, beta)
+        worth.append(found["reward"] - beta * found["kl"])
+    assert worth == sorted(worth) and worth[-1] < truth
+    assert worth[-1] == pytest.approx(truth, abs=0.01)
+
+
 def test_best_of_n_is_never_above_the_optimum_at_its_kl_bound():
     """KL(best of N) <= log N - (N - 1) / N, and Eq. 15 has the highest reward at any KL."""
     rewards = torch.rand(500, 64, generator=torch.Generator().manual_seed(0)).double()
@@ -183,7 +199,8 @@ def test_the_frontier_is_drawn_with_axes_names_and_error_bars(small, tmp_path, c
     frontier.main([*small, "--out", str(tmp_path)])
     picture = (tmp_path / "frontier.svg").read_text()
     for words in ("KL to the SFT model, nats", "ground-truth reward, from -1 to 1",
-                  "share of well-formed texts", "best of N of SFT", "unlikelihood", "beta 0.5"):
+                  "share of well-formed texts", "best of N of SFT", "unlikelihood", "beta 0.5",
+                  "the best possible (Eq. 15), estimated from below"):
         assert f"<!-- {words}" in picture, words
     assert_has_no_background(picture)
     first = picture
