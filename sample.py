@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from data import Encoded, batches_in_order
 from runtime.checkpoint import common_block_size, open_checkpoint, open_policies
-from runtime.cli import command, set_up
+from runtime.cli import command, only_one_process, set_up
 from runtime.errors import UserError
 from runtime.files import make_folder, write_json
 from runtime.flags import parse_sample_flags
@@ -269,8 +269,7 @@ def main(argv=None):
 
 def talk(paths, device, args):
     """Answer --prompt, or prompts that are typed until the end of input."""
-    if world_size() > 1:
-        raise UserError("talking takes one process: start it without torchrun")
+    only_one_process("talking")
     policies, tokenizer, _ = open_policies(paths, device, args)
     if args.prompt is not None:
         print(side_by_side([args.prompt] * args.n, answer(policies, tokenizer, args.prompt, args)))

@@ -52,7 +52,7 @@ from classroom.exercises import (
     with_functions,
     without_bodies,
 )
-from runtime.cli import Parser, command, number_type
+from runtime.cli import Parser, command, number_type, only_one_process
 from runtime.errors import UserError
 
 POINTS = 10.0                       # per exercise
@@ -477,6 +477,7 @@ def parse_args(argv):
 def main(argv=None):
     """Returns the exit code: 1 if --check finds something wrong."""
     args = parse_args(argv)
+    only_one_process("making or grading an assignment")
     if args.list:
         print(sheet(args.exercises), end="")
     elif args.out:

@@ -68,7 +68,7 @@ from tqdm import tqdm
 
 from data import Batch, Batches, Encoded, encode_all, load_preferences, pack
 from model import GPT, GPTConfig
-from runtime.cli import Parser, command, number_type
+from runtime.cli import Parser, command, number_type, only_one_process
 from runtime.errors import UserError
 from runtime.packing import best_row_length
 from runtime.parallel import allow_any_size, compiled_logps, set_precision
@@ -743,6 +743,7 @@ def machine(args):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    only_one_process("the benchmark")
     config = GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
     if args.threads:
         torch.set_num_threads(args.threads)

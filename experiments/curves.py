@@ -20,7 +20,7 @@ import math
 from pathlib import Path
 
 from experiments.plot import BLUE, GREY, ORANGE, pyplot, save
-from runtime.cli import Parser, command
+from runtime.cli import Parser, command, only_one_process
 from runtime.errors import UserError
 from train_dpo import COLUMNS
 
@@ -144,6 +144,7 @@ def parse_args(argv):
 @command
 def main(argv=None):
     args = parse_args(argv)
+    only_one_process("drawing")
     if args.out and args.out.suffix != ".svg":
         raise UserError(f"--out {args.out}: expected a name that ends in .svg")
     metrics = read_metrics(args.folder / "metrics.csv")

@@ -44,7 +44,7 @@ from experiments.best_of import best_of, draw_answers
 from experiments.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, pyplot, save
 from model import GPT
 from runtime.checkpoint import open_checkpoint
-from runtime.cli import Parser, command, number_type, set_up
+from runtime.cli import Parser, command, number_type, only_one_process, set_up
 from runtime.errors import UserError
 from runtime.files import make_folder, write_json
 from runtime.report import side_by_side, table
@@ -334,6 +334,7 @@ def parse_args(argv):
 @command
 def main(argv=None):
     args, seeds, rest = parse_args(argv)
+    only_one_process("the frontier")
     make_folder(args.out)
     start = prepare(args)
     shared = {"start": start.key, "prompts": args.eval_prompts, "flags": rest}

@@ -63,6 +63,12 @@ def set_up(args):
     return device
 
 
+def only_one_process(what):
+    """Raise UserError if torchrun started several processes: `what` cannot be shared among them."""
+    if dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        raise UserError(f"{what} takes one process: start it without torchrun")
+
+
 def choose_folder(args):
     """Set --out to its default if it was not given."""
     if args.out is not None:

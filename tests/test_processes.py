@@ -32,7 +32,9 @@ import runtime.run  # noqa: E402
 import sample  # noqa: E402
 import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
+from classroom import assignment  # noqa: E402
 from data import Batches, Encoded  # noqa: E402
+from experiments import benchmark, curves  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from runtime.checkpoint import load_checkpoint  # noqa: E402
 from runtime.cli import set_up  # noqa: E402
@@ -275,6 +277,33 @@ def test_variables_that_a_cluster_left_over_change_nothing(left_over):
                           env=os.environ | left_over, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("train_dpo.py: argument --beta: expected")
+
+
+def test_the_frontier_under_torchrun_says_how_to_start_it(tmp_path):
+    done = torchrun("-m", "experiments.frontier", "--out", tmp_path / "out")
+    assert done.returncode != 0 and not (tmp_path / "out").exists()
+    assert done.stderr.count("frontier.py: the frontier takes one process: start it without "
+                             "torchrun") == 1
+
+
+@pytest.mark.parametrize("module, argv, what", [
+    (benchmark, [], "the benchmark"), (curves, ["."], "drawing"),
+    (sample, ["--prompt", ""], "talking"),
+    (assignment, ["--list"], "making or grading an assignment")])
+def test_tools_that_cannot_share_their_work_refuse_several_processes(module, argv, what,
+                                                                      monkeypatch, capsys):
+    """Of two processes that torchrun started, this is the first. With one process, torchrun is as
+    good as python."""
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runtime.cli, "join_processes", lambda device: None)
+    with pytest.raises(SystemExit) as caught:
+        module.main(argv)
+    assert caught.value.code == 2
+    message = f"{what} takes one process: start it without torchrun\n"
+    assert capsys.readouterr().err.endswith(message)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    runtime.cli.only_one_process(what)
 
 
 def test_fewer_prompts_than_processes_is_one_sentence(monkeypatch):
