@@ -22,7 +22,6 @@ far the protection goes.
 """
 
 import ast
-import json
 import math
 import os
 import re
@@ -54,6 +53,7 @@ from classroom.exercises import (
 )
 from runtime.cli import Parser, command, number_type, only_one_process
 from runtime.errors import UserError
+from runtime.files import write_json
 
 POINTS = 10.0                       # per exercise
 SHEET = "EXERCISES.md"
@@ -107,7 +107,16 @@ def make_copy(folder, exercises):
         raise UserError(f"--out {folder}: already exists; choose a new or empty folder")
     if any((ROOT / name) in [folder.resolve(), *folder.resolve().parents] for name in COPIED):
         raise UserError(f"--out {folder}: inside a folder that is copied; choose one elsewhere")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        copy = Path(scratch) / "copy"
+        write_copy(copy, exercises, chosen)
+        os.replace(copy, folder)        # complete or absent: until here it has our solutions
+
+
+def write_copy(folder, exercises, chosen):
+    """Write the student's copy to a new folder. chosen: the exercises by_module."""
+    folder.mkdir()
     ignored = shutil.ignore_patterns("__pycache__", ".*", "out", *LEFT_OUT)
     for path in sorted(ROOT.iterdir()):
         if path.is_dir() and path.name in COPIED:
@@ -488,9 +497,12 @@ def main(argv=None):
     elif args.grade:
         if not args.grade.is_dir():
             raise UserError(f"--grade {args.grade}: no such folder")
+        if not args.results.parent.is_dir():
+            raise UserError(f"--results {args.results}: there is no such folder to write to")
         results = grade(args.grade, args.exercises, args.seconds, args.jobs)
-        args.results.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        print(f"{results['output']}\nwrote {args.results}")
+        print(results["output"])
+        write_json(args.results, results)
+        print(f"wrote {args.results}")
     else:
         wrong = check(args.exercises, args.seconds, args.jobs)
         if wrong:

@@ -70,6 +70,7 @@ from data import Batch, Batches, Encoded, encode_all, load_preferences, pack
 from model import GPT, GPTConfig
 from runtime.cli import Parser, command, number_type, only_one_process
 from runtime.errors import UserError
+from runtime.files import write_json
 from runtime.packing import best_row_length
 from runtime.parallel import allow_any_size, compiled_logps, set_precision
 from runtime.rows import Skipped
@@ -756,8 +757,7 @@ def main(argv=None):
     if args.json:
         settings = {key: str(value) if isinstance(value, Path) else value
                     for key, value in vars(args).items()}
-        content = {"machine": facts, "settings": settings, "lines": lines}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, {"machine": facts, "settings": settings, "lines": lines})
     failed = [f"{line['workload']} {line['rung']}" for line in lines if "failed" in line]
     if failed:
         raise UserError(f"not measured: {', '.join(failed)}")

@@ -7,6 +7,7 @@ differ by colour alone.
 """
 
 from runtime.errors import UserError
+from runtime.files import replacing
 
 GREY = "#7a7a7a"
 BLUE, ORANGE, GREEN, PURPLE = "#1f7fc4", "#d55e00", "#0a8f6a", "#b5609a"
@@ -32,5 +33,7 @@ def pyplot():
 
 def save(figure, path):
     """Write a figure as an SVG file with a transparent background."""
-    figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+    with replacing(path) as file:
+        figure.savefig(file, format="svg", transparent=True, bbox_inches="tight",
+                       metadata={"Date": None})
     print(f"wrote {path}")

@@ -45,6 +45,7 @@ from pathlib import Path
 from runtime.checkpoint import open_policies
 from runtime.cli import Parser, command, number_type, set_up
 from runtime.errors import UserError
+from runtime.files import replacing, write_json
 from runtime.flags import add_shared_flags, choose_task
 from sample import decode_answer, encode_prompt, sample, wilson
 from tasks import held_out_pairs, task_of
@@ -235,10 +236,10 @@ def ask(args):
         content = page(questions, args.form)
     else:
         content = "".join(requests(questions, args.form, args.judge_model))
-    args.ask.write_text(content, encoding="utf-8")
     key_path = Path(f"{args.ask}.key.json")
-    key = {"form": args.form, "policies": list(texts), "order": order}
-    key_path.write_text(json.dumps(key, indent=1) + "\n")
+    write_json(key_path, {"form": args.form, "policies": list(texts), "order": order})
+    with replacing(args.ask) as file:
+        file.write(content.encode())
     print(f"wrote {len(questions)} questions to {args.ask}, and to {key_path} which answer is "
           "whose; keep it from the judges")
 

@@ -25,10 +25,13 @@ except ImportError:             # Windows has no such locks
 def replacing(path):
     """Open a binary file for writing in a with block. The file is complete or unchanged: the block
     writes to a temporary file beside it, which is flushed to disk and renamed to `path` (or to the
-    file that a link at `path` points to). With several processes, only the first one writes, and
-    all wait for it. Raises UserError if the disk is full or the file cannot be written."""
+    file that a link at `path` points to). A device or a pipe, such as /dev/null, is written in
+    place. With several processes, only the first one writes, and all wait for it. Raises UserError
+    if the disk is full or the file cannot be written."""
     if process_rank() > 0:
-        with open(os.devnull, "wb") as file:
+        path = os.devnull
+    if path == os.devnull or Path(path).is_char_device() or Path(path).is_fifo():
+        with open(path, "wb") as file:
             yield file
         barrier()
         return

@@ -250,6 +250,16 @@ def test_a_copy_has_neither_the_guide_for_teachers_nor_old_runs(outcomes):
     assert (outcomes["folder"] / "classroom/GUIDE.md").read_text().count("\n") == 1
 
 
+def test_a_copy_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    """Above all not a folder that still has our solutions."""
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(assignment, "without_bodies", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        assignment.make_copy(tmp_path / "class", [EXERCISES[1]])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_copy_can_neither_make_copies_nor_grade(outcomes, tmp_path):
     command = [sys.executable, "-m", "classroom.assignment", "--out", str(tmp_path / "another")]
     answer = subprocess.run(command, cwd=outcomes["folder"], capture_output=True, text=True)
@@ -545,6 +555,8 @@ def test_the_guide_lists_the_exercises_as_they_are():
     (assignment.main, ["--out", str(ROOT / "tests" / "class")], "inside a folder that is copied"),
     (assignment.main, ["--list", "--exercises", "1;2"], "--exercises 1;2: expected"),
     (assignment.main, ["--grade", "{here}/nowhere"], "no such folder"),
+    (assignment.main, ["--grade", "{here}", "--results", "{here}/nowhere/r.json"],
+     "r.json: there is no such folder to write to"),
     (assignment.main, ["--list", "--seconds", "0"], "--seconds"),
     (wrong_answers.main, ["no_such_mutant"], "no mutant no_such_mutant"),
     (wrong_answers.main, ["--tests", "{here}/nowhere.py"], "no such file"),

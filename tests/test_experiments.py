@@ -3,10 +3,12 @@
     pytest tests/test_experiments.py
 """
 
+import errno
 import html
 import importlib.util
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -248,6 +250,22 @@ def test_a_picture_has_to_be_named_as_an_svg(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         curves.main([str(tmp_path), "--out", str(tmp_path / "pic")])
     assert caught.value.code == 2 and "a name that ends in .svg" in capsys.readouterr().err
+
+
+@needs_matplotlib
+def test_a_picture_that_cannot_be_finished_leaves_the_one_before(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    curves.main([str(tmp_path)])
+    before = (tmp_path / "curves.svg").read_bytes()
+
+    def full(figure, file, **_):
+        with (file if hasattr(file, "write") else open(file, "wb")) as opened:
+            opened.write(b"<svg")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert "curves.svg: cannot be written: No space" in refused(curves.main, [tmp_path], capsys)
+    assert (tmp_path / "curves.svg").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.csv", "curves.svg"}
 
 
 @needs_matplotlib

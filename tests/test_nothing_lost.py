@@ -31,7 +31,7 @@ from data import Batches, Encoded
 from model import GPT, GPTConfig
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.errors import UserError
-from runtime.files import replacing
+from runtime.files import replacing, write_json
 from runtime.run import Log, load_state
 
 ROOT = Path(__file__).parent.parent
@@ -615,6 +615,15 @@ def test_a_link_keeps_pointing_to_the_larger_disk(tmp_path):
     (tmp_path / "a.pt").symlink_to(tmp_path / "large" / "a.pt")
     save_checkpoint(tmp_path / "a.pt", GPT(GPTConfig(8, 20, 1, 1, 4)))
     assert (tmp_path / "a.pt").is_symlink() and (tmp_path / "large" / "a.pt").is_file()
+
+
+def test_a_pipe_is_written_in_place(tmp_path):
+    """Nor is /dev/null replaced by a file, as root could."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(tmp_path / "pipe", [])
+    assert os.read(reader, 100) == b"[]\n" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
