@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import train_dpo
 import train_sft
-from data import Encoded
+from data import Encoded, best_answers
 from experiments.best_of import best_of, draw_answers
 from experiments.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, pyplot, save
 from model import GPT
@@ -122,7 +122,8 @@ def train(start, loss, flags, folder):
     if loss == "sft_chosen":
         module = train_sft
         args = train_sft.parse_args(flags)
-        training, held_out = best_answers(training), best_answers(held_out)
+        training, held_out = [[Encoded(*best) for best in best_answers(items)]
+                              for items in (training, held_out)]
     else:
         module = train_dpo
         args = train_dpo.parse_args([*flags, "--loss", loss])
@@ -138,16 +139,6 @@ def train(start, loss, flags, folder):
 def remove_training_state(folder):
     for state in folder.glob("*_state.*"):
         state.unlink()
-
-
-def best_answers(items):
-    """For SFT: each of a list of Encoded with only its best answer, the winner of its first pair.
-    """
-    best = []
-    for item in items:
-        winner, _ = item.pairs[0]
-        best.append(Encoded(item.prompt, [item.answers[winner]], []))
-    return best
 
 
 def train_and_measure(start, args, loss, flags, folder):
