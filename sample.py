@@ -47,7 +47,7 @@ from runtime.files import make_folder, write_json
 from runtime.flags import parse_sample_flags
 from runtime.parallel import all_gather, compiled_logps, process_rank, world_size
 from runtime.report import final_report, names_of, side_by_side
-from tasks import held_out_pairs, task_of
+from tasks import held_out_pairs, held_out_prompts, task_of
 
 Z_95 = 1.959964     # 95 % of a normal distribution lie within this many standard deviations
 
@@ -308,10 +308,7 @@ def measure(paths, device, args):
     policies = {names[path]: models[names[path]] for path in paths}
     baseline, pi_ref = names[args.baseline or paths[0]], models[names[reference]]
     items = held_out_pairs(tokenizer, common_block_size(models), args)
-    prompts = task.prompts(items, tokenizer, args)
-    if len(prompts) < 2:
-        raise UserError(f"{args.task or args.data}: fewer than two held-out prompts to measure on")
-
+    prompts = held_out_prompts(items, tokenizer, args)
     measures, texts = evaluate(policies, pi_ref, prompts, tokenizer, args.max_new_tokens,
                                args.seed + 1, task.reward, task.well_formed, baseline)
     for name in policies:

@@ -27,7 +27,7 @@ from runtime.files import make_folder, write_json
 from runtime.flags import add_measuring_flags, add_shared_flags, choose_task
 from runtime.report import names_of, table
 from sample import decode_answer, encode_prompt, means, sample, score
-from tasks import held_out_pairs, task_of
+from tasks import held_out_pairs, held_out_prompts, task_of
 
 
 def draw_answers(model, prompts, tokenizer, count, max_new_tokens, seed,
@@ -130,9 +130,7 @@ def main(argv=None):
         by, measure = f"the implicit reward of {checkpoint}", "implicit_reward"
     row_length = common_block_size(models)
     items = [] if task.reward else held_out_pairs(tokenizer, row_length, args)
-    prompts = task.prompts(items, tokenizer, args)
-    if len(prompts) < 2:
-        raise UserError(f"{args.task or args.data}: fewer than two held-out prompts to measure on")
+    prompts = held_out_prompts(items, tokenizer, args)
     columns = draw_answers(pi_ref, prompts, tokenizer, max(args.numbers), args.max_new_tokens,
                            args.seed + 1, task.reward, task.well_formed, **judge)
     measures = best_of(columns, args.numbers, measure)

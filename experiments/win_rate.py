@@ -48,7 +48,7 @@ from runtime.errors import UserError
 from runtime.files import replacing, write_json
 from runtime.flags import add_shared_flags, choose_task
 from sample import decode_answer, encode_prompt, sample, wilson
-from tasks import held_out_pairs, task_of
+from tasks import held_out_pairs, held_out_prompts, task_of
 
 # The prompts of C.2, word for word except for typesetting. `requests` fills in {prompt}, {A}, {B}.
 SUMMARY = """\
@@ -221,9 +221,8 @@ def ask(args):
     if len(policies) != 2:
         raise UserError("--between needs two different checkpoints")
     row_length = min(model.config.block_size for model in policies.values())
-    task = task_of(args)
-    items = [] if task.reward else held_out_pairs(tokenizer, row_length, args)
-    prompts = task.prompts(items, tokenizer, args)
+    items = [] if task_of(args).reward else held_out_pairs(tokenizer, row_length, args)
+    prompts = held_out_prompts(items, tokenizer, args)
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     texts = {}
     for i, (name, model) in enumerate(policies.items(), 1):
@@ -442,7 +441,7 @@ def parse_args(argv):
         help="C.2's question: about dialogue, or about summaries without (summary_s) or with "
              "(summary_c) a request for conciseness (default: summary_c for --task tldr, else "
              "dialogue)")
-    add("--questions", type=number_type(int, 1), default=25, dest="eval_prompts",
+    add("--questions", type=number_type(int, 2), default=25, dest="eval_prompts",
         help="held-out prompts to ask about (default 25, the number each rater gets in D.3)")
     add("--max-new-tokens", type=number_type(int, 1), default=96,
         help="longest sampled answer (default 96)")

@@ -71,3 +71,12 @@ def held_out_pairs(tokenizer, row_length, args):
         return []
     return read_and_report(f"{name}, held out", args.strict, encode_all, task.held_out(args),
                            tokenizer, row_length)
+
+
+def held_out_prompts(items, tokenizer, args):
+    """At most --eval-prompts held-out prompts to measure on, as texts; items are those of
+    held_out_pairs. Raises UserError if there are fewer than two, which have no standard error."""
+    prompts = task_of(args).prompts(items, tokenizer, args)
+    if len(prompts) < 2:
+        raise UserError(f"{args.task or args.data}: fewer than two held-out prompts to measure on")
+    return prompts

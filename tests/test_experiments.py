@@ -14,6 +14,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ from hypothesis import given, settings, strategies as st
 
 import sample
 import train_dpo
+from data import Encoded, is_held_out
 from experiments import best_of, curves, frontier, win_rate
 from model import GPT, GPTConfig
 from runtime.checkpoint import save_checkpoint
+from tasks import held_out_prompts
 from tasks.tokenizers import get_tokenizer
 
 TOKENIZER = get_tokenizer("reviews")
@@ -416,6 +419,29 @@ def test_a_preference_file_is_asked_about_with_its_own_prompts(run, tmp_path):
     lines = (tmp_path / "q.jsonl").read_text().splitlines()
     assert 2 <= len(lines) <= 25 and all("Post:\\n\\nThe plot" in line or "Post:\\nThe plot" in line
                                         for line in lines)
+
+
+@pytest.mark.parametrize("main, flags", [
+    (sample.main, ["--evaluate"]), (best_of.main, ["--judge", "implicit"]),
+    (win_rate.main, ["--ask", "{out}/q.jsonl"])])
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_prompts_are_too_few_to_measure_on(run, tmp_path, capsys, main, flags,
+                                                          count):
+    """One value has no standard error."""
+    prompts = [f"The plot {i}" for i in range(60)]
+    held_out = [prompt for prompt in prompts if is_held_out(prompt)]
+    kept = [prompt for prompt in prompts if not is_held_out(prompt)] + held_out[:count]
+    data = write_lines(tmp_path / "few.jsonl", [
+        {"prompt": prompt, "chosen": " was good.", "rejected": " was dull."} for prompt in kept])
+    flags = [flag.format(out=tmp_path) for flag in flags]
+    with pytest.raises(SystemExit) as caught:
+        main([*flags, "--data", str(data), "--out", str(run), "--device", "cpu"])
+    message = capsys.readouterr().err.splitlines()[-1]      # after warnings: another task's policy
+    assert caught.value.code == 2
+    assert message.endswith(f"{data}: fewer than two held-out prompts to measure on")
+    items = [Encoded([0, *TOKENIZER.encode_ordinary(prompt)], [], []) for prompt in held_out[:2]]
+    args = SimpleNamespace(data=data, eval_prompts=9)
+    assert held_out_prompts(items, TOKENIZER, args) == held_out[:2]         # two are enough
 
 
 # ------------------------------------------------------------------------------------------------
