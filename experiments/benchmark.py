@@ -131,7 +131,8 @@ def load_steps(args, config):
     """The batches to time, the same for every rung: lists of Encoded with args.pairs pairs each.
 
     The answers to a prompt stay together, so args.pairs is first rounded up to a multiple of the
-    pairs of a prompt, which is six for c1.
+    pairs of a prompt, which is six for c1. Raises UserError if a step has fewer prompts than
+    micro-batches.
     """
     n_steps = args.warmup + args.steps
     if args.data:
@@ -143,7 +144,12 @@ def load_steps(args, config):
         args.pairs = math.ceil(args.pairs / pairs) * pairs
         items = synthetic(workload, n_steps * args.pairs // pairs, config, args.seed)
     batches = Batches(items, args.pairs, args.seed)
-    return [batches[step] for step in range(n_steps)]
+    steps = [batches[step] for step in range(n_steps)]
+    fewest = min(map(len, steps))
+    if args.accumulate > fewest:
+        raise UserError(f"--accumulate {args.accumulate}: the prompts of a step of {args.pairs} "
+                        f"pairs are as few as {fewest}, and every micro-batch needs one")
+    return steps
 
 
 # ------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from experiments.benchmark import (
     useful_flops,
 )
 from model import GPT, GPTConfig
+from runtime.errors import UserError
 from tasks.tokenizers import get_tokenizer
 from train_dpo import dpo_loss
 
@@ -207,6 +208,29 @@ def test_executed_flops_are_those_counted_by_hand():
     model.vocab_multiple = 64
     assert executed("answer-logits") == 3 * (36_864 + 2_688 + 4_000)
     assert executed("shared") == 3 * (49_152 + 16_384 + 5_120)
+
+
+def test_a_step_with_fewer_prompts_than_micro_batches_is_refused():
+    """c1 has six pairs to a prompt, so 12 pairs are two prompts."""
+    flags = ["--workload", "c1", "--pairs", "12", "--accumulate"]
+    config = GPTConfig(n_layer=1)
+    assert len(benchmark.load_steps(benchmark.parse_args([*flags, "2"]), config)) == 7
+    with pytest.raises(UserError, match="--accumulate 3: .* 12 pairs are as few as 2"):
+        benchmark.load_steps(benchmark.parse_args([*flags, "3"]), config)
+
+
+def test_the_step_with_the_fewest_prompts_decides(tmp_path, monkeypatch):
+    """One prompt has three pairs and three have one, so of the steps of three pairs some have three
+    prompts, and others one or two."""
+    monkeypatch.setattr(benchmark, "get_tokenizer", lambda name: get_tokenizer("reviews"))
+    rows = [{"prompt": f"The {i}", "answers": [" was good", " was dull", " was"][:n],
+             "ranking": list(range(n))} for i, n in enumerate([3, 2, 2, 2])]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", str(tmp_path / "pairs.jsonl"), "--pairs", "3", "--accumulate"]
+    steps = load_steps(parse_args([*flags, "1"]), GPTConfig())
+    assert max(map(len, steps)) == 3 and min(map(len, steps)) < 3
+    with pytest.raises(UserError, match="--accumulate 3: .* 3 pairs are as few as"):
+        load_steps(parse_args([*flags, "3"]), GPTConfig())
 
 
 @pytest.mark.parametrize("name", ["reference-once", "answer-logits", "packed", "shared"])
