@@ -285,8 +285,10 @@ def test_compiled_logps_are_the_eager_ones():
         try:
             got = compiled_logps_of(batch)
             got.sum().backward()
-        except Exception as error:                          # no C++ compiler on this machine
-            pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
+        except Exception as error:
+            if "InvalidCxxCompiler" not in str(error):
+                raise
+            pytest.skip("there is no C++ compiler on this machine")
         expected = eager.logps(batch)
         expected.sum().backward()
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

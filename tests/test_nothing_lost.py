@@ -646,14 +646,19 @@ def test_on_a_gpu_a_run_goes_on_between_two_lines_of_the_log(tmp_path):
     assert len((tmp_path / "sft_metrics.csv").read_text().splitlines()) == 1 + 3
 
 
-def test_no_state_is_left_when_all_is_done_and_checkpoints_have_plain_keys(tmp_path):
+def test_no_state_is_left_when_all_is_done_and_checkpoints_have_plain_keys(tmp_path, monkeypatch):
     """No `_orig_mod.` of torch.compile, and no `module.` of a wrapper for several processes."""
-    flags = ["--out", str(tmp_path), "--device", "cpu", "--save-every", "0"]
+    compiled, torch_compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or torch_compile(
+        f, backend="eager"))            # all but the kernels, which need a C++ compiler
+    flags = ["--out", str(tmp_path), "--device", "cpu", "--save-every", "0", "--compile", "on"]
     rows = [{"prompt": f"P {i}", "chosen": f" good {i}", "rejected": " bad"} for i in range(30)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags += ["--data", str(tmp_path / "a.jsonl"), "--tokenizer", "reviews", "--steps", "1"]
     train_sft.main([*flags, *"--n-layer 1 --n-head 1 --n-embd 8 --block-size 64".split()])
+    sft_compiled = len(compiled)
     train_dpo.main([*flags, "--eval-prompts", "2", "--max-new-tokens", "4"])
+    assert 0 < sft_compiled < len(compiled)
     assert not list(tmp_path.glob("*_state.pt"))
     for name in ("sft.pt", "dpo.pt"):
         keys = torch.load(tmp_path / name, weights_only=True)["model"].keys()

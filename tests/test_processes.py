@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,8 @@ def work(folder):
         train("SFT", out)
     except runtime.errors.Interrupted:
         torch.save(load_state(out / "sft_state.pt")["step"], out / f"stopped_{process_rank()}.pt")
+        if process_rank() == 0:
+            shutil.copy(out / "sft_state.pt", folder / "after_step_2.pt")
     train_sft.update = right
     model = train("SFT", out, resume=True)
     torch.save((model.state_dict(), 0), out / f"process_{process_rank()}.pt")
@@ -203,13 +206,17 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(pair, tmp_path):
 
 
 def test_a_run_may_go_on_with_another_number_of_processes(pair, tmp_path):
-    """The training state of two processes is resumed by one: it does not depend on their number."""
-    state = load_state(pair / "DPO" / "dpo_state.pt")
-    assert state["step"] == STEPS
-    (tmp_path / "dpo_state.pt").write_bytes((pair / "DPO" / "dpo_state.pt").read_bytes())
-    weights, _ = torch.load(pair / "DPO" / "process_0.pt", weights_only=True)
-    resumed = train("DPO", tmp_path, resume=True).state_dict()      # no step is left
-    assert all(torch.equal(resumed[key], weight) for key, weight in weights.items())
+    """Two processes were stopped after three of the four steps. One goes on with their training
+    state, which does not depend on their number, and ends where one process alone ends, with the
+    metrics of all four steps."""
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(pair / "after_step_2.pt", tmp_path / "resumed" / "sft_state.pt")
+    assert load_state(pair / "after_step_2.pt")["step"] == STEPS - 1
+    resumed = train("SFT", tmp_path / "resumed", resume=True).state_dict()
+    alone = train("SFT", tmp_path / "alone").state_dict()
+    for key, weight in resumed.items():
+        torch.testing.assert_close(weight, alone[key], rtol=0, atol=1e-9)
+    assert_alike(*(tmp_path / name / "sft_metrics.csv" for name in ("resumed", "alone")))
 
 
 # ------------------------------------------------------------------------------------------------
