@@ -239,6 +239,7 @@ FORBIDDEN = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.po
 # Events that are refused outside certain folders, and those of them that write.
 ON_FILES = ("open", "os.listdir", "os.scandir", "os.chdir", "os.rename", "os.remove", "os.mkdir",
             "os.rmdir", "os.truncate", "os.utime")
+WRITING_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 WRITING = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime")
 
 
@@ -255,17 +256,19 @@ def guard(folder, scratch):
     def writes(event, arguments):
         if event != "open":
             return event in WRITING
-        mode = arguments[1]
-        return isinstance(mode, str) and bool(set(mode) & set("wax+"))
+        _, mode, flags = arguments      # os.open has flags, but no mode
+        return bool(set(mode or "") & set("wax+") or flags & WRITING_FLAGS)
 
     def hook(event, arguments):
         if event.startswith(FORBIDDEN) and not event.startswith("shutil.rmtree"):
             raise PermissionError(f"not allowed here: {event}")
-        if event in ON_FILES and arguments and isinstance(arguments[0], (str, bytes)):
-            path = os.path.realpath(os.fsdecode(arguments[0]))
-            allowed = writable if writes(event, arguments) else readable
-            if not is_inside(path, allowed):
-                raise PermissionError(f"not allowed here: {event} of {path}")
+        paths = arguments[:2] if event == "os.rename" else arguments[:1]
+        for path in paths:
+            if event in ON_FILES and isinstance(path, (str, bytes)):
+                path = os.path.realpath(os.fsdecode(path))
+                allowed = writable if writes(event, arguments) else readable
+                if not is_inside(path, allowed):
+                    raise PermissionError(f"not allowed here: {event} of {path}")
     sys.addaudithook(hook)
 
 

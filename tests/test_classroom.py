@@ -308,6 +308,47 @@ def test_what_a_submission_tries_is_refused_and_the_next_claim_is_graded(outcome
     assert passed == {"test_a_ranking_of_three_is_three_pairs"}     # does not call rank_answers
 
 
+# Each attempt on a file that may be read, but not written, and on what may be written.
+ATTEMPTS = """
+import os, sys
+from classroom.sandbox import guard
+inside, package = sys.argv[1:]
+os.chdir(inside)
+sys.path.append(package)
+guard(inside, inside)
+for name, attempt in {
+        "open": lambda path: open(path, "a").close(),
+        "os.open": lambda path: os.close(os.open(path, os.O_WRONLY | os.O_CREAT)),
+        "truncate": lambda path: os.close(os.open(path, os.O_RDONLY | os.O_TRUNC)),
+        "rename from": lambda path: os.rename(path, "other"),
+        "rename to": lambda path: os.rename("other", path),
+        "remove": os.remove}.items():
+    for path in ("a", package + "/a"):
+        try:
+            attempt(path)
+            print(name, path == "a")
+        except PermissionError as error:
+            assert str(error).startswith("not allowed here: ")
+    open("other", "w").close()
+    open("a", "w").close()
+print(open(package + "/a").read())
+"""
+
+
+def test_only_its_own_folder_can_be_written_by_guarded_code(tmp_path):
+    """Python's own packages can be read, but in no way written, and the own folder in any way."""
+    inside, package = tmp_path / "inside", tmp_path / "site-packages"
+    for folder in (inside, package):
+        folder.mkdir()
+        (folder / "a").write_text("as it was")
+        (folder / "other").write_text("")
+    done = subprocess.run([sys.executable, "-c", ATTEMPTS, str(inside), str(package)], cwd=ROOT,
+                          capture_output=True, text=True)
+    allowed = ["open", "os.open", "truncate", "rename from", "rename to", "remove"]
+    assert done.stdout.splitlines() == [f"{name} True" for name in allowed] + ["as it was"], (
+        done.stderr)
+
+
 def test_a_forged_record_is_not_believed(outcomes):
     """The forged records lack the nonce. Claims that passed before the exit count, except the last
     one, because the process may have ended during it."""
