@@ -177,7 +177,8 @@ def wilson(scores):
 
     Without ties it is Wilson's: it contains every rate p with |share - p| <= z sqrt(p (1 - p) / n),
     where z = 1.96. Unlike the share +- 2 standard errors, it stays within 0 and 1 and does not
-    shrink to a point if all were won. With ties, p (1 - p) is less by their mean score (1 - score).
+    shrink to a point if all were won. Ties vary less than wins and losses do: with them, the mean
+    of score (1 - score) is subtracted from p (1 - p).
     """
     n = len(scores)
     share, z2 = sum(scores) / n, Z_95**2 / n

@@ -136,8 +136,10 @@ def load_steps(args, config):
     """
     n_steps = args.warmup + args.steps
     if args.data:
-        items = encode_all(load_preferences(args.data), get_tokenizer("gpt2"), config.block_size,
-                           Skipped())
+        encoded = encode_all(load_preferences(args.data), get_tokenizer("gpt2"), config.block_size,
+                             Skipped())
+        items = [Encoded(list(item.prompt), list(map(list, item.answers)), item.pairs)
+                 for item in encoded]           # lists, as TRL and `pad` want them
     else:
         workload = WORKLOADS[args.workload[0]]
         pairs = math.comb(workload.answers, 2)
@@ -147,8 +149,8 @@ def load_steps(args, config):
     steps = [batches[step] for step in range(n_steps)]
     fewest = min(map(len, steps))
     if args.accumulate > fewest:
-        raise UserError(f"--accumulate {args.accumulate}: a step of {args.pairs} pairs has only "
-                        f"{fewest} prompts, and every micro-batch needs one")
+        raise UserError(f"--accumulate {args.accumulate}: the prompts of a step of {args.pairs} "
+                        f"pairs are as few as {fewest}, and every micro-batch needs one")
     return steps
 
 

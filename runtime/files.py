@@ -31,7 +31,7 @@ def replacing(path):
     if the disk is full or the file cannot be written."""
     if process_rank() > 0:
         path = os.devnull
-    if Path(path).is_char_device() or Path(path).is_fifo():
+    if path == os.devnull or Path(path).is_char_device() or Path(path).is_fifo():
         with open(path, "wb") as file:
             yield file
         barrier()

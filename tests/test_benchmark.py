@@ -215,8 +215,22 @@ def test_a_step_with_fewer_prompts_than_micro_batches_is_refused():
     flags = ["--workload", "c1", "--pairs", "12", "--accumulate"]
     config = GPTConfig(n_layer=1)
     assert len(benchmark.load_steps(benchmark.parse_args([*flags, "2"]), config)) == 7
-    with pytest.raises(UserError, match="--accumulate 3: a step of 12 pairs has only 2 prompts"):
+    with pytest.raises(UserError, match="--accumulate 3: .* 12 pairs are as few as 2"):
         benchmark.load_steps(benchmark.parse_args([*flags, "3"]), config)
+
+
+def test_the_step_with_the_fewest_prompts_decides(tmp_path, monkeypatch):
+    """One prompt has three pairs and three have one, so of the steps of three pairs some have three
+    prompts, and others one or two."""
+    monkeypatch.setattr(benchmark, "get_tokenizer", lambda name: get_tokenizer("reviews"))
+    rows = [{"prompt": f"The {i}", "answers": [" was good", " was dull", " was"][:n],
+             "ranking": list(range(n))} for i, n in enumerate([3, 2, 2, 2])]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", str(tmp_path / "pairs.jsonl"), "--pairs", "3", "--accumulate"]
+    steps = load_steps(parse_args([*flags, "1"]), GPTConfig())
+    assert max(map(len, steps)) == 3 and min(map(len, steps)) < 3
+    with pytest.raises(UserError, match="--accumulate 3: .* 3 pairs are as few as"):
+        load_steps(parse_args([*flags, "3"]), GPTConfig())
 
 
 @pytest.mark.parametrize("name", ["reference-once", "answer-logits", "packed", "shared"])

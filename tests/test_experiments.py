@@ -14,6 +14,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +22,11 @@ from hypothesis import given, settings, strategies as st
 
 import sample
 import train_dpo
-from data import is_held_out
+from data import Encoded, is_held_out
 from experiments import best_of, curves, frontier, ppo, reward_model, win_rate
 from model import GPT, GPTConfig
 from runtime.checkpoint import save_checkpoint
+from tasks import held_out_prompts
 from tasks.tokenizers import get_tokenizer
 
 TOKENIZER = get_tokenizer("reviews")
@@ -473,6 +475,9 @@ def test_fewer_than_two_prompts_are_too_few_to_measure_on(run, tmp_path, capsys,
     message = capsys.readouterr().err.splitlines()[-1]      # after warnings: another task's policy
     assert caught.value.code == 2
     assert message.endswith(f"{data}: fewer than two held-out prompts to measure on")
+    items = [Encoded([0, *TOKENIZER.encode_ordinary(prompt)], [], []) for prompt in held_out[:2]]
+    args = SimpleNamespace(data=data, eval_prompts=9)
+    assert held_out_prompts(items, TOKENIZER, args) == held_out[:2]         # two are enough
 
 
 # ------------------------------------------------------------------------------------------------
@@ -612,6 +617,9 @@ def test_of_two_downloads_of_one_rater_the_later_one_counts(tmp_path, capsys):
     win_rate.main(["--read", str(tmp_path / "k.json"), *no_time])
     report = capsys.readouterr().out            # the one that was named last counts: B
     assert "1 file, 1 answers" in report and numbers(report, "dpo over sft")[0] == "0.000"
+    no_id = [rater_file(tmp_path / f"{name}.json", {"q0": name}, rater=None) for name in "AB"]
+    win_rate.main(["--read", str(tmp_path / "k.json"), *no_id])
+    assert "raters: 2 files, 2 answers" in capsys.readouterr().out
 
 
 def test_the_page_says_who_downloaded_and_when():

@@ -118,8 +118,7 @@ def test_results_have_a_mean_and_a_standard_error_for_each_measure(run):
     assert results["beta"] == 0.1 and results["prompts"] >= 2
     assert list(results["policies"]) == ["sft", "dpo"]
     for measures in results["policies"].values():
-        assert set(measures) == {"kl", "kl_se", "length", "length_se", "finished",
-                                 "finished_se"}
+        assert set(measures) == {"kl", "kl_se", "length", "length_se", "finished", "finished_se"}
     assert results["policies"]["sft"]["kl"] == results["policies"]["sft"]["kl_se"] == 0
 
 
