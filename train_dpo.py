@@ -24,7 +24,8 @@ reward model: it fits the policy itself to the pairs, by maximum likelihood:
 The log-probs under pi_ref never change, so they are computed once, before training.
 
 Writes to out/<task>/: preferences.jsonl (if the task samples its own), reference.json, dpo.pt,
-metrics.csv, results.json. Left out on purpose: the reward model and PPO, which DPO replaces.
+metrics.csv, results.json. Left out on purpose: the reward model and PPO, which DPO replaces; they
+are in experiments/.
 Equations, sections and appendices named here are those of the paper, arXiv 2305.18290. The paper
 writes preferred and dispreferred, or w and l (winner and loser); files say chosen and rejected.
 """

@@ -210,32 +210,38 @@ def advantages_and_returns(rolled, beta):
 
 def improve(actor, critic, rolled, advantages, returns, step, log, args):
     """Four passes over a Rollout, in minibatches, with an update of policy and critic for each.
+    actor, critic: Learners."""
+    factor = warmup(step, args.warmup)
+    for rows in minibatches(len(rolled.items), args, step):                 # answers, by index
+        items = [rolled.items[i] for i in rows]
+        n_tokens = sum(len(item.answers[0]) for item in items)
+        for share in deal(items, args.accumulate):                          # of this process
+            batch = pack_for_model([items[i] for i in share], args.row_length, actor.model)
+            answers, columns = places(batch)
+            at = rolled.mask.new_tensor(rows[share], dtype=torch.int64)[answers], columns
+            # The policy: compare the log-probs of now with those of the rollout.
+            logps = actor.model.token_logps(batch)                          # (S,)
+            losses = clipped_loss(logps, rolled.logps[at], advantages[at], CLIP)
+            actor.scaler.scale(losses.sum() / n_tokens).backward()
+            # The critic: fit its values to the returns.
+            values = critic.model.values(batch)                             # (S,)
+            value_losses = clipped_value_loss(values, rolled.values[at], returns[at], CLIP)
+            critic.scaler.scale(value_losses.sum() / n_tokens).backward()
+            ratios = (logps.detach() - rolled.logps[at]).exp()
+            log.add(len(logps), value_loss=value_losses.detach().sum(),
+                    clipped=((ratios - 1).abs() > CLIP).sum())
+        log.note_update(step, actor.update(factor, args.clip), factor * actor.lr)
+        critic.update(factor, args.clip)
 
-    actor, critic: Learners. The order of the minibatches depends only on --seed and the step.
-    """
-    policy, factor = actor.model, warmup(step, args.warmup)
+
+def minibatches(n_answers, args, step):
+    """Yield the answers of each minibatch, an array of indices, PASSES times over in a new order
+    each time. It depends only on --seed and the step."""
     rng = np.random.default_rng([args.seed, step])
     for _ in range(PASSES):
-        order = torch.from_numpy(rng.permutation(len(rolled.items)))
-        for rows in order.split(args.minibatch):                            # answers, by index
-            items = [rolled.items[i] for i in rows]
-            n_tokens = rolled.mask[rows].sum().item()
-            for share in deal(items, args.accumulate):                      # of this process
-                batch = pack_for_model([items[i] for i in share], args.row_length, policy)
-                answers, columns = places(batch)
-                at = rows[share][answers], columns                          # (S,) into (N, L)
-                old_logps, old_values = rolled.logps[at], rolled.values[at]
-                logps = policy.token_logps(batch)                           # (S,)
-                losses = clipped_loss(logps, old_logps, advantages[at], CLIP)
-                actor.scaler.scale(losses.sum() / n_tokens).backward()
-                values = critic.model.values(batch)                         # (S,)
-                value_losses = clipped_value_loss(values, old_values, returns[at], CLIP)
-                critic.scaler.scale(value_losses.sum() / n_tokens).backward()
-                moved = (logps.detach() - old_logps).exp() - 1
-                log.add(len(logps), value_loss=value_losses.detach().sum(),
-                        clipped=(moved.abs() > CLIP).sum())
-            log.note_update(step, actor.update(factor, args.clip), factor * actor.lr)
-            critic.update(factor, args.clip)
+        order = rng.permutation(n_answers)
+        for start in range(0, n_answers, args.minibatch):
+            yield order[start:start + args.minibatch]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -296,6 +302,8 @@ def train(policy, reference, prompts, score_answers, eot, args):
     log = Log(args.out / "ppo_metrics.csv", COLUMNS, batches, actor.scaler)
     state = TrainingState(args.out / "ppo_state.pt", args, policy, actor.optimizer, actor.scaler,
                           log, batches, [])
+    state.same_on_resume = [*state.same_on_resume, "reward", "max_new_tokens", "minibatch",
+                            "critic_lr", "target_kl", "horizon"]
     state.saved_objects |= {"critic": critic.model, "critic_optimizer": critic.optimizer,
                             "critic_scaler": critic.scaler, "penalty": penalty}
     for step in state.steps(n_steps, "PPO"):

@@ -173,6 +173,8 @@ class TrainingState:
     the run has not finished.
     """
 
+    same_on_resume = SAME_ON_RESUME
+
     def __init__(self, path, args, model, optimizer, scaler, log, batches, held_out):
         self.path, self.args, self.batches, self.log = path, args, batches, log
         self.saved_objects = {"model": model, "optimizer": optimizer, "scaler": scaler, "log": log}
@@ -215,7 +217,7 @@ class TrainingState:
         barrier()                           # until all processes have looked
         self.choose_n_micro_batches(saved)
         model = self.saved_objects["model"]
-        self.flags = {name: getattr(self.args, name) for name in SAME_ON_RESUME
+        self.flags = {name: getattr(self.args, name) for name in self.same_on_resume
                       if hasattr(self.args, name)}
         self.flags |= {"device": model.device.type, "precision": str(model.precision)}
         self.digests = {"weights to start from": fingerprint(model),

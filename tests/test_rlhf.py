@@ -647,6 +647,21 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bytes(run, tmp_path
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_run_of_ppo_is_not_resumed_with_other_settings(run, tmp_path, capsys, monkeypatch):
+    """Neither with another reward nor with longer answers."""
+    for file in ("sft.pt", "preferences.jsonl", "reward.pt"):
+        (tmp_path / file).write_bytes((run / file).read_bytes())
+
+    def deadly(*arguments):
+        raise SystemExit(9)
+    monkeypatch.setattr(ppo, "update", deadly)
+    with pytest.raises(SystemExit):
+        ppo.main(command(tmp_path, *PPO))
+    for changed in (["--reward", "ground_truth"], ["--max-new-tokens", "9"]):
+        message = refused(ppo.main, [*command(tmp_path, *PPO), *changed, "--resume"], capsys)
+        assert changed[0] in message and "cannot resume" in message
+
+
 def refused(main, argv, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
