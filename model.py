@@ -11,12 +11,12 @@ The network: token plus learned position embeddings, then n_layer blocks of
     x = x + attention(layer_norm(x))
     x = x + mlp(layer_norm(x))                   # pre-LayerNorm, tanh GELU, 4 C wide
 
-then a last layer norm, and the token embedding again as the output head. Letters used throughout:
-B rows, T tokens of a row, C channels, V vocabulary, H heads, D = C / H channels of a head,
-N answers, S scored tokens.
+then a final layer norm and the output head, which shares its weights with the token embedding.
+Letters used throughout: B rows, T tokens per row, C channels, V vocabulary size, H heads,
+D = C / H channels per head, N answers, S scored tokens.
 
 Left out on purpose: dropout. DPO compares the log-probs of the same answer under two models, and
-dropout would make them differ by noise. The data is seen once or a few times, so there is little
+dropout would add noise to the difference. The data is seen once or a few times, so there is little
 overfitting to prevent.
 """
 

@@ -6,8 +6,8 @@
     python sample.py --evaluate                        # SFT and DPO, or any checkpoints, measured
     python sample.py --task hh --export folder         # the policy, for transformers to open
 
-train_dpo.py ends with `evaluate`: for each policy, over answers to held-out prompts, sampled at
-temperature 1,
+train_dpo.py ends with `evaluate`, which measures each policy on answers to held-out prompts,
+sampled at temperature 1:
 
     reward       mean ground-truth reward of prompt + answer, if the task has one
     kl           mean of log pi(y|x) - log pi_ref(y|x) over answers y ~ pi, scored on the sampled
@@ -26,7 +26,7 @@ temperature 1,
     accuracy       share of held-out pairs whose chosen answer has the higher implicit reward
                    beta (log pi - log pi_ref); ties count as half
     logp_accuracy  share of those pairs whose chosen answer has the higher log pi. Papers often call
-                   this accuracy. It is not 50 % for the reference, so compare it with that
+                   this accuracy. For the reference it is not 50 %; compare with that value
     margin         mean implicit reward of chosen minus rejected held-out answers
 
 Left out on purpose: beam search. DPO trains a distribution, so we look at samples of it.

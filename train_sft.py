@@ -1,5 +1,5 @@
-"""Supervised fine-tuning (SFT): maximum likelihood on good answers. DPO starts from the result, and
-train_dpo.py has the same loop with another loss, and no decay of the learning rate.
+"""Supervised fine-tuning (SFT): maximum likelihood on good answers. DPO starts from the resulting
+model; train_dpo.py has the same loop with a different loss and no learning rate decay.
 
     python train_sft.py                                # reviews, written by the task's own grammar
     python train_sft.py --task hh                      # GPT-2, on Anthropic's chosen answers
