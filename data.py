@@ -220,7 +220,7 @@ def select_pairs(item, indices):
 @dataclass
 class Batch:
     """Packed rows: B rows of T tokens hold G prompts and their N answers, at most K to a prompt.
-    S tokens are scored and P pairs compared.
+    S tokens are scored, all those of the answers, and P pairs compared.
 
     Answers are numbered in the order they were given to `pack`. `source` holds flat indices into
     the B * T tokens.

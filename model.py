@@ -374,8 +374,8 @@ class ScalarGPT(GPT):
         return self.scalars_at(batch.last, batch)
 
     def values(self, batch):
-        """(S,) one number per scored token, read at the token before it: what the critic expects of
-        the rest of the answer before that token is chosen."""
+        """(S,) one number per scored token, read at the token before it: the reward that the critic
+        expects from the scored token on, before that token is chosen."""
         return self.scalars_at(batch.source, batch)
 
     def scalars_at(self, places, batch):

@@ -1067,9 +1067,9 @@ def returns_of_whitened_advantages(right, rolled, beta):
 
 @replaces("experiments.ppo.by_token",
           "test_what_a_rollout_notes_is_constant")
-def advantages_through_the_critic(right, model, numbers_of, items, row_length):
+def advantages_through_the_critic(right, model, numbers_of, items):
     """The values keep their gradient, so the policy's loss trains the critic to be pessimistic."""
-    return right.__wrapped__(model, numbers_of, items, row_length)
+    return right.__wrapped__(model, numbers_of, items)
 
 
 @replaces("experiments.ppo.sample",
@@ -1082,7 +1082,8 @@ def rollout_at_another_temperature(right, *arguments, **named):
 
 @replaces("experiments.ppo.rollout",
           "test_an_unfinished_answer_has_the_stated_reward_and_a_finished_one_its_own")
-def unfinished_answers_scored(right, policy, critic, reference, prompts, score_answers, *more):
+def unfinished_answers_scored(right, policy, value_model, reference, prompts, score_answers,
+                              *more):
     """Answers that were cut get the reward of their beginning, so the policy learns to ramble on
     after a good first sentence."""
     scores = []
@@ -1090,7 +1091,7 @@ def unfinished_answers_scored(right, policy, critic, reference, prompts, score_a
     def noting(items):
         scores.extend(score_answers(items))
         return scores
-    rolled = right(policy, critic, reference, prompts, noting, *more)
+    rolled = right(policy, value_model, reference, prompts, noting, *more)
     return replace(rolled, scores=rolled.scores.new_tensor(scores))
 
 

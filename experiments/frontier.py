@@ -171,7 +171,7 @@ def train_with_ppo(policy, start, flags, folder):
     args.out, args.row_length, args.log_every = folder, start.row_length, 1
     args.reward_model = folder.parent / "reward.pt"
     prompts = [list(item.prompt) for item in start.training]
-    score_answers = ppo.reward_function(start.tokenizer, "reviews", policy.device, args)
+    score_answers, _ = ppo.reward_function(start.tokenizer, "reviews", policy.device, args)
     remove_training_state(folder)
     ppo.train(policy, start.model, prompts, score_answers, start.tokenizer.eot_token, args)
     remove_training_state(folder)

@@ -1,35 +1,42 @@
-"""PPO, the second stage of RLHF, which DPO replaces: reinforcement learning from a reward.
+"""PPO, the reinforcement-learning stage of RLHF. DPO replaces both stages.
 
     python train_dpo.py                              # first: writes sft.pt and the preferences
     python -m experiments.reward_model               # the first stage: writes reward.pt
     python -m experiments.ppo                        # PPO with that reward model
-    python -m experiments.ppo --reward ground_truth  # PPO-GT: with the reward behind the labels
+    python -m experiments.ppo --reward ground_truth  # PPO-GT: with the ground-truth reward
 
-It looks for the policy that maximises the KL-constrained reward of Eq. 3,
+PPO maximises the KL-constrained objective of Eq. 3,
 
     E[ r(x, y) ] - beta KL(pi || pi_ref)                                  E over answers y ~ pi
 
-Writing an answer is a game of one token after the other. The reward of token t is the penalty
+Each token of an answer is an action, and each action has a reward: the penalty
 
     r_t = -beta ( log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t) )
 
-and r(x, y) on top at the last token. Their sum over an answer has the expectation of Eq. 3. A step
-of the loop is three functions:
+plus r(x, y) at the last token. The expected sum over an answer is Eq. 3. The return of a token is
+the reward still to come, from that token on. A second network, the critic, predicts it before the
+token is chosen; the advantage is how much better it turned out. A step of the loop calls
 
-    rollout       sample an answer to each prompt of a batch; note the log-probs of its tokens under
-                  policy and reference, what the critic expects before each token, and r(x, y)
-    advantages    GAE: how much better than expected each token turned out
-    improve       four passes in minibatches: raise the probability of tokens with a positive
-                  advantage, lower that of the others, but by at most a factor of 1 +- 0.2 (the
-                  clipped objective of PPO); fit the critic to the returns
+    rollout                 sample an answer to each prompt of a batch; keep the log-probs of its
+                            tokens under policy and reference, the critic's values, and r(x, y)
+    advantages_and_returns  by GAE
+    improve                 four passes over the answers in minibatches: raise the probability of
+                            tokens with a positive advantage and lower that of the others. A token
+                            gets no gradient once its probability has changed by more than a factor
+                            of 1 +- 0.2 in that direction (the clipped objective). Fit the critic to
+                            the returns
+    penalty.adapt           with --target-kl: steer beta
 
-The critic is a ScalarGPT of its own, with the same weights to start from. `--reward learned` needs
-reward.pt. An answer that does not end within --max-new-tokens has the reward UNFINISHED.
+So a step, which --steps and --epochs count, is one rollout with its updates, 16 by default, and
+--accumulate cuts a minibatch. The critic is a separate ScalarGPT, initialised with the policy's
+weights. `--reward learned` needs reward.pt. An answer that does not end within --max-new-tokens has
+the reward UNFINISHED.
 
 Writes ppo.pt, ppo_metrics.csv and ppo.json to the folder of the run. Left out on purpose: an
-entropy bonus and dropout; a sampling temperature other than 1, which rollout, reference and update
-would all have to divide their logits by; a weight of the critic's loss, since Adam ignores the
-scale of a loss and the critic shares no weights with the policy.
+entropy bonus; dropout; a decay of the learning rate; whitening of the rewards; a critic that starts
+from the reward model; a weight of the critic's loss, since the critic shares no weights with the
+policy; torch.compile; a sampling temperature other than 1, which rollout, reference and update
+would all have to divide their logits by.
 """
 
 import math
@@ -54,15 +61,15 @@ from runtime.files import claim_folder, write_json
 from runtime.flags import add_measuring_flags, add_shared_flags, add_training_flags, choose_task
 from runtime.parallel import all_gather, sum_gradients
 from runtime.report import final_report
-from runtime.run import Log, TrainingState, is_due
+from runtime.run import Log, TrainingState, fingerprint, is_due
 from sample import decode_answer, evaluate, sample, score
 from tasks import encode_splits, task_of
 from train_sft import grad_scaler, update, warmup
 
 # Answers per step and per minibatch, learning rates, the penalty beta, a target for the KL (None:
-# beta is fixed) and the answers over which it may change beta by a fifth, passes over the prompts.
-# "trl" has the defaults of TRL's first PPO trainer, for pretrained models, with which C.1 compares;
-# its own PPO had 1,024 answers per step.
+# beta is fixed), the horizon (beta changes by at most about a fifth per so many answers), and
+# passes over the prompts. "trl" has the settings of TRL 0.8 to 0.11, for pretrained models; C.1
+# compares with TRL, and its own PPO had 1,024 answers per step.
 DEFAULTS = {
     "reviews": {"batch": 256, "minibatch": 64, "lr": 1e-4, "critic_lr": 1e-3, "beta": 0.2,
                 "target_kl": None, "horizon": 300, "epochs": 2},
@@ -72,10 +79,13 @@ DEFAULTS = {
             "target_kl": 6.0, "horizon": 10_000, "epochs": 1},
 }
 PASSES = 4                  # over the answers of a step
-CLIP = 0.2                  # of ratios, and of the critic's values
+RATIO_CLIP = 0.2            # of ratios of probabilities, and of changes of the critic's values
 GAMMA, LAMBDA = 1.0, 0.95
-UNFINISHED = -1.0           # reward of an answer without end-of-text
+UNFINISHED = -1.0           # reward of an answer without end-of-text: the least of the reviews, and
+                            # one standard deviation below the SFT model's mean for a reward model
 
+# reward, kl, length: means over the sampled answers. clipped: share of tokens without gradient.
+# explained: 1 - Var(returns - values) / Var(returns), at most 1. grad_norm: of the policy.
 COLUMNS = {"reward": ".3f", "kl": ".3f", "beta": ".3f", "length": ".1f", "clipped": ".3f",
            "value_loss": ".4f", "explained": ".3f", "grad_norm": ".2f"}
 
@@ -99,13 +109,14 @@ def token_rewards(logps, ref_logps, scores, mask, beta):
 
 
 def gae(rewards, values, gamma, lam):
-    """Generalized advantage estimation (Schulman et al. 2016): the sum over later tokens
+    """Generalized advantage estimation (Schulman et al. 2016), a sum over this and later tokens:
 
         A_t = sum_k (gamma lam)^k delta_(t+k)         delta_t = r_t + gamma V_(t+1) - V_t
 
-    lam = 1 gives the rewards that really followed, minus V_t; lam = 0 trusts the critic after one
-    token. rewards, values: (N, L), zero at padding, so that the value after the last token is zero.
-    Returns advantages (N, L), zero at padding.
+    With lam = 1 (and gamma = 1) it is the sum of the rewards from token t on, minus V_t; with
+    lam = 0 it is delta_t, which trusts the critic after one token. rewards, values: (N, L), zero at
+    padding. So the value after the last token is zero, also if the answer was cut: the episode ends
+    there. Returns advantages (N, L), zero at padding.
     """
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
@@ -137,22 +148,22 @@ def clipped_loss(logps, old_logps, advantages, clip):
 
 
 def clipped_value_loss(values, old_values, returns, clip):
-    """Half the squared error of the critic, the larger of two: that of its values, and that of its
-    values moved by at most `clip` from the old ones. All of one shape."""
+    """Half the squared error of the critic: the larger of the errors of `values` and of `values`
+    clipped to within `clip` of `old_values` (Ziegler et al. 2019). All of one shape."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 class Penalty:
     """The strength beta of the KL penalty: fixed, or with a target, steered towards it (Ziegler et
-    al. 2019). A KL above the target raises beta, by at most a factor of 1.2 per `horizon` answers.
-    """
+    al. 2019). A KL above the target raises beta and one below lowers it, by at most 0.2 / horizon
+    of its value for each answer."""
 
     def __init__(self, beta, target, horizon):
         self.beta, self.target, self.horizon = beta, target, horizon
 
     def adapt(self, kl, n_answers):
-        """After a step of n_answers with this mean KL, in nats."""
+        """Update beta after a step. kl: the mean KL of its n_answers answers, in nats."""
         if self.target is not None:
             error = min(0.2, max(-0.2, kl / self.target - 1))
             self.beta *= 1 + error * n_answers / self.horizon
@@ -185,16 +196,17 @@ class Rollout:
         return (self.logps - self.ref_logps).sum(1)
 
 
-def rollout(policy, critic, reference, prompts, score_answers, eot, step, args):
-    """Sample one answer to each of a list of prompts (ids) and note what `improve` needs to know.
-    score_answers: a function from a list of Encoded to rewards, a list. Returns a Rollout."""
-    answers = sample(policy, prompts, args.max_new_tokens, 10**6 * (args.seed + 1) + step, eot)
+def rollout(policy, value_model, reference, prompts, score_answers, eot, step, args):
+    """Sample one answer to each of a list of prompts (ids) and keep what `improve` needs to know.
+    score_answers: maps a list of Encoded to their rewards, a list. Returns a Rollout."""
+    seed = 10**6 * (args.seed + 1) + step               # other answers in every step
+    answers = sample(policy, prompts, args.max_new_tokens, seed, eot)
     items = [Encoded(prompt, [answer], []) for prompt, answer in zip(prompts, answers)]
-    scores = [score if answer[-1] == eot else UNFINISHED
-              for score, answer in zip(score_answers(items), answers)]
-    logps = by_token(policy, policy.token_logps, items, args.row_length)
-    ref_logps = by_token(reference, reference.token_logps, items, args.row_length)
-    values = by_token(critic, critic.values, items, args.row_length)
+    scores = [r if answer[-1] == eot else UNFINISHED
+              for r, answer in zip(score_answers(items), answers)]
+    logps = by_token(policy, policy.token_logps, items)                     # (N, L)
+    ref_logps = by_token(reference, reference.token_logps, items)
+    values = by_token(value_model, value_model.values, items)
     lengths = torch.tensor([len(answer) for answer in answers], device=policy.device)
     mask = torch.arange(logps.size(1), device=policy.device) < lengths[:, None]
     return Rollout(items, mask, logps, ref_logps, values, logps.new_tensor(scores))
@@ -202,36 +214,53 @@ def rollout(policy, critic, reference, prompts, score_answers, eot, step, args):
 
 def advantages_and_returns(rolled, beta):
     """(advantages, returns) of a Rollout, both (N, L). The returns are what the critic learns, so
-    they have the true scale; the advantages are whitened."""
+    they have the true scale. The advantages are whitened: afterwards, positive means better than
+    the average token of this rollout, not better than the critic expected."""
     rewards = token_rewards(rolled.logps, rolled.ref_logps, rolled.scores, rolled.mask, beta)
     advantages = gae(rewards, rolled.values, GAMMA, LAMBDA)
     return whiten(advantages, rolled.mask), advantages + rolled.values
 
 
-def improve(actor, critic, rolled, advantages, returns, step, log, args):
+def improve(policy, critic, rolled, advantages, returns, step, log, args):
     """Four passes over a Rollout, in minibatches, with an update of policy and critic for each.
-    actor, critic: Learners."""
+    policy, critic: Learners."""
     factor = warmup(step, args.warmup)
-    for rows in minibatches(len(rolled.items), args, step):                 # answers, by index
-        items = [rolled.items[i] for i in rows]
-        n_tokens = sum(len(item.answers[0]) for item in items)
-        for share in deal(items, args.accumulate):                          # of this process
-            batch = pack_for_model([items[i] for i in share], args.row_length, actor.model)
-            answers, columns = places(batch)
-            at = rolled.mask.new_tensor(rows[share], dtype=torch.int64)[answers], columns
-            # The policy: compare the log-probs of now with those of the rollout.
-            logps = actor.model.token_logps(batch)                          # (S,)
-            losses = clipped_loss(logps, rolled.logps[at], advantages[at], CLIP)
-            actor.scaler.scale(losses.sum() / n_tokens).backward()
+    for chosen in minibatches(len(rolled.items), args, step):       # an array of indices
+        n_tokens = rolled.mask[chosen].sum()
+        for batch, at in packed_parts(rolled, chosen, policy.model, args):
+            # The policy: compare the current log-probs with those of the rollout.
+            logps = policy.model.token_logps(batch)                         # (S,)
+            losses = clipped_loss(logps, rolled.logps[at], advantages[at], RATIO_CLIP)
+            policy.scaler.scale(losses.sum() / n_tokens).backward()
             # The critic: fit its values to the returns.
             values = critic.model.values(batch)                             # (S,)
-            value_losses = clipped_value_loss(values, rolled.values[at], returns[at], CLIP)
+            value_losses = clipped_value_loss(values, rolled.values[at], returns[at], RATIO_CLIP)
             critic.scaler.scale(value_losses.sum() / n_tokens).backward()
             ratios = (logps.detach() - rolled.logps[at]).exp()
-            log.add(len(logps), value_loss=value_losses.detach().sum(),
-                    clipped=((ratios - 1).abs() > CLIP).sum())
-        log.note_update(step, actor.update(factor, args.clip), factor * actor.lr)
-        critic.update(factor, args.clip)
+            beyond = torch.where(advantages[at] > 0, ratios > 1 + RATIO_CLIP,
+                                 ratios < 1 - RATIO_CLIP)
+            log.add(len(logps), clipped=beyond.sum(), value_loss=value_losses.detach().sum())
+        log.note_update(step, critic.step(factor, args.clip), factor * critic.lr)
+        log.note_update(step, policy.step(factor, args.clip), factor * policy.lr)
+
+
+# ------------------------------------------------------------------------------------------------
+# Helpers
+# ------------------------------------------------------------------------------------------------
+
+
+class Learner:
+    """A model with its optimizer."""
+
+    def __init__(self, model, lr, weight_decay):
+        self.model, self.lr = model, lr
+        self.optimizer = model.optimizer(lr, weight_decay)
+        self.scaler = grad_scaler(model)
+
+    def step(self, factor, clip):
+        """One update at lr * factor. Returns the gradient norm before clipping."""
+        sum_gradients(self.model)                                           # of all processes
+        return update(self.model, self.optimizer, self.scaler, factor * self.lr, clip)
 
 
 def minibatches(n_answers, args, step):
@@ -244,46 +273,43 @@ def minibatches(n_answers, args, step):
             yield order[start:start + args.minibatch]
 
 
-# ------------------------------------------------------------------------------------------------
-# What they are made of
-# ------------------------------------------------------------------------------------------------
+def packed_parts(rolled, chosen, model, args):
+    """Yield this process's parts of a minibatch, the answers `chosen` of a Rollout: a packed Batch
+    on the model's device, and the index of each of its scored tokens in tensors (N, L)."""
+    items = [rolled.items[i] for i in chosen]
+    for share in deal(items, args.accumulate):
+        batch = pack_for_model([items[i] for i in share], model.config.block_size, model)
+        row_of_answer = torch.tensor(chosen[share], device=model.device)
+        answer, column = token_places(batch)
+        yield batch, (row_of_answer[answer], column)
 
 
-class Learner:
-    """A model with its optimizer."""
+def token_places(batch):
+    """For each scored token of a packed Batch: the index of its answer, and its own index within
+    that answer, both (S,).
 
-    def __init__(self, model, lr, weight_decay):
-        self.model, self.lr = model, lr
-        self.optimizer = model.optimizer(lr, weight_decay)
-        self.scaler = grad_scaler(model)
-
-    def update(self, factor, clip):
-        """One update at lr * factor. Returns the gradient norm before clipping."""
-        sum_gradients(self.model)                                           # of all processes
-        return update(self.model, self.optimizer, self.scaler, factor * self.lr, clip)
-
-
-def places(batch):
-    """Where each scored token of a packed Batch stands: (answer, token of the answer), both (S,).
+    The positions of an answer continue those of its prompt. So the position of the token before a
+    scored one, minus that of the prompt's last token, counts 0, 1, 2, ...
     """
-    before = batch.positions.flatten()[batch.source]                # of the token before it
-    first = before.new_full((batch.n_answers,), batch.tokens.size(1))
-    first = first.scatter_reduce(0, batch.owner, before, "amin")    # (N,) the prompt's last token
-    return batch.owner, before - first[batch.owner]
+    before = batch.positions.flatten()[batch.source]                # (S,)
+    larger = batch.tokens.size(1)                                   # than any position
+    last_of_prompt = before.new_full((batch.n_answers,), larger)
+    last_of_prompt = last_of_prompt.scatter_reduce(0, batch.owner, before, "amin")      # (N,)
+    return batch.owner, before - last_of_prompt[batch.owner]
 
 
 @torch.no_grad()
-def by_token(model, numbers_of, items, row_length):
+def by_token(model, numbers_of, items):
     """A number per token of the answer of each of a list of Encoded: (N, L), zero at padding.
-    numbers_of: a function of a packed Batch, of which it returns (S,)."""
+    numbers_of: maps a packed Batch to a tensor (S,)."""
     L = max(len(item.answers[0]) for item in items)
     padded = []
-    for batch in batches_in_order(items, row_length, model, size=128):
+    for batch in batches_in_order(items, model.config.block_size, model, size=128):
         numbers = numbers_of(batch)                                         # (S,)
         rows = numbers.new_zeros(batch.n_answers, L)
-        rows[places(batch)] = numbers
-        padded.append(rows)
-    return torch.cat([rows.to(model.device) for rows in all_gather(padded)])
+        rows[token_places(batch)] = numbers
+        padded.append(rows.cpu())                                   # travels between processes
+    return torch.cat(all_gather(padded)).to(model.device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -291,40 +317,42 @@ def by_token(model, numbers_of, items, row_length):
 # ------------------------------------------------------------------------------------------------
 
 
-def train(policy, reference, prompts, score_answers, eot, args):
-    """PPO on prompts, a list of ids. Trains the policy in place. score_answers: as in rollout."""
+def train(model, reference, prompts, score_answers, eot, args, reward_digest=""):
+    """Run PPO on a list of prompts (lists of ids). Trains the model in place. score_answers: as in
+    rollout. reward_digest: of the reward model, which a resumed run must share. Returns the last
+    beta."""
     batches = Batches([Encoded(prompt, [], []) for prompt in prompts], args.batch, args.seed,
                       whole=True)
     n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
-    critic = Learner(ScalarGPT.from_gpt(policy), args.critic_lr, args.weight_decay)
-    actor = Learner(policy, args.lr, args.weight_decay)
+    policy = Learner(model, args.lr, args.weight_decay)
+    critic = Learner(ScalarGPT.from_gpt(model), args.critic_lr, args.weight_decay)
     penalty = Penalty(args.beta, args.target_kl, args.horizon)
-    log = Log(args.out / "ppo_metrics.csv", COLUMNS, batches, actor.scaler)
-    state = TrainingState(args.out / "ppo_state.pt", args, policy, actor.optimizer, actor.scaler,
-                          log, batches, [])
-    state.same_on_resume = [*state.same_on_resume, "reward", "max_new_tokens", "minibatch",
-                            "critic_lr", "target_kl", "horizon"]
-    state.saved_objects |= {"critic": critic.model, "critic_optimizer": critic.optimizer,
-                            "critic_scaler": critic.scaler, "penalty": penalty}
+    log = Log(args.out / "ppo_metrics.csv", COLUMNS, batches, policy.scaler)
+    digests = {"reward model": reward_digest, "--max-new-tokens": args.max_new_tokens}
+    state = TrainingState(args.out / "ppo_state.pt", args, model, policy.optimizer, policy.scaler,
+                          log, batches, held_out=[], digests=digests, critic=critic.model,
+                          critic_optimizer=critic.optimizer,
+                          critic_scaler=critic.scaler, penalty=penalty)
     for step in state.steps(n_steps, "PPO"):
-        batch = [item.prompt for item in batches[step]]
-        rolled = rollout(policy, critic.model, reference, batch, score_answers, eot, step, args)
+        rolled = rollout(model, critic.model, reference, [item.prompt for item in batches[step]],
+                         score_answers, eot, step, args)
         advantages, returns = advantages_and_returns(rolled, penalty.beta)
         describe(rolled, returns, penalty.beta, log)
-        improve(actor, critic, rolled, advantages, returns, step, log, args)
-        penalty.adapt(rolled.kl().mean().item(), len(batch))
+        improve(policy, critic, rolled, advantages, returns, step, log, args)
+        penalty.adapt(rolled.kl().mean().item(), len(rolled.items))
         if is_due(step, n_steps, args.log_every):
             log.write(step)
         state.save_if_due(step)
+    return penalty.beta
 
 
 def describe(rolled, returns, beta, log):
-    """Log a Rollout: reward, KL and length of an answer, and the share of the variance of the
-    returns that the critic explains."""
+    """Log a Rollout; see COLUMNS."""
     log.add(len(rolled.items), reward=rolled.scores.sum(), kl=rolled.kl().sum(),
             length=rolled.mask.sum())
-    missed = (returns - rolled.values)[rolled.mask].var() / returns[rolled.mask].var()
-    log.add(1, beta=beta, explained=1 - missed)
+    missed = (returns - rolled.values)[rolled.mask].var(correction=0)
+    variance = returns[rolled.mask].var(correction=0)
+    log.add(1, beta=beta, explained=1 - missed / variance.clamp(min=1e-12))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -343,35 +371,37 @@ def main(argv=None):
     check_sft_checkpoint(sft_path, policy, facts, source, args)
     choose_row_length(args, policy.config.block_size)
     preferences, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
-    score_answers = reward_function(tokenizer, facts["tokenizer"], device, args)
+    score_answers, digest = reward_function(tokenizer, facts["tokenizer"], device, args)
     reference, _, _ = open_checkpoint(sft_path, device, args)
     prompts = [item.prompt for item in preferences]
     print(f"PPO of {sft_path} on {len(prompts):,} prompts, {args.reward} reward, {device}")
-    train(policy, reference, prompts, score_answers, tokenizer.eot_token, args)
+    beta = train(policy, reference, prompts, score_answers, tokenizer.eot_token, args, digest)
     save_checkpoint(args.out / "ppo.pt", policy, tokenizer=facts["tokenizer"], stage="ppo",
-                    init=facts.get("init", "random"), seed=args.seed, beta=args.beta,
+                    init=facts.get("init", "random"), seed=args.seed, beta=beta,
                     reward=args.reward, **source)
     print(f"wrote {args.out / 'ppo.pt'}")
-    report(policy, reference, task.prompts(held_out, tokenizer, args), tokenizer, args)
+    report(policy, reference, task.prompts(held_out, tokenizer, args), tokenizer, beta, args)
     (args.out / "ppo_state.pt").unlink(missing_ok=True)         # the run has finished
 
 
 def reward_function(tokenizer, tokenizer_name, device, args):
-    """--reward as a function from a list of Encoded with one answer each to a list of rewards."""
+    """(function, digest) of --reward: it maps a list of Encoded with one answer each to a list of
+    rewards; the digest is of the reward model's weights."""
     if args.reward == "ground_truth":
         reward = task_of(args).reward
         return lambda items: [reward(decode_answer([*item.prompt, *item.answers[0]], tokenizer))
-                              for item in items]
+                              for item in items], ""
     path = args.reward_model or args.out / "reward.pt"
     model, facts = open_reward_model(path, device, args)
     if facts["tokenizer"] != tokenizer_name:
         raise UserError(f"{path} is for the {facts['tokenizer']} tokenizer, but the policy has the "
                         f"{tokenizer_name} tokenizer")
-    return lambda items: [rewards[0] for rewards in score(model, items, args.row_length, "rewards",
-                                                          model.rewards)]
+    row_length = model.config.block_size
+    return lambda items: [rewards[0] for rewards in score(
+        model, items, row_length, progress="rewards", number_of=model.rewards)], fingerprint(model)
 
 
-def report(policy, reference, prompts, tokenizer, args):
+def report(policy, reference, prompts, tokenizer, beta, args):
     """Measure both models on held-out prompts (texts), print samples and the table, write
     ppo.json."""
     task = task_of(args)
@@ -379,7 +409,7 @@ def report(policy, reference, prompts, tokenizer, args):
                                args.max_new_tokens, args.seed + 1, task.reward, task.well_formed)
     print(final_report(prompts, texts, measures, task.reward))
     write_json(args.out / "ppo.json", {
-        "task": args.task or args.data.name, "reward": args.reward, "beta": args.beta,
+        "task": args.task or args.data.name, "reward": args.reward, "beta": beta,
         "target_kl": args.target_kl, "prompts": len(prompts), "policies": measures})
     print(f"\nwrote {args.out / 'ppo.json'}")
 
@@ -391,22 +421,22 @@ def parse_args(argv):
     add_measuring_flags(parser)
     add = parser.add_argument
     add("--preset", choices=DEFAULTS,
-        help="where the defaults come from (default: reviews for that task, else pretrained; trl: "
-             "those of TRL's first PPO trainer)")
+        help="a row of the table DEFAULTS in this file, with --batch, --epochs and the flags below "
+             "(default: reviews for that task, else pretrained)")
     add("--reward", choices=["learned", "ground_truth"], default="learned",
         help="the reward model, or the task's own reward if it has one (default learned)")
     add("--reward-model", type=Path, help="default: reward.pt of the run")
     add("--sft", type=Path, help="checkpoint to start from (default: sft.pt of the run)")
-    add("--minibatch", type=number_type(int, 1), help="answers per update (default 64)")
-    add("--lr", type=number_type(float, 0, above=True), help="of the policy (default 1e-4)")
-    add("--critic-lr", type=number_type(float, 0, above=True), help="of the critic (default 1e-3)")
+    add("--minibatch", type=number_type(int, 1), help="answers per update (reviews: 64)")
+    add("--lr", type=number_type(float, 0, above=True), help="of the policy (reviews: 1e-4)")
+    add("--critic-lr", type=number_type(float, 0, above=True), help="of the critic (reviews: 1e-3)")
     add("--beta", type=number_type(float, 0),
-        help="strength of the KL penalty, the beta of DPO; with --target-kl, at the start (default "
-             "0.2)")
+        help="strength of the KL penalty, as in DPO; with --target-kl, at the start (reviews: 0.2)")
     add("--target-kl", type=number_type(float, 0, above=True),
-        help="adapt beta towards this KL, in nats (default: fixed beta)")
+        help="adapt beta towards this KL, in nats (reviews: fixed beta)")
     add("--horizon", type=number_type(int, 1),
-        help="--target-kl: answers in which beta may change by a fifth (default 300)")
+        help="--target-kl: beta changes by at most about a fifth per so many answers (reviews: "
+             "300)")
     parser.set_defaults(batch=None, epochs=None, accumulate=1, init=None, tokenizer=None)
     args = parser.parse_args(argv)
     choose_task(args)
@@ -414,9 +444,19 @@ def parse_args(argv):
     for name, default in DEFAULTS[preset].items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    check_flags(args)
+    return args
+
+
+def check_flags(args):
+    """Raise UserError for flags that contradict each other."""
     if args.reward == "ground_truth" and not task_of(args).reward:
         raise UserError("--reward ground_truth: only the reviews task has one")
-    return args
+    if args.batch % args.minibatch:
+        raise UserError(f"--batch {args.batch} is not a multiple of --minibatch {args.minibatch}")
+    if args.target_kl and (args.beta == 0 or args.batch >= 5 * args.horizon):
+        raise UserError("--target-kl needs a --beta above 0 and a --horizon above a fifth of "
+                        f"--batch {args.batch}: beta could not change, or could become negative")
 
 
 if __name__ == "__main__":

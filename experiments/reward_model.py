@@ -9,16 +9,16 @@ preferences by maximum likelihood under the Bradley-Terry model (Eq. 2),
 
     loss = -log sigma( r(x, y_w) - r(x, y_l) )
 
-experiments/ppo.py is the second stage, which maximises that reward. In DPO the policy itself plays
-the role of r, with beta log(pi / pi_ref) for the reward; this script prints how often each of the
-two ranks a held-out pair correctly.
+experiments/ppo.py is the second stage, which maximises that reward. In DPO, beta log(pi / pi_ref)
+takes the place of r. This script prints the share of held-out pairs that each ranks correctly.
 
-As in C.1, the model starts from the SFT model and is trained for three epochs, and the weights with
-the highest validation accuracy are kept. Every second held-out prompt is for this choice, and the
-accuracy that is reported is that on the others. In the end the reward is shifted and scaled to mean
-0 and standard deviation 1 on answers of the SFT model. The shift changes no preference and no
-optimal policy (Lemmas 1 and 2). The scale changes both: r / s with beta is r with s beta. It is
-fixed so that one beta means about the same for every reward model.
+The model starts from the SFT model (C.1 starts from the pretrained one). As in C.1, it is trained
+for three epochs, and the weights with the highest validation accuracy are kept. Half of the
+held-out prompts are used for this choice; accuracy is reported on the other half. Finally the
+reward is shifted and scaled to mean 0 and standard deviation 1 on answers of the SFT model. The
+shift changes no preference and no optimal policy (Lemmas 1 and 2; but PPO gives unfinished answers
+a fixed reward, which it moves relative to the others). The scale changes both: r / s with beta is r
+with s beta. It is fixed so that one beta means about the same for every reward model.
 
 Reads sft.pt of the run, and dpo.pt if there is one. Writes reward.pt, reward_metrics.csv and
 reward.json to the same folder. Left out on purpose: torch.compile.
@@ -85,21 +85,22 @@ def reward_loss(rewards, yw_idxs, yl_idxs):
 
 
 def train(model, preferences, held_out, args):
-    """Fit a ScalarGPT to preferences, a list of Encoded, in place. It ends with those of its
-    weights that rank the most pairs of held_out correctly. Returns the step they are from."""
+    """Fit a ScalarGPT to preferences, a list of Encoded, in place. Afterwards it has the weights
+    that ranked most pairs of held_out correctly. Returns the step they are from."""
     batches = Batches(preferences, args.batch, args.seed)
     n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
     optimizer = model.optimizer(args.lr, args.weight_decay)
     scaler = grad_scaler(model)
     log = Log(args.out / "reward_metrics.csv", COLUMNS, batches, scaler)
+    best = Best()
     state = TrainingState(args.out / "reward_state.pt", args, model, optimizer, scaler, log,
-                          batches, held_out)
-    best = state.saved_objects["best"] = Best()
+                          batches, held_out, best=best)
     for step in state.steps(n_steps, "reward model"):
-        # At some steps, look whether these are the best weights so far.
+        # At some steps, check whether these are the best weights so far.
         evaluating = held_out and is_due(step, n_steps, args.eval_every)
         if evaluating:
-            best.offer(model, step, accuracy_of(model, held_out, args, log))
+            accuracy = accuracy_of(model, held_out, args, log)
+            best.keep_if_better(model, step, accuracy)
         # One batch of args.batch pairs, forward and backward.
         for micro_batch in micro_batches(batches[step], state.n_micro_batches, args.row_length,
                                          model):
@@ -118,7 +119,8 @@ def train(model, preferences, held_out, args):
             log.write(step)
         state.save_if_due(step)
     if held_out:
-        best.offer(model, n_steps, accuracy_of(model, held_out, args, log))
+        accuracy = accuracy_of(model, held_out, args, log)
+        best.keep_if_better(model, n_steps, accuracy)
         log.write(n_steps)
         model.load_state_dict(best.weights)
         return best.step
@@ -131,8 +133,8 @@ class Best:
     def __init__(self):
         self.step, self.accuracy, self.weights = 0, -1.0, {}
 
-    def offer(self, model, step, accuracy):
-        """Keep the weights of a model if they are better than all before."""
+    def keep_if_better(self, model, step, accuracy):
+        """Keep a copy of the model's weights if their accuracy is the highest so far."""
         if accuracy > self.accuracy:
             self.step, self.accuracy = step, accuracy
             self.weights = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -154,16 +156,18 @@ def accuracy_of(model, items, args, log):
 
 def margins_of(model, items, row_length):
     """(P,) reward of the winner minus that of the loser, for all pairs of a list of Encoded."""
-    rewards = score(model, items, row_length, "rewards", model.rewards)
+    rewards = score(model, items, row_length, progress="rewards", number_of=model.rewards)
     return torch.tensor([of_item[w] - of_item[l] for of_item, item in zip(rewards, items)
                          for w, l in item.pairs], dtype=torch.float64)
 
 
 @torch.no_grad()
 def normalise(model, items, row_length):
-    """Shift and scale a reward model in place, so that its rewards of all answers of a list of
-    Encoded have mean 0 and standard deviation 1. Raises UserError if they are all the same."""
-    rewards = torch.tensor(score(model, items, row_length, "rewards", model.rewards)).flatten()
+    """Shift and scale a reward model in place, so that its rewards of the answers of a list of
+    Encoded, one each, have mean 0 and standard deviation 1. Raises UserError if all are the same.
+    """
+    rewards = torch.tensor(score(model, items, row_length, progress="rewards",
+                                 number_of=model.rewards)).flatten()
     mean, std = rewards.mean(), rewards.std()
     if not std > 0:
         raise UserError("the reward model gives all answers the same reward: it needs more --steps "
@@ -195,20 +199,30 @@ def main(argv=None):
     check_sft_checkpoint(sft_path, sft, facts, source, args)
     choose_row_length(args, sft.config.block_size)
     preferences, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
-    choosing, reporting = held_out[::2], held_out[1::2]
+    choosing, reporting = halves(held_out)
 
     model = ScalarGPT.from_gpt(sft)
     print(f"reward model from {sft_path} on {sum(len(item.pairs) for item in preferences):,} pairs "
           f"of {len(preferences):,} prompts, on {device}")
     best_step = train(model, preferences, evaluated(choosing), args)
     prompts = [item.prompt for item in preferences[:N_NORMALISE]]
-    normalise(model, answers_of(sft, prompts, tokenizer, args), args.row_length)
+    normalise(model, answers_of(sft, prompts, tokenizer, args), sft.config.block_size)
     save_checkpoint(args.out / "reward.pt", model, tokenizer=facts["tokenizer"], stage="reward",
                     seed=args.seed, **source)
     print(f"wrote {args.out / 'reward.pt'}, the weights of step {best_step}")
     epoch = best_step * args.batch / sum(len(item.pairs) for item in preferences)
     report(model, sft, sft_path, reporting, tokenizer, epoch, args)
     (args.out / "reward_state.pt").unlink(missing_ok=True)      # the run has finished
+
+
+def halves(items):
+    """Two halves of a list of Encoded that share no prompt: every second distinct one."""
+    number = {}                                     # {prompt: its index among the distinct ones}
+    parts = [], []
+    for item in items:
+        i = number.setdefault(tuple(item.prompt), len(number))
+        parts[i % 2].append(item)
+    return parts
 
 
 def report(model, sft, sft_path, items, tokenizer, epoch, args):
@@ -243,7 +257,8 @@ def correlation_with_truth(model, items, reward, tokenizer, args):
     mean over the answers to a prompt is subtracted first, since preferences do not determine it
     (Lemma 1)."""
     learned, true = [], []
-    for item, rewards in zip(items, score(model, items, args.row_length, "rewards", model.rewards)):
+    scored = score(model, items, args.row_length, progress="rewards", number_of=model.rewards)
+    for item, rewards in zip(items, scored):
         texts = [decode_answer([*item.prompt, *answer], tokenizer) for answer in item.answers]
         truth = [reward(text) for text in texts]
         learned.append(torch.tensor(rewards) - sum(rewards) / len(rewards))

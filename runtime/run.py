@@ -58,6 +58,7 @@ class Log:
         self.lines, self.text = 0, ""
         self.sums, self.counts = Counter(), Counter()
         self.norms, self.overflows = [], 0          # (step, gradient norm) since the last check
+        self.latest = {}                            # gradient norm and learning rate
 
     def add(self, count, **sums):
         """Add sums over `count` things. Means are formed from total sums and counts when a line is
@@ -143,13 +144,15 @@ class Log:
 
     def state_dict(self):
         sums, counts = self.totals()
+        latest = {name: float(value) for name, value in self.latest.items()}
         return {"lines": self.lines, "text": self.text, "sums": sums, "counts": counts,
-                "overflows": self.overflows}
+                "overflows": self.overflows, "latest": latest}
 
     def load_state_dict(self, state):
         self.lines, self.overflows, self.text = int(state["lines"]), int(state["overflows"]), ""
         sums = {name: float(value) for name, value in state["sums"].items()}
         counts = {name: float(value) for name, value in state["counts"].items()}
+        self.latest = {name: float(value) for name, value in state["latest"].items()}
         if process_rank() == 0:             # the saved sums are those of all processes
             self.sums, self.counts = Counter(sums), Counter(counts)
         self.append_text(state["text"])     # restore the file, whatever happened to it since
@@ -161,7 +164,8 @@ class Log:
 
 # The flags that a run and its resumption must share.
 SAME_ON_RESUME = ["batch", "epochs", "steps", "seed", "lr", "warmup", "weight_decay", "clip",
-                  "beta", "loss", "row_length", "compile", "log_every", "eval_every"]
+                  "beta", "loss", "row_length", "compile", "log_every", "eval_every",
+                  "reward", "minibatch", "critic_lr", "target_kl", "horizon"]      # of PPO
 
 
 class TrainingState:
@@ -173,12 +177,14 @@ class TrainingState:
     the run has not finished.
     """
 
-    same_on_resume = SAME_ON_RESUME
-
-    def __init__(self, path, args, model, optimizer, scaler, log, batches, held_out):
+    def __init__(self, path, args, model, optimizer, scaler, log, batches, held_out, digests=None,
+                 **more):
+        """digests: {what: digest}, of further things that a resumed run must share. more: further
+        objects with state_dict and load_state_dict that the next step depends on."""
         self.path, self.args, self.batches, self.log = path, args, batches, log
-        self.saved_objects = {"model": model, "optimizer": optimizer, "scaler": scaler, "log": log}
-        self.held_out = held_out
+        self.saved_objects = {"model": model, "optimizer": optimizer, "scaler": scaler, "log": log,
+                              **more}
+        self.held_out, self.more_digests = held_out, digests or {}
         self.step = 0
         self.n_micro_batches = args.accumulate          # per process; None until steps() begins
         self.signals, self.stop_signal = [], 0          # those of this process; that of any process
@@ -217,12 +223,12 @@ class TrainingState:
         barrier()                           # until all processes have looked
         self.choose_n_micro_batches(saved)
         model = self.saved_objects["model"]
-        self.flags = {name: getattr(self.args, name) for name in self.same_on_resume
+        self.flags = {name: getattr(self.args, name) for name in SAME_ON_RESUME
                       if hasattr(self.args, name)}
         self.flags |= {"device": model.device.type, "precision": str(model.precision)}
         self.digests = {"weights to start from": fingerprint(model),
                         "data": fingerprint(self.batches.encoded),
-                        "held-out data": fingerprint(self.held_out)}
+                        "held-out data": fingerprint(self.held_out), **self.more_digests}
         if resuming:
             self.load(saved)
             return

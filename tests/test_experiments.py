@@ -86,7 +86,8 @@ def small(monkeypatch, run):
     for name, value in {"BETAS": [0.5], "STEPS": [2], "EPOCHS": [1], "NUMBERS": [1, 2],
                         "TARGETS": [1]}.items():
         monkeypatch.setattr(frontier, name, value)
-    monkeypatch.setattr(ppo, "DEFAULTS", {"reviews": ppo.DEFAULTS["reviews"] | {"batch": 32}})
+    monkeypatch.setattr(ppo, "DEFAULTS", {"reviews": ppo.DEFAULTS["reviews"] | {"batch": 32,
+                                                                                 "minibatch": 32}})
 
     def copied(model, tokenizer, args):
         path = args.out / "preferences.jsonl"

@@ -18,9 +18,9 @@ from hypothesis import given, settings, strategies as st
 from data import Encoded, pack
 from experiments import ppo, reward_model
 from experiments.ppo import (
-    CLIP,
     GAMMA,
     LAMBDA,
+    RATIO_CLIP,
     UNFINISHED,
     Learner,
     Penalty,
@@ -284,7 +284,7 @@ def test_the_value_of_a_token_is_read_before_it(items):
     and the tokens before."""
     model = scalar_gpt()
     items = [Encoded(item.prompt, item.answers[:1], []) for item in items]
-    values = by_token(model, model.values, items, 32)
+    values = by_token(model, model.values, items)
     for row, item in zip(values, items):
         n, answer = len(item.prompt), item.answers[0]
         hidden = model.hidden(torch.tensor([item.prompt + answer[:-1]]))
@@ -308,7 +308,7 @@ def test_a_reward_model_starts_with_reward_0_for_every_answer():
 def test_numbers_of_tokens_stand_in_the_row_of_their_answer_in_its_order(items):
     """With the tokens themselves for numbers, the rows are the answers."""
     items = [Encoded(item.prompt, item.answers[:1], []) for item in items]
-    rows = by_token(gpt(), lambda batch: batch.target + 1.0, items, 32)
+    rows = by_token(gpt(), lambda batch: batch.target + 1.0, items)
     for row, item in zip(rows.tolist(), items):
         answer = [token + 1 for token in item.answers[0]]
         assert row == answer + [0] * (len(row) - len(answer))
@@ -466,6 +466,22 @@ def test_an_update_raises_the_better_answer_and_the_policys_loss_never_moves_the
                for name, weight in critic.state_dict().items())
 
 
+def test_clipped_is_the_share_of_tokens_without_gradient(tmp_path, monkeypatch):
+    """A token beyond the clip in the direction of its advantage has none; on the other side it has.
+    The log-probs of the rollout are moved, so that half of the ratios are 1.5 and half 0.5."""
+    policy, log = gpt(), Noted()
+    args = flags(tmp_path, max_new_tokens=6, minibatch=64)
+    rolled = roll(args, policy=policy)
+    up = torch.rand(rolled.logps.shape) < 0.5
+    rolled.logps = rolled.logps - torch.where(up, 1.5, 0.5).log()
+    advantages, returns = ppo.advantages_and_returns(rolled, 0.1)
+    monkeypatch.setattr(ppo, "PASSES", 1)
+    ppo.improve(Learner(policy, 1e-3, 0), Learner(scalar_gpt(1), 1e-3, 0), rolled, advantages,
+                returns, 0, log, args)
+    without = (up == (advantages > 0))[rolled.mask].double().mean()
+    assert log.added[0]["clipped"] == pytest.approx(without.item())
+
+
 def test_parts_of_a_minibatch_change_nothing_but_memory(tmp_path):
     """The mean is over the tokens of the whole minibatch, however it is cut."""
     weights = []
@@ -499,8 +515,8 @@ def test_ppo_comes_to_the_optimal_policy_of_equation_15(tmp_path):
     def log_probs(model):
         return float64(score(model, every_answer, 32)[0])
     best = optimal_policy(log_probs(reference), rewards, beta)
-    args = flags(tmp_path, max_new_tokens=2, batch=256, minibatch=64, lr=3e-3, critic_lr=1e-2,
-                 beta=beta, steps=60, log_every=1000)
+    args = flags(tmp_path, max_new_tokens=2, batch=128, minibatch=64, lr=1e-3, critic_lr=1e-2,
+                 beta=beta, steps=80, log_every=1000)
     ppo.train(policy, reference, [[1]], lambda items: [finished.get(tuple(item.answers[0]), 0.0)
                                                        for item in items], EOT, args)
 
@@ -619,6 +635,32 @@ def test_files_of_a_finished_run_are_checkpoints_and_no_state_is_left(run):
     assert not list(run.glob("*_state.pt"))
 
 
+@for_all
+@given(encoded())
+def test_the_pairs_that_choose_the_weights_share_no_prompt_with_those_that_are_reported(items):
+    choosing, reporting = reward_model.halves(items + items)
+    prompts = [{tuple(item.prompt) for item in half} for half in (choosing, reporting)]
+    assert not prompts[0] & prompts[1] and abs(len(prompts[0]) - len(prompts[1])) <= 1
+    assert len(choosing) + len(reporting) == 2 * len(items)
+
+
+def test_a_reward_model_killed_after_its_last_step_is_finished_by_resuming(run, tmp_path,
+                                                                           monkeypatch):
+    """No step is left, but the last evaluation, its line in the log and the choice of the weights
+    are."""
+    for file in ("sft.pt", "preferences.jsonl"):
+        (tmp_path / file).write_bytes((run / file).read_bytes())
+
+    def deadly(*arguments):
+        raise SystemExit(9)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(reward_model, "normalise", deadly)
+        reward_model.main(command(tmp_path, *REWARD_MODEL))
+    reward_model.main([*command(tmp_path, *REWARD_MODEL), "--resume"])
+    for name in ("reward.pt", "reward_metrics.csv"):
+        assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+
+
 @pytest.mark.parametrize("module, result, more", [
     (reward_model, "reward.pt", REWARD_MODEL), (ppo, "ppo.pt", [*PPO, "--target-kl", "0.01"])])
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bytes(run, tmp_path, module, result,
@@ -648,7 +690,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bytes(run, tmp_path
 
 
 def test_a_run_of_ppo_is_not_resumed_with_other_settings(run, tmp_path, capsys, monkeypatch):
-    """Neither with another reward nor with longer answers."""
+    """Neither with another reward, nor with longer answers, nor with another reward model."""
     for file in ("sft.pt", "preferences.jsonl", "reward.pt"):
         (tmp_path / file).write_bytes((run / file).read_bytes())
 
@@ -660,6 +702,11 @@ def test_a_run_of_ppo_is_not_resumed_with_other_settings(run, tmp_path, capsys, 
     for changed in (["--reward", "ground_truth"], ["--max-new-tokens", "9"]):
         message = refused(ppo.main, [*command(tmp_path, *PPO), *changed, "--resume"], capsys)
         assert changed[0] in message and "cannot resume" in message
+    model, facts = load_checkpoint(tmp_path / "reward.pt", kind=ScalarGPT)
+    torch.nn.init.normal_(model.scalar.weight)
+    save_checkpoint(tmp_path / "reward.pt", model, **facts)
+    message = refused(ppo.main, [*command(tmp_path, *PPO), "--resume"], capsys)
+    assert "the reward model changed" in message
 
 
 def refused(main, argv, capsys):
@@ -685,8 +732,27 @@ def test_a_reward_model_without_an_sft_model_says_what_is_missing(tmp_path, caps
     assert "sft.pt" in refused(reward_model.main, ["--out", tmp_path], capsys)
 
 
-def test_the_trl_preset_has_the_defaults_of_its_first_trainer():
+@pytest.mark.parametrize("argv, words", [
+    (["--batch", "10", "--minibatch", "4"], "not a multiple of --minibatch 4"),
+    (["--target-kl", "1", "--beta", "0"], "a --beta above 0"),
+    (["--target-kl", "1", "--horizon", "50"], "a --horizon above a fifth")])
+def test_flags_that_cannot_work_together_are_refused(argv, words, capsys):
+    """With 256 answers per step and a horizon of 50, a KL of 0 would make beta negative: 1 - 0.2 *
+    256 / 50."""
+    assert words in refused(ppo.main, argv, capsys)
+
+
+def test_ppo_saves_the_beta_that_it_ended_with(run, tmp_path):
+    """Under --target-kl that is not the one it started with."""
+    for file in ("sft.pt", "preferences.jsonl", "reward.pt"):
+        (tmp_path / file).write_bytes((run / file).read_bytes())
+    ppo.main(command(tmp_path, *PPO, "--target-kl", "0.01", "--row-length", "48"))
+    beta = load_checkpoint(tmp_path / "ppo.pt")[1]["beta"]
+    assert beta != 0.2 and beta == json.loads((tmp_path / "ppo.json").read_text())["beta"]
+
+
+def test_the_trl_preset_has_the_settings_of_trl_0_8():
     args = ppo.parse_args(["--preset", "trl", "--lr", "1e-6"])
     assert (args.batch, args.beta, args.target_kl, args.horizon) == (128, 0.2, 6, 10_000)
     assert args.lr == 1e-6          # a flag goes before a preset
-    assert (ppo.PASSES, CLIP, GAMMA, LAMBDA) == (4, 0.2, 1.0, 0.95)
+    assert (ppo.PASSES, RATIO_CLIP, GAMMA, LAMBDA) == (4, 0.2, 1.0, 0.95)
