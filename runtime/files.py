@@ -110,8 +110,9 @@ def load_tensors(path, device="cpu"):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} does not hold")
+            folders = [member for member in archive.infolist() if member.external_attr & 0x10]
+        if damaged or folders:              # of a "folder", torch.load returns unset memory
+            raise ValueError("a checksum does not hold, or a member is marked as a folder")
     return torch.load(path, map_location=device, weights_only=True)
 
 

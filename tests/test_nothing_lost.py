@@ -399,6 +399,17 @@ def test_a_flipped_bit_in_a_state_is_refused_or_changes_nothing(tmp_path):
     assert refused > 100
 
 
+def test_a_tensor_that_is_marked_as_a_folder_is_refused(tmp_path):
+    """One bit, 38 bytes after the beginning of an entry of the archive's directory, marks it as a
+    folder, and then torch.load returned memory that nobody had written to."""
+    path = interrupted(train_dpo, tmp_path) / "dpo_state.pt"
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.rfind(b"PK\x01\x02") + 38] ^= 0x10
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="a damaged one"):
+        load_state(path)
+
+
 @pytest.mark.parametrize("where, value", [
     ("step", "3"), ("step", -1), ("micro_batches", 0), ("flags", None), ("digests", [1]),
     ("model", None), ("model wte.weight", 1.0), ("model wte.weight", torch.zeros(3)),
