@@ -21,7 +21,7 @@ ORDER = [
     "sample",
     "train_dpo",
     "experiments.plot experiments.best_of experiments.packed_row experiments.curves "
-    "experiments.reward_model experiments.ppo "
+    "experiments.reward_model experiments.ppo experiments.credit "
     "experiments.frontier experiments.win_rate experiments.benchmark",
     "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers",
 ]
