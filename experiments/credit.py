@@ -4,6 +4,7 @@
     python -m experiments.credit --sort wrong           # of those that the policy ranks wrongly
     python -m experiments.credit --prompt "The plot" --chosen " was good." --rejected " was dull."
     python -m experiments.credit --html credit.html     # as a page, with all log-probs
+    python -m experiments.credit --truth                # reviews: compared with the true reward
 
 The implicit reward of an answer (Eq. 17, without the term that all answers to a prompt share) is a
 sum over its tokens, and this script shows the terms:
@@ -12,6 +13,9 @@ sum over its tokens, and this script shows the terms:
 
 In the terminal, a token is shaded by its share: blue if the policy makes it more likely than the
 reference does, orange if less. Where there is no colour, its share stands behind it as a number.
+
+--truth measures, over all held-out answers, how well the shares find the clauses of a review that
+earn its reward. docs/credit.md says what a share means and what was measured.
 
 Left out on purpose: attributions by gradients or by leaving out words. The shares need neither,
 because the sum is exact.
@@ -37,8 +41,8 @@ from runtime.files import replacing
 from runtime.flags import add_shared_flags, choose_task
 from runtime.report import names_of
 from runtime.rows import Skipped, unusable
-from sample import score, tie_in_nats
-from tasks import held_out_pairs, task_of
+from sample import decode_answer, score, tie_in_nats
+from tasks import held_out_pairs, reviews, task_of
 from train_dpo import implicit_reward
 
 # A token of an answer: its text, as it can be printed; its log-probs, given all before it, under
@@ -285,6 +289,79 @@ def paint(amount):
 
 
 # ------------------------------------------------------------------------------------------------
+# Compared with the truth, which the reviews task knows clause by clause
+# ------------------------------------------------------------------------------------------------
+
+
+def opinions_of(text):
+    """(match of reviews.OPINION, kind, contribution) of each clause of a review that carries an
+    opinion. The contribution is its weight times its value, over the weight of all; they sum to
+    reviews.reward(text)."""
+    found = []
+    for opinion in reviews.OPINION.finditer(text):
+        if opinion["verdict"]:
+            kind, weight = "verdict", 2.0
+        elif opinion["but"]:
+            kind, weight = "after but", 1.5
+        elif opinion["next"] is not None:
+            kind, weight = "before but", 0.5
+        else:
+            kind, weight = "other", 1.0
+        found.append((opinion, kind, weight))
+    total_weight = sum(weight for _, _, weight in found)
+    return [(opinion, kind, weight * reviews.opinion_value(opinion) / total_weight)
+            for opinion, kind, weight in found]
+
+
+def clauses_of(prompt, ids, answer, tokenizer):
+    """(kind, contribution, share) of each clause that has tokens in an answer; the share is the sum
+    over these tokens. prompt, ids: of the answer. answer: the same, as a list of Token."""
+    ids, n = [*prompt[1:], *ids], len(prompt) - 1
+    ends = [len(tokenizer.decode(ids[:i])) for i in range(len(ids) + 1)]
+    found = []
+    for opinion, kind, contribution in opinions_of(decode_answer(ids, tokenizer)):
+        shares = [token.share for token, start, end in zip(answer, ends[n:], ends[n + 1:])
+                  if start < opinion.end() and end > opinion.start()]
+        if shares:
+            found.append((kind, contribution, sum(shares)))
+    return found
+
+
+def correlation(x, y, cluster):
+    """(Pearson's correlation of x and y, its standard error), from numbers that are independent
+    only between clusters. x, y: (N,) float64. cluster: (N,) indices.
+
+    With x and y standardised, the correlation r moves by (x y - r (x^2 + y^2) / 2) / N for each
+    entry (the delta method). These are added up within each cluster.
+    """
+    x, y = [(values - values.mean()) / values.std(correction=0) for values in (x, y)]
+    r = (x * y).mean()
+    moves = x * y - r * (x**2 + y**2) / 2
+    per_cluster = moves.new_zeros(int(cluster.max()) + 1).index_add(0, cluster, moves)
+    return r.item(), per_cluster.norm().item() / len(x)
+
+
+def compare_with_truth(items, answers, tokenizer):
+    """How what a clause adds to the true reward correlates with the implicit reward of its tokens:
+    {kind: (clauses, correlation, standard error)}. answers: those of a list of Encoded, in order,
+    as lists of Token. Standard errors are over prompts, as answers to one are not independent."""
+    rows, answers = [], iter(answers)
+    for i, item in enumerate(items):
+        for ids in item.answers:
+            rows += [(i, *clause) for clause in clauses_of(item.prompt, ids, next(answers),
+                                                           tokenizer)]
+    found = {}
+    for kind in ["all", "other", "before but", "after but", "verdict"]:
+        of_kind = [row for row in rows if kind in ("all", row[1])]
+        if len(of_kind) > 1:
+            prompts = torch.tensor([row[0] for row in of_kind])
+            truth = torch.tensor([row[2] for row in of_kind], dtype=torch.float64)
+            shares = torch.tensor([row[3] for row in of_kind], dtype=torch.float64)
+            found[kind] = len(of_kind), *correlation(truth, shares, prompts)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
 # The command
 # ------------------------------------------------------------------------------------------------
 
@@ -304,6 +381,9 @@ def parse_args(argv):
     add("--chosen", help="its first answer, which follows the prompt as it is, blanks included")
     add("--rejected", help="its second answer")
     add("--html", type=Path, metavar="FILE", help="write a page instead, which needs no other file")
+    add("--truth", action="store_true",
+        help="reviews: instead, the correlation of what clauses add to the true reward with the "
+             "implicit reward of their tokens, over all held-out answers")
     parser.set_defaults(strict=False)       # rows that teach nothing are counted
     args = parser.parse_args(argv)
     choose_task(args)
@@ -314,11 +394,15 @@ def parse_args(argv):
 def check_flags(args):
     """Raise UserError for flags that contradict each other or would have no effect."""
     typed = [args.prompt, args.chosen, args.rejected]
-    if any(text is not None for text in typed):
-        if None in typed:
-            raise UserError("--prompt, --chosen and --rejected make one pair: give all three")
-        if args.sort != "file":
-            raise UserError(f"--sort {args.sort} is for held-out pairs, not for a pair typed in")
+    is_typed = typed != [None] * 3
+    if is_typed and None in typed:
+        raise UserError("--prompt, --chosen and --rejected make one pair: give all three")
+    if is_typed and args.sort != "file":
+        raise UserError(f"--sort {args.sort} is for held-out pairs, not for a pair typed in")
+    if args.truth and args.task != "reviews":
+        raise UserError("--truth: only the reviews task knows what a clause is worth")
+    if args.truth and (is_typed or args.html or args.sort != "file"):
+        raise UserError("--truth is about all held-out answers, and shows no pairs")
     if args.checkpoint and len(args.checkpoint) > 1 and not args.html:
         raise UserError("several --checkpoint are for the slider of --html; give one")
     if args.html and args.html.suffix != ".html":
@@ -340,10 +424,16 @@ def main(argv=None):
         pairs = [typed_pair(args, tokenizer, row_length)]
     else:
         items = held_out_pairs(tokenizer, row_length, args)
+        if not items:
+            raise UserError(f"{task_of(args).name(args)}: no held-out pair to show")
+        if args.truth and policy is reference:
+            raise UserError("--truth: a policy that is its own reference has no implicit reward")
+        if args.truth:
+            print_truth(policy, reference, items, tokenizer, row_length)
+            return
         pairs = choose_pairs(items, args.pairs, args.sort, policy, reference, row_length)
-    if not pairs:
-        raise UserError("no held-out pair is ranked wrongly" if args.sort == "wrong" else
-                        f"{task_of(args).name(args)}: no held-out pair to show")
+        if not pairs:
+            raise UserError("no held-out pair is ranked wrongly")
     shown = []
     for name in dict.fromkeys(names[path] for path in paths):
         beta = betas.get(name, 1.0)             # without a beta, rewards are in nats
@@ -355,6 +445,16 @@ def main(argv=None):
         print(f"wrote {args.html}: open it in a browser")
     else:
         print_views(*shown[0], names[reference_path])
+
+
+def print_truth(policy, reference, items, tokenizer, row_length):
+    """Print what compare_with_truth finds. (No correlation depends on beta.)"""
+    answers = credit(policy, reference, items, tokenizer, 1.0, row_length)
+    print(f"\n{len(answers):,} held-out answers to {len(items):,} prompts: correlation of what a "
+          "clause adds to the true\nreward with the implicit reward of its tokens, +- standard "
+          f"error over prompts\n\n{'clauses':<12}{'number':>8}{'correlation':>18}")
+    for kind, (n, r, error) in compare_with_truth(items, answers, tokenizer).items():
+        print(f"{kind:<12}{n:>8,}{f'{r:.3f} +-{error:.3f}':>18}")
 
 
 def print_views(name, beta, views, reference):

@@ -1,10 +1,10 @@
-"""experiments.credit and experiments.squeezing: where the implicit reward sits, and where the
-probability goes.
+"""experiments.credit: where the implicit reward sits.
 
     pytest tests/test_credit.py
 """
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -19,7 +19,9 @@ from experiments import credit
 from experiments.credit import Token, View
 from model import GPT, GPTConfig
 from runtime.checkpoint import save_checkpoint
+from tasks import reviews
 from tasks.tokenizers import get_tokenizer
+from train_dpo import implicit_reward, log_partition, optimal_policy
 
 TOKENIZER = get_tokenizer("reviews")
 for_all = settings(deadline=None, max_examples=50, derandomize=True)
@@ -42,7 +44,7 @@ def run(tmp_path_factory):
         save_checkpoint(out / f"{name}.pt", small_model(seed), tokenizer="reviews",
                         source="reviews", **facts)
     answers = [" was dull.", " was good.", " <b>&amp; \x1b[2J"]
-    rows = [{"prompt": f"The plot {i}", "answers": answers, "ranking": [1, 0, 2]}
+    rows = [{"prompt": f"We saw it {i}. The plot", "answers": answers, "ranking": [1, 0, 2]}
             for i in range(60)]
     (out / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return out
@@ -328,6 +330,104 @@ def test_a_browser_shows_one_checkpoint_and_the_numbers_of_a_token(run, tmp_path
 
 
 # ------------------------------------------------------------------------------------------------
+# Compared with the truth
+# ------------------------------------------------------------------------------------------------
+
+
+@for_all
+@given(seed=st.integers(0, 9999), cut=st.floats(0, 1), swaps=st.integers(0, 3))
+def test_contributions_of_clauses_sum_to_the_reward_of_the_text(seed, cut, swaps):
+    """Of any review, also if it is cut and some of its words are exchanged."""
+    rng = random.Random(seed)
+    words = re.findall(r"\s*\S+", reviews.write_review(rng))
+    for _ in range(swaps):
+        i, j = rng.randrange(len(words)), rng.randrange(len(words))
+        words[i], words[j] = words[j], words[i]
+    text = "".join(words[:round(cut * len(words))])
+    total = sum(contribution for _, _, contribution in credit.opinions_of(text))
+    assert total == pytest.approx(reviews.reward(text), abs=1e-6)
+
+
+def test_a_clause_has_the_tokens_that_it_shares_letters_with():
+    """Shares are powers of two, so that their sum tells which tokens they are of. Weights are 0.5,
+    1.5 and 2, together 4; "good" is worth 0.4 and "hated" -0.8."""
+    prompt = [TOKENIZER.eot_token, *TOKENIZER.encode_ordinary("The plot was")]
+    ids = TOKENIZER.encode_ordinary(" good, but I hated the jokes. A good film.")
+    ids = [*ids, TOKENIZER.eot_token]
+    answer = [Token("", 0, 0, 2**i) for i in range(len(ids))]
+    assert len(ids) == 13
+    #  good , but I hated the jokes .  A  good film .  <eot>
+    #  0    1 2   3 4     5   6     7  8  9    10   11 12
+    kinds, contributions, shares = zip(*credit.clauses_of(prompt, ids, answer, TOKENIZER))
+    assert kinds == ("before but", "after but", "verdict")
+    assert contributions == pytest.approx([0.5 * 0.4 / 4, 1.5 * -0.8 / 4, 2 * 0.4 / 4])
+    assert shares == (2**0, 2**7 - 2**1, 2**11 - 2**8)
+
+
+def test_clauses_that_lie_in_the_prompt_are_left_out():
+    prompt = [TOKENIZER.eot_token, *TOKENIZER.encode_ordinary("The plot was good. I hated the")]
+    ids = TOKENIZER.encode_ordinary(" jokes.")
+    answer = [Token("", 0, 0, 1.0)] * len(ids)
+    [(kind, contribution, share)] = credit.clauses_of(prompt, ids, answer, TOKENIZER)
+    assert (kind, contribution, share) == ("other", pytest.approx(-0.8 / 2), 1.0)
+
+
+def test_the_correlation_is_pearsons_and_its_error_is_that_of_the_clusters():
+    """Of normal variables, it is (1 - r^2) / sqrt(N). Entries that are there twice, in the same
+    cluster, tell nothing new."""
+    rng = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 20_000, generator=rng, dtype=torch.float64)
+    y = 0.75 * x + noise                                # r = 0.75 / sqrt(1 + 0.75^2) = 0.6
+    each = torch.arange(len(x))
+    r, error = credit.correlation(3 * x - 1, y, each)
+    assert r == pytest.approx(torch.corrcoef(torch.stack([x, y]))[0, 1].item())
+    assert r == pytest.approx(0.6, abs=0.02)
+    assert error == pytest.approx((1 - r**2) / len(x) ** 0.5, rel=0.03)
+    assert credit.correlation(x, -2 * x, each) == pytest.approx((-1, 0))
+    assert credit.correlation(x.repeat(2), y.repeat(2), each.repeat(2)) == pytest.approx((r, error))
+
+
+def test_shares_that_are_the_contributions_correlate_perfectly():
+    """Each clause's contribution at one of its tokens, and anything at tokens between clauses."""
+    rng = random.Random(0)
+    items = encoded(*[("", [reviews.write_review(rng) for _ in range(2)], [(0, 1)])
+                      for _ in range(30)])
+    answers = []
+    for item in items:
+        for ids in item.answers:
+            ends = [len(TOKENIZER.decode(ids[:i + 1])) for i in range(len(ids))]
+            last = {opinion.end(): contribution for opinion, _, contribution
+                    in credit.opinions_of(TOKENIZER.decode(ids[:-1]))}
+            full_stops = [TOKENIZER.decode([i]) == "." for i in ids]
+            answers.append([Token("", 0, 0, rng.gauss(0, 9) if stop else last.get(end, 0.0))
+                            for end, stop in zip(ends, full_stops)])
+    found = credit.compare_with_truth(items, answers, TOKENIZER)
+    assert set(found) == {"all", "other", "before but", "after but", "verdict"}
+    assert all(r == pytest.approx(1) for _, r, _ in found.values())
+    assert found["verdict"][0] == 60 and found["all"][0] == sum(
+        found[kind][0] for kind in found if kind != "all")
+
+
+@for_all
+@given(seed=st.integers(0, 9999), beta=st.floats(0.05, 5))
+def test_a_share_of_the_optimal_policy_is_by_how_much_a_token_raises_the_value(seed, beta):
+    """For any reward: all answers of two tokens out of four. V(prefix) = beta log E exp(r / beta),
+    the expectation over how the reference goes on. The sum of an answer is r(x, y) - V(start), and
+    V(start) is beta log Z(x)."""
+    rng = torch.Generator().manual_seed(seed)
+    ref = torch.randn(16, generator=rng, dtype=torch.float64).log_softmax(0)
+    rewards = torch.randn(16, generator=rng, dtype=torch.float64)
+    pi = optimal_policy(ref, rewards, beta)
+    ref, pi, rewards = ref.view(4, 4), pi.view(4, 4), rewards.view(4, 4)    # first, second token
+    start = beta * log_partition(ref.flatten(), rewards.flatten(), beta)
+    after_first = beta * log_partition(ref.log_softmax(1), rewards, beta)
+    first = implicit_reward(pi.logsumexp(1), ref.logsumexp(1), beta)
+    second = implicit_reward(pi.log_softmax(1), ref.log_softmax(1), beta)
+    torch.testing.assert_close(first, after_first - start)
+    torch.testing.assert_close(second, rewards - after_first[:, None])
+
+
+# ------------------------------------------------------------------------------------------------
 # The command
 # ------------------------------------------------------------------------------------------------
 
@@ -389,6 +489,20 @@ def test_bad_input_is_one_sentence(run, flags, words, capsys):
     message = capsys.readouterr().err
     assert caught.value.code == 2 and message.startswith("credit.py: ") and words in message
     assert message.count("\n") == 1
+
+
+def test_truth_is_measured_for_the_reviews_only(run, capsys):
+    """In the fixture each of five prompts has two clauses, "was dull" and "was good"."""
+    credit.main(["--out", str(run), "--truth"])
+    out = capsys.readouterr().out
+    assert "15 held-out answers to 5 prompts" in out
+    assert re.search(r"^all +10 +-?[01]\.\d{3} \+-0\.\d{3}$", out, re.M), out
+    for flags, words in [(["--data", "pairs.jsonl"], "only the reviews task"),
+                         (["--sort", "margin"], "shows no pairs"),
+                         (["--checkpoint", str(run / "sft.pt")], "its own reference")]:
+        with pytest.raises(SystemExit):
+            credit.main(["--out", str(run), "--truth", *flags])
+        assert words in capsys.readouterr().err
 
 
 def test_a_policy_without_wrong_pairs_says_so(run, capsys):
