@@ -1,21 +1,26 @@
-"""experiments.credit: where the implicit reward sits.
+"""experiments.credit and experiments.squeezing: where the implicit reward sits, and where the
+probability goes.
 
     pytest tests/test_credit.py
 """
 
+import importlib.util
 import json
+import math
 import random
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from data import Encoded, Preference, encode, is_held_out, pack
-from experiments import credit
+from experiments import credit, squeezing
 from experiments.credit import Token, View
 from model import GPT, GPTConfig
 from runtime.checkpoint import save_checkpoint
@@ -23,6 +28,7 @@ from tasks import reviews
 from tasks.tokenizers import get_tokenizer
 from train_dpo import implicit_reward, log_partition, optimal_policy
 
+ROOT = Path(__file__).parent.parent
 TOKENIZER = get_tokenizer("reviews")
 for_all = settings(deadline=None, max_examples=50, derandomize=True)
 ANSI = re.compile(r"\033\[[0-9;]*m")
@@ -517,3 +523,101 @@ def test_a_policy_without_wrong_pairs_says_so(run, capsys):
     finally:
         (run / "away.jsonl").rename(run / "preferences.jsonl")
     assert "no held-out pair to show" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# The squeezing effect: what docs/squeezing.md claims, for any reference, pair and step
+# ------------------------------------------------------------------------------------------------
+
+BETA = 0.5
+a_reference = st.lists(st.floats(-5, 5), min_size=3, max_size=12).map(
+    lambda logits: torch.tensor(logits, dtype=torch.float64).log_softmax(0))
+a_step = st.floats(0.01, 3)                             # d = lr beta / 2
+
+
+def stepped(before, chosen, rejected, d):
+    return squeezing.dpo_step(before, chosen, rejected, BETA, 2 * d / BETA)
+
+
+@for_all
+@given(before=a_reference, d=a_step, data=st.data())
+def test_a_step_multiplies_the_pair_and_scales_all_others_alike(before, d, data):
+    """The new probabilities are pi_w e^d / Z, pi_l e^-d / Z and pi_i / Z, where Z = 1 + pi_w (e^d -
+    1) - pi_l (1 - e^-d): only two logits move."""
+    w, l = data.draw(st.permutations(range(len(before))))[:2]
+    after, p = stepped(before, w, l, d).exp(), before.exp()
+    z = 1 + p[w] * math.expm1(d) - p[l] * -math.expm1(-d)
+    expected = p / z
+    expected[w] *= math.exp(d)
+    expected[l] *= math.exp(-d)
+    torch.testing.assert_close(after, expected)
+
+
+@for_all
+@given(before=a_reference, d=a_step, data=st.data())
+def test_the_chosen_rises_the_rejected_falls_and_the_others_follow_their_ratio(before, d, data):
+    """All others rise if the rejected answer was likelier than the chosen one by more than e^d, and
+    fall if by less; the likeliest of them changes the most."""
+    w, l = data.draw(st.permutations(range(len(before))))[:2]
+    changes = stepped(before, w, l, d).exp() - before.exp()
+    assert changes[w] > 0 > changes[l]
+    others = [i for i in range(len(before)) if i not in (w, l)]
+    excess = (before[l] - before[w]).item() - d
+    hypothesis.assume(abs(excess) > 1e-6)
+    assert all((changes[i] > 0) == (excess > 0) for i in others)
+    likeliest = max(others, key=lambda i: before[i])
+    assert changes[likeliest].abs() == max(changes[i].abs() for i in others)
+
+
+@for_all
+@given(before=a_reference, d=a_step, data=st.data())
+def test_the_rejected_alone_raises_every_other_logit_by_its_probability(before, d, data):
+    """The logits move by -d (1 - pi_l) and +d pi_i. So those rise that are likely enough: if one
+    rises, so do all likelier ones but the rejected, which falls."""
+    l = data.draw(st.integers(0, len(before) - 1))
+    p = before.exp()
+    moves = d * p
+    moves[l] -= d
+    after = stepped(before, None, l, d)
+    torch.testing.assert_close(after, (before + moves).log_softmax(0))
+    changes = after - before
+    assert changes[l] < 0
+    others = sorted((i for i in range(len(before)) if i != l), key=lambda i: before[i])
+    assert all(changes[i] <= changes[j] + 1e-12 for i, j in zip(others, others[1:]))
+    assert changes[others[-1]] > 0
+
+
+def test_the_numbers_of_the_page_are_those_of_the_picture():
+    page = " ".join((ROOT / "docs" / "squeezing.md").read_text(encoding="utf-8").split())
+    flat, peaked = squeezing.REFERENCES.values()
+    w, l = squeezing.CHOSEN, squeezing.REJECTED
+
+    def changes(before, chosen):
+        return 100 * (stepped(before, chosen, l, 1.0).exp() - before.exp())
+    both, alone = changes(peaked, w), changes(peaked, None)
+    assert f"the chosen answer gains {changes(flat, w)[w]:.1f} points" in page
+    assert (changes(flat, w)[w] > -changes(flat, w)[l]
+            and all(change < 0 for i, change in enumerate(changes(flat, w)) if i != w))
+    assert f"at {100 * peaked[l].exp():.1f} %, loses {-both[l]:.1f} points" in page
+    assert f"at {100 * peaked[w].exp():.1f} %, gains only {both[w]:.1f} of them" in page
+    assert f"which is in no pair, gains {both[0]:.1f}." in page
+    assert f"only the likeliest rises, by {alone[0]:.1f} points" in page
+    assert [i for i, change in enumerate(alone) if change > 0] == [0]
+    rises = changes(flat, None).tolist()
+    assert len({round(rise, 12) for i, rise in enumerate(rises) if i != l}) == 1 and rises[0] > 0
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
+def test_the_picture_is_drawn_and_the_numbers_are_printed(tmp_path, capsys):
+    path = tmp_path / "new" / "a.svg"
+    squeezing.main(["--out", str(path)])
+    out = capsys.readouterr().out
+    assert re.search(r"peaked reference, the rejected alone\n +likeliest +50\.012 -> +62\.097 %",
+                     out)
+    picture = path.read_text(encoding="utf-8")
+    for words in ("likeliest", "rejected", "chosen", "change, points of percent",
+                  "flat reference, the rejected alone"):
+        assert f"<!-- {words}" in picture, words
+    with pytest.raises(SystemExit):
+        squeezing.main(["--out", str(tmp_path / "picture")])
+    assert "a name that ends in .svg" in capsys.readouterr().err
