@@ -20,8 +20,8 @@ ORDER = [
     "train_sft",
     "sample",
     "train_dpo",
-    "experiments.plot experiments.best_of experiments.packed_row experiments.curves "
-    "experiments.reward_model experiments.ppo "
+    "experiments.plot experiments.squeezing experiments.best_of experiments.packed_row "
+    "experiments.curves experiments.reward_model experiments.ppo experiments.credit "
     "experiments.frontier experiments.win_rate experiments.benchmark",
     "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers",
 ]
