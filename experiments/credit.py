@@ -61,11 +61,11 @@ BLUES, ORANGES = (153, 75, 33), (223, 215, 208)     # of a terminal's 256 colour
 # ------------------------------------------------------------------------------------------------
 
 
-def credit(policy, reference, items, tokenizer, beta, row_length):
+def credit(policy, reference, items, tokenizer, beta):
     """The tokens of every answer of a list of Encoded: a list of lists of Token, in order."""
     answers = [Encoded(item.prompt, [answer], []) for item in items for answer in item.answers]
-    logps = by_token(policy, policy.token_logps, answers, row_length)               # (N, L)
-    ref_logps = by_token(reference, reference.token_logps, answers, row_length)
+    logps = by_token(policy, policy.token_logps, answers)       # (N, L)
+    ref_logps = by_token(reference, reference.token_logps, answers)
     shares = implicit_reward(logps, ref_logps, beta)
     rows = zip(ref_logps.tolist(), logps.tolist(), shares.tolist())
     return [[Token(text_of(i, tokenizer), *numbers) for i, *numbers in zip(item.answers[0], *row)]
@@ -80,9 +80,9 @@ def text_of(token, tokenizer):
     return printable(tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace"))
 
 
-def views_of(policy, reference, pairs, tokenizer, beta, row_length):
+def views_of(policy, reference, pairs, tokenizer, beta):
     """A View of each of a list of Encoded of two answers, the chosen one first."""
-    answers = credit(policy, reference, pairs, tokenizer, beta, row_length)
+    answers = credit(policy, reference, pairs, tokenizer, beta)
     return [View(tokenizer.decode(pair.prompt[1:]), *answers[2 * i:2 * i + 2])
             for i, pair in enumerate(pairs)]
 
@@ -429,7 +429,7 @@ def main(argv=None):
         if args.truth and policy is reference:
             raise UserError("--truth: a policy that is its own reference has no implicit reward")
         if args.truth:
-            print_truth(policy, reference, items, tokenizer, row_length)
+            print_truth(policy, reference, items, tokenizer)
             return
         pairs = choose_pairs(items, args.pairs, args.sort, policy, reference, row_length)
         if not pairs:
@@ -437,8 +437,8 @@ def main(argv=None):
     shown = []
     for name in dict.fromkeys(names[path] for path in paths):
         beta = betas.get(name, 1.0)             # without a beta, rewards are in nats
-        shown.append((name, beta, views_of(models[name], reference, pairs, tokenizer, beta,
-                                           row_length)))
+        shown.append((name, beta, views_of(models[name], reference, pairs, tokenizer,
+                                           beta)))
     if args.html:
         with replacing(args.html) as file:
             file.write(page(shown, names[reference_path]).encode())
@@ -447,9 +447,9 @@ def main(argv=None):
         print_views(*shown[0], names[reference_path])
 
 
-def print_truth(policy, reference, items, tokenizer, row_length):
+def print_truth(policy, reference, items, tokenizer):
     """Print what compare_with_truth finds. (No correlation depends on beta.)"""
-    answers = credit(policy, reference, items, tokenizer, 1.0, row_length)
+    answers = credit(policy, reference, items, tokenizer, 1.0)
     print(f"\n{len(answers):,} held-out answers to {len(items):,} prompts: correlation of what a "
           "clause adds to the true\nreward with the implicit reward of its tokens, +- standard "
           f"error over prompts\n\n{'clauses':<12}{'number':>8}{'correlation':>18}")

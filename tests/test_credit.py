@@ -75,7 +75,7 @@ def test_shares_sum_to_the_implicit_reward_of_the_answer(seed, beta, texts):
     batch = pack(items, 64)
     with torch.no_grad():
         expected = beta * (policy.logps(batch) - reference.logps(batch))
-    answers = credit.credit(policy, reference, items, TOKENIZER, beta, 64)
+    answers = credit.credit(policy, reference, items, TOKENIZER, beta)
     found = torch.tensor([credit.total(answer) for answer in answers])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3 * beta)
     lengths = [len(answer) for item in items for answer in item.answers]
@@ -86,7 +86,7 @@ def test_every_token_has_its_own_log_probs_under_both_models():
     """Those of the answer alone after its prompt, one forward pass each."""
     policy, reference = small_model(0), small_model(1)
     [item] = encoded(("The plot", [" was good.", " was"], [(0, 1)]))
-    answers = credit.credit(policy, reference, [item], TOKENIZER, 0.5, 64)
+    answers = credit.credit(policy, reference, [item], TOKENIZER, 0.5)
     for ids, tokens in zip(item.answers, answers):
         whole = torch.tensor([[*item.prompt, *ids]])
         for name, model in (("logp", policy), ("ref_logp", reference)):
@@ -103,7 +103,7 @@ def test_every_token_has_its_own_log_probs_under_both_models():
 def test_a_policy_that_equals_its_reference_has_no_shares():
     model = small_model(0)
     pairs = encoded(("The plot", [" was good.", " was"], [(0, 1)]))
-    [view] = credit.views_of(model, model, pairs, TOKENIZER, 0.5, 64)
+    [view] = credit.views_of(model, model, pairs, TOKENIZER, 0.5)
     assert all(token.share == 0 for token in view.chosen + view.rejected)
     assert credit.full_shade([view]) == 0 and credit.strength(0.0, 0.0) == 0
     assert "margin +0.00" in credit.show(view, 0.0, colour=True)
@@ -178,7 +178,7 @@ def test_text_of_a_model_never_becomes_a_control_character(texts, width, prompt,
 
 def test_an_escape_sequence_in_a_text_is_shown_escaped():
     [item] = encoded(("a\x1b]0;b", [" \x1b[2J\u202e", " \r"], [(0, 1)]))
-    [view] = credit.views_of(small_model(0), small_model(1), [item], TOKENIZER, 1.0, 64)
+    [view] = credit.views_of(small_model(0), small_model(1), [item], TOKENIZER, 1.0)
     shown = credit.show(view, 1.0)
     assert "a\\x1b]0;b" in shown and "\\x1b(" in shown and "\\r(" in shown and "\x1b" not in shown
     assert "\u202e" not in shown and "\\xe2(" in shown      # byte by byte, as in this tokenizer
