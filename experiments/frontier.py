@@ -256,15 +256,21 @@ def optimum(rewards, beta):
 # The picture
 # ------------------------------------------------------------------------------------------------
 
-# Colour, marker, line style and label of each method.
+# Colour, marker, line style and name of each method.
 STYLES = {"dpo": (BLUE, "o", "-", "DPO, pairs"),
-          "plackett_luce": (GREEN, "^", "--", "DPO, rankings (Plackett-Luce)"),
+          "plackett_luce": (GREEN, "^", "--", "DPO, rankings"),
           "sft_chosen": (PURPLE, "s", ":", "SFT on the chosen answers"),
           "unlikelihood": (ORANGE, "X", "-.", "unlikelihood"),
-          "ppo": (GOLD, "v", "-", "PPO, reward model of the same pairs"),
+          "ppo": (GOLD, "v", "-", "PPO, learned reward"),
           "ppo_gt": (GOLD, "P", "--", "PPO, true reward")}
+# Where the names stand: KL and reward, or KL and share of well-formed texts.
+NAMES = {"reward": {"dpo": (6.5, 0.51), "plackett_luce": (3.1, 0.40), "sft_chosen": (1.55, 0.235),
+                    "unlikelihood": (4.3, 0.45), "ppo": (4.25, 0.62), "ppo_gt": (4.9, 0.68)},
+         "well_formed": {"dpo": (5.1, 0.79), "plackett_luce": (2.6, 0.77),
+                         "sft_chosen": (0.1, 0.84), "unlikelihood": (5.5, 0.53),
+                         "ppo": (4.2, 0.93), "ppo_gt": (4.85, 0.985)}}
 
-FURTHEST = 7.5          # KL in nats at the right edge, where runs beyond it are marked
+FURTHEST = 8.5          # KL in nats at the right edge, where runs beyond it are marked
 
 
 def draw(runs, reference, path):
@@ -289,16 +295,14 @@ def draw(runs, reference, path):
     left.set_ylabel("ground-truth reward, from -1 to 1")
     right.set_ylabel("share of well-formed texts")
     right.set_ylim(-0.03, 1.03)
-    figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=3,
-                  bbox_to_anchor=(0.5, -0.12))
     figure.tight_layout()
     save(figure, path)
 
 
 def draw_method(ax, measure, method, runs):
-    """The runs of one method with their error bars, and a line through the means of the settings.
-    """
-    colour, marker, line, label = STYLES[method]
+    """The runs of one method with their error bars, a line through the means of the settings, and
+    its name."""
+    colour, marker, line, name = STYLES[method]
     means = {}                          # {setting: (mean KL, mean of the measure)}
     for setting in dict.fromkeys(run["setting"] for run in runs):
         points = [run["measures"] for run in runs if run["setting"] == setting]
@@ -310,7 +314,7 @@ def draw_method(ax, measure, method, runs):
         means[setting] = (sum(kls) / len(kls), sum(values) / len(values))
     curve = sorted(means.values())
     ax.plot([kl for kl, _ in curve], [value for _, value in curve], line, color=colour, alpha=0.6)
-    ax.plot([], [], line, marker=marker, markersize=5, color=colour, label=label)
+    ax.text(*NAMES[measure][method], name, color=colour, fontsize=9)
     for setting, (kl, value) in means.items():
         if kl > FURTHEST:
             mark_at_edge(ax, setting, kl, value, colour)
@@ -327,7 +331,7 @@ def mark_at_edge(ax, setting, kl, value, colour):
 
 def label_setting(ax, setting, kl, value, colour):
     """The name of a setting: right of its point, or above it where the line no longer rises."""
-    place = {"xytext": (10, -3), "ha": "left", "va": "center"}
+    place = {"xytext": (10, -4), "ha": "left", "va": "center"}
     if kl > 3:
         place = {"xytext": (0, 9), "ha": "center", "va": "bottom"}
     ax.annotate(setting, (kl, value), color=colour, textcoords="offset points", fontsize=9, **place)
@@ -338,16 +342,14 @@ def draw_best_of(ax, measure, measures_by_n):
     points = list(measures_by_n.values())
     ax.errorbar([point["kl_bound"] for point in points], [point[measure] for point in points],
                 yerr=[point[f"{measure}_se"] for point in points],
-                fmt="D", color=GREY, fillstyle="none", linestyle=(0, (1, 3)), markersize=5,
-                label="best of N of SFT, at its KL bound")
+                fmt="D", color=GREY, fillstyle="none", linestyle=(0, (1, 3)), markersize=5)
 
 
 def label_best_of(ax, measures_by_n):
-    for name in ("N = 4", "N = 16", "N = 128"):
-        if name in measures_by_n:
-            point = measures_by_n[name]
-            ax.annotate(name, (point["kl_bound"], point["reward"]), xytext=(-8, 4),
-                        textcoords="offset points", ha="right", fontsize=9)
+    """The name of its last point."""
+    name, point = list(measures_by_n.items())[-1]
+    ax.annotate(f"best of\n{name}", (point["kl_bound"], point["reward"]), xytext=(-8, 4),
+                textcoords="offset points", ha="right", fontsize=9)
 
 
 def draw_optimum(ax, points):
@@ -355,7 +357,8 @@ def draw_optimum(ax, points):
     reward, kl}, ...]."""
     shown = [point for point in points if point["kl"] < 3.5]
     ax.plot([point["kl"] for point in shown], [point["reward"] for point in shown], color=GREY,
-            linewidth=1, label="the best possible (Eq. 15), estimated from below")
+            linewidth=1)
+    ax.text(0.05, 0.6, "the best possible,\nestimated from below", fontsize=9)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -241,8 +241,8 @@ def test_the_frontier_is_drawn_with_axes_names_and_error_bars(small, tmp_path, c
     frontier.main([*small, "--out", str(tmp_path)])
     picture = (tmp_path / "frontier.svg").read_text()
     for words in ("KL to the SFT model, nats", "ground-truth reward, from -1 to 1",
-                  "share of well-formed texts", "best of N of SFT", "unlikelihood", "beta 0.5",
-                  "the best possible (Eq. 15), estimated from below"):
+                  "share of well-formed texts", "best of", "unlikelihood", "beta 0.5",
+                  "the best possible", "PPO, true reward", "PPO, learned reward"):
         assert f"<!-- {words}" in picture, words
     assert_has_no_background(picture)
     first = picture
