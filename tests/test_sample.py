@@ -188,6 +188,19 @@ def test_answers_are_judged_by_the_log_ratio_and_stay_with_their_prompt():
 # ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("n_layer, n_embd, expected", [
+    (12, 768, 65_536 // 100), (48, 1600, 2**31 // (2 * 48 * 1600) // 100)])
+def test_large_models_sample_fewer_answers_at_a_time(n_layer, n_embd, expected):
+    """A token has a key and a value of n_embd numbers in each layer. With answers of 100 tokens,
+    GPT-2 124M samples 655 at once, as 2^16 tokens have 1.2e9 numbers; gpt2-xl 139, for 2^31."""
+    sizes = []
+    model = SimpleNamespace(
+        config=GPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=1), device=torch.device("cpu"),
+        generate=lambda prompts, *rest: sizes.append(len(prompts)) or [[0]] * len(prompts))
+    sample.sample(model, [[1] * 90] * 1000, 10, 0, 0)
+    assert sizes[0] == max(sizes) == expected and sum(sizes) == 1000
+
+
 def test_the_reference_is_sampled_but_never_scored(monkeypatch):
     """Its KL to itself is 0 without any computation. For each other policy, that policy and the
     reference are scored once, on the answers of that policy."""
