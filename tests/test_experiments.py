@@ -24,6 +24,7 @@ import sample
 import train_dpo
 from data import Encoded, is_held_out
 from experiments import best_of, curves, frontier, ppo, reward_model, win_rate
+from experiments.plot import BLUE, GREEN
 from model import GPT, GPTConfig
 from runtime.checkpoint import save_checkpoint
 from tasks import held_out_prompts
@@ -321,6 +322,28 @@ def test_curves_name_what_they_show_and_in_which_unit(tmp_path, capsys):
     assert (tmp_path / "again.svg").read_text() == picture
     (tmp_path / "metrics.csv").write_text(re.sub(",0.69,0.5|,0.45,0.7", ",,", METRICS))
     curves.main([str(tmp_path)])                        # a run without held-out prompts
+
+
+@needs_matplotlib
+def test_two_runs_are_drawn_in_one_picture_and_told_apart_without_colour(tmp_path, capsys):
+    """By the width of their lines and their markers; labels name the folder, whatever it is
+    called."""
+    folders = [tmp_path / "a", tmp_path / "$b_{"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "metrics.csv").write_text(METRICS)
+    assert "with --out" in refused(curves.main, folders, capsys)
+    assert "one run or two" in refused(curves.main, [*folders, tmp_path], capsys)
+    curves.main([*map(str, folders), "--out", str(tmp_path / "both.svg")])
+    picture = (tmp_path / "both.svg").read_text()
+    assert picture.count("<!-- log 2 -->") == picture.count("<!-- margin -->") == 1
+    for label in ("training", "held out", "chosen", "rejected"):
+        for name in folders:
+            assert f"<!-- {label}, {name} -->" in picture, label
+    widths = {colour: re.findall(rf"fill: none; (?:stroke-dasharray: \S+; stroke-dashoffset: 0; )?"
+                                 rf"stroke: {colour}; stroke-width: ([\d.]+)", picture)
+              for colour in (BLUE, GREEN)}
+    assert set(widths[BLUE]) != set(widths[GREEN])
 
 
 def test_without_matplotlib_one_sentence_says_how_to_get_it(tmp_path, capsys, monkeypatch):
