@@ -297,20 +297,10 @@ def opinions_of(text):
     """(match of reviews.OPINION, kind, contribution) of each clause of a review that carries an
     opinion. The contribution is its weight times its value, over the weight of all; they sum to
     reviews.reward(text)."""
-    found = []
-    for opinion in reviews.OPINION.finditer(text):
-        if opinion["verdict"]:
-            kind, weight = "verdict", 2.0
-        elif opinion["but"]:
-            kind, weight = "after but", 1.5
-        elif opinion["next"] is not None:
-            kind, weight = "before but", 0.5
-        else:
-            kind, weight = "other", 1.0
-        found.append((opinion, kind, weight))
-    total_weight = sum(weight for _, _, weight in found)
-    return [(opinion, kind, weight * reviews.opinion_value(opinion) / total_weight)
-            for opinion, kind, weight in found]
+    opinions = [(opinion, reviews.kind_of(opinion)) for opinion in reviews.OPINION.finditer(text)]
+    total = sum(reviews.WEIGHTS[kind] for _, kind in opinions)
+    return [(opinion, kind, reviews.WEIGHTS[kind] * reviews.opinion_value(opinion) / total)
+            for opinion, kind in opinions]
 
 
 def clauses_of(prompt, ids, answer, tokenizer):
@@ -351,7 +341,7 @@ def compare_with_truth(items, answers, tokenizer):
             rows += [(i, *clause) for clause in clauses_of(item.prompt, ids, next(answers),
                                                            tokenizer)]
     found = {}
-    for kind in ["all", "other", "before but", "after but", "verdict"]:
+    for kind in ["all", *reviews.WEIGHTS]:
         of_kind = [row for row in rows if kind in ("all", row[1])]
         if len(of_kind) > 1:
             prompts = torch.tensor([row[0] for row in of_kind])

@@ -268,10 +268,11 @@ STYLES = {"dpo": (BLUE, "o", "-", "DPO, pairs"),
           "ppo": (GOLD, "v", "-", "PPO, learned reward"),
           "ppo_gt": (GOLD, "P", "--", "PPO, true reward")}
 # Where the names stand: KL and reward, or KL and share of well-formed texts.
-NAMES = {"reward": {"dpo": (6.5, 0.51), "plackett_luce": (3.1, 0.40), "sft_chosen": (1.55, 0.235),
-                    "unlikelihood": (4.3, 0.45), "ppo": (4.25, 0.62), "ppo_gt": (4.9, 0.68)},
+NAMES = {"reward": {"dpo": (6.9, 0.62), "plackett_luce": (3.15, 0.435),
+                    "sft_chosen": (1.55, 0.235),
+                    "unlikelihood": (4.3, 0.45), "ppo": (4.35, 0.635), "ppo_gt": (4.9, 0.68)},
          "well_formed": {"dpo": (5.1, 0.79), "plackett_luce": (2.6, 0.77),
-                         "sft_chosen": (0.1, 0.84), "unlikelihood": (5.5, 0.53),
+                         "sft_chosen": (0.1, 0.84), "unlikelihood": (4.7, 0.58),
                          "ppo": (4.2, 0.93), "ppo_gt": (4.85, 0.985)}}
 
 FURTHEST = 8.5          # KL in nats at the right edge, where runs beyond it are marked
@@ -320,7 +321,7 @@ def draw_method(ax, measure, method, runs):
     ax.plot([kl for kl, _ in curve], [value for _, value in curve], line, color=colour, alpha=0.6)
     ax.text(*NAMES[measure][method], name, color=colour, fontsize=9)
     for setting, (kl, value) in means.items():
-        if kl > FURTHEST:
+        if kl > FURTHEST and method != "plackett_luce":         # whose points are those of DPO
             mark_at_edge(ax, setting, kl, value, colour)
         elif measure == "reward" and method == "dpo":
             label_setting(ax, setting, kl, value, colour)
@@ -329,15 +330,15 @@ def draw_method(ax, measure, method, runs):
 def mark_at_edge(ax, setting, kl, value, colour):
     """An arrow at the right edge for a setting whose KL is beyond it."""
     ax.plot([FURTHEST], [value], ">", color=colour, clip_on=False)
-    ax.annotate(f"{setting}: KL {kl:.0f}", (FURTHEST, value), xytext=(-8, -5), ha="right",
+    ax.annotate(f"{setting}: KL {kl:.0f}", (FURTHEST, value), xytext=(-8, -10), ha="right",
                 va="center", textcoords="offset points", color=colour, fontsize=9)
 
 
 def label_setting(ax, setting, kl, value, colour):
-    """The name of a setting: right of its point, or above it where the line no longer rises."""
+    """The name of a setting: right of its point, or below it where the line no longer rises."""
     place = {"xytext": (10, -4), "ha": "left", "va": "center"}
     if kl > 3:
-        place = {"xytext": (0, 9), "ha": "center", "va": "bottom"}
+        place = {"xytext": (0, -9), "ha": "center", "va": "top"}
     ax.annotate(setting, (kl, value), color=colour, textcoords="offset points", fontsize=9, **place)
 
 

@@ -70,28 +70,35 @@ REVIEW = re.compile(rf"(?:{any_of(WHO)} (?:saw|watched) (?:it|this film) {any_of
                     rf"{SENTENCE}{SENTENCE}{any_of(VERDICTS)}\.")
 
 
+# Of each kind of opinion. In "A, but B" the emphasis is on B; a verdict on the film counts most.
+WEIGHTS = {"other": 1.0, "before but": 0.5, "after but": 1.5, "verdict": 2.0}
+
+
 def reward(text):
     """The ground-truth reward: how favourable a review is, in [-1, 1]. 0 without any opinion.
 
-    It is the weighted mean of the opinions in the text. In "A, but B" the emphasis is on B: A has
-    weight 0.5 and B 1.5. A verdict on the film has weight 2, any other clause 1. Because it is a
-    mean, a policy gains nothing by writing more.
+    It is the weighted mean of the opinions in the text; see WEIGHTS. Because it is a mean, a policy
+    gains nothing by writing more.
     """
     total = total_weight = 0.0
     for opinion in OPINION.finditer(text):
-        if opinion["verdict"]:
-            weight = 2.0
-        elif opinion["but"]:
-            weight = 1.5
-        elif opinion["next"] is not None:
-            weight = 0.5
-        else:
-            weight = 1.0
+        weight = WEIGHTS[kind_of(opinion)]
         total += weight * opinion_value(opinion)
         total_weight += weight
     if total_weight == 0:
         return 0.0
     return round(total / total_weight, 6)       # rounded, so that equal sums tie in any order
+
+
+def kind_of(opinion):
+    """The kind of one match of OPINION, a key of WEIGHTS."""
+    if opinion["verdict"]:
+        return "verdict"
+    if opinion["but"]:
+        return "after but"
+    if opinion["next"] is not None:
+        return "before but"
+    return "other"
 
 
 def opinion_value(opinion):
