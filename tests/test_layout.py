@@ -22,7 +22,8 @@ ORDER = [
     "train_dpo",
     "experiments.plot experiments.best_of experiments.packed_row experiments.curves "
     "experiments.reward_model experiments.ppo "
-    "experiments.frontier experiments.win_rate experiments.benchmark experiments.captured",
+    "experiments.frontier experiments.win_rate experiments.benchmark experiments.captured "
+    "experiments.gpu_questions",
     "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers",
 ]
 MODULES = [module for line in ORDER for module in line.split()]
