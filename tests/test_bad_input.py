@@ -393,15 +393,12 @@ def test_a_reader_of_the_output_that_goes_away_costs_one_sentence(run):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
-@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_do_not_cost_a_run(closed, tmp_path):
+def test_closed_streams_do_not_cost_a_run(tmp_path):
     """A job that starts without a terminal may have none of them. Progress bars go to stderr."""
     command = [sys.executable, ROOT / "train_sft.py", *TINY, "--task", "reviews", "--reviews", "20",
                "--out", tmp_path]
-    done = subprocess.run(f"exec {shlex.join(map(str, command))} {closed}", shell=True)
+    done = subprocess.run(f"exec {shlex.join(map(str, command))} <&- >&- 2>&-", shell=True)
     assert done.returncode == 0 and (tmp_path / "sft.pt").exists()
-    if closed == "2>&-":
-        return
     talking = f"exec {sys.executable} {ROOT / 'sample.py'} --checkpoint {tmp_path / 'sft.pt'} <&-"
     assert subprocess.run(talking, shell=True, stdout=subprocess.DEVNULL).returncode == 0
 

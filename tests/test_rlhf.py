@@ -516,7 +516,7 @@ def test_ppo_comes_to_the_optimal_policy_of_equation_15(tmp_path):
         return float64(score(model, every_answer, 32)[0])
     best = optimal_policy(log_probs(reference), rewards, beta)
     args = flags(tmp_path, max_new_tokens=2, batch=128, minibatch=64, lr=1e-3, critic_lr=1e-2,
-                 beta=beta, steps=80, log_every=1000)
+                 beta=beta, steps=60, log_every=1000)
     ppo.train(policy, reference, [[1]], lambda items: [finished.get(tuple(item.answers[0]), 0.0)
                                                        for item in items], EOT, args)
 
