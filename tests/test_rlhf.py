@@ -7,6 +7,7 @@ then both commands. In the mathematics, N answers have up to L tokens, and paddi
 """
 
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -607,6 +608,21 @@ def run(tmp_path_factory):
 def command(out, *more):
     common = "--steps 4 --max-new-tokens 6 --device cpu --save-every 0 --log-every 1"
     return [*more, *common.split(), "--out", str(out)]
+
+
+def test_both_stages_work_on_a_file_of_preferences(run, tmp_path):
+    """Without a ground truth there is no correlation, and no reward in the table of PPO."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_bytes((run / "preferences.jsonl").read_bytes())
+    model, facts = load_checkpoint(run / "sft.pt")
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    save_checkpoint(tmp_path / "sft.pt", model, **facts | {"source": data.name, "digest": digest})
+    reward_model.main(command(tmp_path, *REWARD_MODEL, "--data", str(data)))
+    ppo.main(command(tmp_path, *PPO, "--data", str(data)))
+    found = json.loads((tmp_path / "reward.json").read_text())
+    assert found["correlation"] is None and found["accuracy"]["reward model"]["accuracy"] >= 0
+    measures = json.loads((tmp_path / "ppo.json").read_text())["policies"]["ppo"]
+    assert "kl" in measures and "reward" not in measures
 
 
 def test_reward_json_has_both_accuracies_on_pairs_that_chose_nothing(run):
