@@ -5,7 +5,7 @@
     python -m classroom.wrong_answers --all                # list every test that fails
     python -m classroom.wrong_answers --tests my_tests.py  # grade a student's tests
 
-Each wrong answer, or mutant, is a function in this file. Nearly all are mistakes that public DPO
+Each wrong answer, or mutant, is a function in this file. Many are mistakes that public DPO
 code has really made; where a mistake has a known source, the docstring names it ("official code" is
 that of the paper's authors). A mutant replaces one function while the tests run. Where possible, it
 is a few lines around the right function (`right`), so that it survives changes to that function; if
