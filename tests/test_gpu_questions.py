@@ -25,7 +25,7 @@ def args_of(*flags):
     return parse_args(["--device", "cpu", "--tiny", *flags])
 
 
-SLOW = ("run", "ladder", "head", "packing")
+SLOW = ("run", "ladder", "head", "packing", "vocabulary")
 QUICK = [question for question in QUESTIONS if question.ask.__name__ not in SLOW]
 
 
@@ -67,10 +67,11 @@ def test_what_a_question_finds_is_passed_on_while_it_runs(monkeypatch):
     found, processes = [], []
     monkeypatch.setattr(gpu_questions, "stop", lambda process: (processes.append(process),
                                                                 stop(process)))
-    question = next(question for question in QUESTIONS if question.ask.__name__ == "vocabulary")
+    question = next(question for question in QUESTIONS if question.ask.__name__ == "head")
     start = time.monotonic()
     assert ask(question, ["--device", "cpu", "--tiny"], 120, found.append) is None
     assert [line["vocabulary multiple"] for line in found] == [1, 64, 1, 64]
+    assert found[0]["head"] == "float32" and found[-1]["head"] != "float32"
     assert processes[-1].poll() == 0 and time.monotonic() - start < 120
 
 
