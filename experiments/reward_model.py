@@ -211,7 +211,7 @@ def main(argv=None):
                     seed=args.seed, **source)
     print(f"wrote {args.out / 'reward.pt'}, the weights of step {best_step}")
     epoch = best_step * args.batch / sum(len(item.pairs) for item in preferences)
-    report(model, sft, sft_path, reporting, tokenizer, epoch, args)
+    report(model, sft, reporting, tokenizer, epoch, args)
     (args.out / "reward_state.pt").unlink(missing_ok=True)      # the run has finished
 
 
@@ -225,24 +225,22 @@ def halves(items):
     return parts
 
 
-def report(model, sft, sft_path, items, tokenizer, epoch, args):
+def report(model, sft, items, tokenizer, epoch, args):
     """Measure the reward model on held-out pairs (a list of Encoded), beside the implicit reward of
     dpo.pt, and its correlation with the ground truth. Prints and writes reward.json."""
-    accuracy = {}
+    found = {"epoch": epoch, "pairs": sum(len(item.pairs) for item in items), "correlation": None}
     if items:
         correct = ranked_correctly(margins_of(model, items, args.row_length), 0.0)
-        accuracy["reward model"] = means_over_pairs({"accuracy": correct}, items)
-    dpo_path = args.out / "dpo.pt"
-    if items and dpo_path.exists():
-        policies, _, betas = open_policies([dpo_path], sft.device, args)
-        rated = rate_pairs(policies, sft, items, betas)["dpo"]
-        accuracy["implicit reward of dpo.pt"] = {name: rated[name]
-                                                 for name in ("accuracy", "accuracy_se")}
-    found = {"epoch": epoch, "pairs": sum(len(item.pairs) for item in items),
-             "accuracy": accuracy, "correlation": None}
-    if accuracy:
+        found |= means_over_pairs({"accuracy": correct}, items)
+        rows = {"reward model": {name: found[name] for name in ("accuracy", "accuracy_se")}}
+        dpo_path = args.out / "dpo.pt"
+        if dpo_path.exists():
+            policies, _, betas = open_policies([dpo_path], sft.device, args)
+            rated = rate_pairs(policies, sft, items, betas)["dpo"]
+            found["implicit_reward"] = {name: rated[name] for name in ("accuracy", "accuracy_se")}
+            rows["implicit reward of dpo.pt"] = found["implicit_reward"]
         print(f"\npairs ranked correctly, of {found['pairs']:,} held-out pairs that the choice of "
-              f"the weights did not see\n{table(accuracy)}")
+              f"the weights did not see\n{table(rows)}")
     reward = task_of(args).reward
     if items and reward:
         found["correlation"] = correlation_with_truth(model, items, reward, tokenizer, args)
