@@ -25,6 +25,7 @@ import runtime.checkpoint
 import sample
 import train_dpo
 import train_sft
+from classroom.exercises import is_a_students_copy
 from data import encode_all, load_preferences, pack
 from model import GPT, GPTConfig
 from runtime.checkpoint import save_checkpoint
@@ -36,6 +37,8 @@ from tasks.tokenizers import get_tokenizer
 ROOT = Path(__file__).parent.parent
 for_all = settings(deadline=None, max_examples=150, derandomize=True)
 TOKENIZER = get_tokenizer("reviews")
+trains_in_another_process = pytest.mark.skipif(
+    is_a_students_copy(), reason="another process cannot say which exercise is not written yet")
 TINY = ("--init random --n-layer 1 --n-head 2 --n-embd 16 --block-size 128 --steps 2 "
         "--tokenizer reviews --device cpu").split()
 QUICK = "--steps 2 --eval-prompts 3 --max-new-tokens 4 --device cpu".split()
@@ -392,6 +395,7 @@ def test_a_reader_of_the_output_that_goes_away_costs_one_sentence(run):
     assert "Traceback" not in err
 
 
+@trains_in_another_process
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
 def test_closed_streams_do_not_cost_a_run(tmp_path):
     """A job that starts without a terminal may have none of them. Progress bars go to stderr."""
@@ -403,6 +407,7 @@ def test_closed_streams_do_not_cost_a_run(tmp_path):
     assert subprocess.run(talking, shell=True, stdout=subprocess.DEVNULL).returncode == 0
 
 
+@trains_in_another_process
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("full", ["stdout", "stderr"])
 def test_an_output_on_a_full_disk_is_named(full, tmp_path):
