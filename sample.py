@@ -219,16 +219,12 @@ def rate_pairs(policies, reference, items, betas):
     """
     row_length, measures = reference.config.block_size, {}
     ref_logps = score(reference, items, row_length, "scoring pairs, reference")
-
-    def differences(logps):
-        """(P,) log-prob of the winner minus that of the loser."""
-        return torch.tensor([row[w] - row[l] for row, item in zip(logps, items)
-                             for w, l in item.pairs], dtype=torch.float64)
+    ref_logratios = differences(ref_logps, items)
     for name, model in policies.items():
         pi_logps = ref_logps
         if model is not reference:
             pi_logps = score(model, items, row_length, f"scoring pairs, {name}")
-        pi_logratios, ref_logratios = differences(pi_logps), differences(ref_logps)
+        pi_logratios = differences(pi_logps, items)
         margins = pi_logratios - ref_logratios                          # in nats
         columns = {"accuracy": ranked_correctly(margins, tie_in_nats(model.precision)),
                    "logp_accuracy": ranked_correctly(pi_logratios, 0.0)}
@@ -236,6 +232,13 @@ def rate_pairs(policies, reference, items, betas):
             columns["margin"] = betas[name] * margins
         measures[name] = means_over_pairs(columns, items)
     return measures
+
+
+def differences(numbers, items):
+    """(P,) the winner's number minus the loser's, for all pairs of a list of Encoded. numbers: one
+    of each answer, as `score` returns them."""
+    return torch.tensor([of_item[w] - of_item[l] for of_item, item in zip(numbers, items)
+                         for w, l in item.pairs], dtype=torch.float64)
 
 
 def means_over_pairs(columns, items):

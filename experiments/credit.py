@@ -427,8 +427,8 @@ def main(argv=None):
     shown = []
     for name in dict.fromkeys(names[path] for path in paths):
         beta = betas.get(name, 1.0)             # without a beta, rewards are in nats
-        shown.append((name, beta, views_of(models[name], reference, pairs, tokenizer,
-                                           beta)))
+        views = views_of(models[name], reference, pairs, tokenizer, beta)
+        shown.append((name, beta, views))
     if args.html:
         with replacing(args.html) as file:
             file.write(page(shown, names[reference_path]).encode())

@@ -120,13 +120,14 @@ def prepare(args):
     """Open the SFT model, sample preferences and compute their reference log-probs. Returns a
     Start. If no SFT model is named and the default run has none, it is trained first.
 
-    args: those of train_dpo.py. Sets args.row_length to the block size of the model.
+    args: those of train_dpo.py. Sets args.sft, and args.row_length to the block size of the model.
     """
     device = set_up(args)
-    sft = args.sft or Path("out/reviews/sft.pt")
-    if args.sft is None and not sft.exists():
-        train_sft.main([])
-    model, tokenizer, _ = open_checkpoint(sft, device, args)
+    if args.sft is None:
+        args.sft = Path("out/reviews/sft.pt")
+        if not args.sft.exists():
+            train_sft.main([])
+    model, tokenizer, _ = open_checkpoint(args.sft, device, args)
     args.row_length = model.config.block_size
     train_dpo.sample_preferences(model, tokenizer, args)
     training, held_out = encode_splits(reviews.preferences(args), reviews.name(args), tokenizer,
@@ -138,9 +139,8 @@ def prepare(args):
 
 def fit_reward_model(args):
     """Train the reward model of `ppo` on the preferences of the grid. Returns its reward.json."""
-    sft = args.sft or Path("out/reviews/sft.pt")
     began = time.process_time()
-    reward_model.main([f"--out={args.out}", f"--sft={sft}", f"--device={args.device}",
+    reward_model.main([f"--out={args.out}", f"--sft={args.sft}", f"--device={args.device}",
                        f"--precision={args.precision}"])
     return {"seconds": time.process_time() - began,
             **json.loads((args.out / "reward.json").read_text())}
@@ -149,9 +149,18 @@ def fit_reward_model(args):
 def train(start, method, flags, folder):
     """Train a copy of the SFT model with one of the methods. Returns the policy."""
     policy = copy.deepcopy(start.model)
-    training, held_out = start.training, start.held_out
+    remove_training_state(folder)   # an interrupted run starts over
     if method in ("ppo", "ppo_gt"):
-        return train_with_ppo(policy, start, flags, folder)
+        train_with_ppo(policy, start, flags, folder)
+    else:
+        train_on_preferences(policy, start, method, flags, folder)
+    remove_training_state(folder)   # the run has finished
+    return policy
+
+
+def train_on_preferences(policy, start, method, flags, folder):
+    """Train the policy with a loss of train_dpo.py, or with SFT on the chosen answers, in place."""
+    training, held_out = start.training, start.held_out
     if method == "sft_chosen":
         module = train_sft
         args = train_sft.parse_args(flags)
@@ -163,23 +172,17 @@ def train(start, method, flags, folder):
     args.out = folder
     args.row_length = start.row_length
     args.log_every = 10**9          # log the first and the last step only
-    remove_training_state(folder)   # an interrupted run starts over
     module.train(policy, training, held_out, args)
-    remove_training_state(folder)   # the run has finished
-    return policy
 
 
 def train_with_ppo(policy, start, flags, folder):
-    """Train the policy with PPO on the prompts of the preferences, in place. Returns it."""
+    """Train the policy with PPO on the prompts of the preferences, in place."""
     args = ppo.parse_args(flags)
-    args.out, args.row_length, args.log_every = folder, start.row_length, 1
+    args.out, args.log_every = folder, 1
     args.reward_model = folder.parent / "reward.pt"
     prompts = [list(item.prompt) for item in start.training]
     score_answers, _ = ppo.reward_function(start.tokenizer, "reviews", policy.device, args)
-    remove_training_state(folder)
     ppo.train(policy, start.model, prompts, score_answers, start.tokenizer.eot_token, args)
-    remove_training_state(folder)
-    return policy
 
 
 def remove_training_state(folder):

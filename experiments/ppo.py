@@ -47,15 +47,10 @@ import numpy as np
 import torch
 
 from data import Batches, Encoded, batches_in_order, deal, pack_for_model
-from experiments.reward_model import open_reward_model
+from experiments.reward_model import open_reward_model, open_run
 from model import ScalarGPT
-from runtime.checkpoint import (
-    check_sft_checkpoint,
-    data_source,
-    open_checkpoint,
-    save_checkpoint,
-)
-from runtime.cli import Parser, choose_row_length, command, number_type, set_up
+from runtime.checkpoint import open_checkpoint, save_checkpoint
+from runtime.cli import Parser, command, number_type, set_up
 from runtime.errors import UserError
 from runtime.files import claim_folder, write_json
 from runtime.flags import add_measuring_flags, add_shared_flags, add_training_flags, choose_task
@@ -63,7 +58,7 @@ from runtime.parallel import all_gather, sum_gradients
 from runtime.report import final_report
 from runtime.run import Log, TrainingState, fingerprint, is_due
 from sample import decode_answer, evaluate, sample, score
-from tasks import encode_splits, task_of
+from tasks import held_out_prompts, task_of
 from train_sft import grad_scaler, update, warmup
 
 # Answers per step and per minibatch, learning rates, the penalty beta, a target for the KL (None:
@@ -365,22 +360,17 @@ def main(argv=None):
     args = parse_args(argv)
     device = set_up(args)
     claim_folder(args.out)
-    task, source = task_of(args), data_source(args)
-    sft_path = args.sft or args.out / "sft.pt"
-    policy, tokenizer, facts = open_checkpoint(sft_path, device, args)
-    check_sft_checkpoint(sft_path, policy, facts, source, args)
-    choose_row_length(args, policy.config.block_size)
-    preferences, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
+    policy, tokenizer, facts, (preferences, held_out) = open_run(device, args)
+    held_out = held_out_prompts(held_out, tokenizer, args)      # for the table at the end
     score_answers, digest = reward_function(tokenizer, facts["tokenizer"], device, args)
-    reference, _, _ = open_checkpoint(sft_path, device, args)
+    reference, _, _ = open_checkpoint(args.sft, device, args)
     prompts = [item.prompt for item in preferences]
-    print(f"PPO of {sft_path} on {len(prompts):,} prompts, {args.reward} reward, {device}")
+    print(f"PPO of {args.sft} on {len(prompts):,} prompts, {args.reward} reward, {device}")
     beta = train(policy, reference, prompts, score_answers, tokenizer.eot_token, args, digest)
-    save_checkpoint(args.out / "ppo.pt", policy, tokenizer=facts["tokenizer"], stage="ppo",
-                    init=facts.get("init", "random"), seed=args.seed, beta=beta,
-                    reward=args.reward, **source)
+    save_checkpoint(args.out / "ppo.pt", policy, **facts | {
+        "stage": "ppo", "beta": beta, "reward": args.reward})
     print(f"wrote {args.out / 'ppo.pt'}")
-    report(policy, reference, task.prompts(held_out, tokenizer, args), tokenizer, beta, args)
+    report(policy, reference, held_out, tokenizer, beta, args)
     (args.out / "ppo_state.pt").unlink(missing_ok=True)         # the run has finished
 
 

@@ -53,6 +53,7 @@ from runtime.report import table
 from runtime.run import Log, TrainingState, is_due
 from sample import (
     decode_answer,
+    differences,
     means_over_pairs,
     ranked_correctly,
     rate_pairs,
@@ -157,8 +158,7 @@ def accuracy_of(model, items, args, log):
 def margins_of(model, items, row_length):
     """(P,) reward of the winner minus that of the loser, for all pairs of a list of Encoded."""
     rewards = score(model, items, row_length, progress="rewards", number_of=model.rewards)
-    return torch.tensor([of_item[w] - of_item[l] for of_item, item in zip(rewards, items)
-                         for w, l in item.pairs], dtype=torch.float64)
+    return differences(rewards, items)
 
 
 @torch.no_grad()
@@ -193,26 +193,35 @@ def main(argv=None):
     args = parse_args(argv)
     device = set_up(args)
     claim_folder(args.out)
-    task, source = task_of(args), data_source(args)
-    sft_path = args.sft or args.out / "sft.pt"
-    sft, tokenizer, facts = open_checkpoint(sft_path, device, args)
-    check_sft_checkpoint(sft_path, sft, facts, source, args)
-    choose_row_length(args, sft.config.block_size)
-    preferences, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
+    sft, tokenizer, facts, (preferences, held_out) = open_run(device, args)
     choosing, reporting = halves(held_out)
 
     model = ScalarGPT.from_gpt(sft)
-    print(f"reward model from {sft_path} on {sum(len(item.pairs) for item in preferences):,} pairs "
+    print(f"reward model from {args.sft} on {sum(len(item.pairs) for item in preferences):,} pairs "
           f"of {len(preferences):,} prompts, on {device}")
     best_step = train(model, preferences, evaluated(choosing), args)
     prompts = [item.prompt for item in preferences[:N_NORMALISE]]
     normalise(model, answers_of(sft, prompts, tokenizer, args), sft.config.block_size)
-    save_checkpoint(args.out / "reward.pt", model, tokenizer=facts["tokenizer"], stage="reward",
-                    seed=args.seed, **source)
+    save_checkpoint(args.out / "reward.pt", model, **facts | {"stage": "reward"})
     print(f"wrote {args.out / 'reward.pt'}, the weights of step {best_step}")
     epoch = best_step * args.batch / sum(len(item.pairs) for item in preferences)
     report(model, sft, reporting, tokenizer, epoch, args)
     (args.out / "reward_state.pt").unlink(missing_ok=True)      # the run has finished
+
+
+def open_run(device, args):
+    """What both stages of RLHF start from: (SFT model, tokenizer, facts for the checkpoints to
+    come, (training, held-out) lists of Encoded). Sets args.sft and args.row_length. Raises
+    UserError if the SFT model does not fit the flags or the data."""
+    task, source = task_of(args), data_source(args)
+    args.sft = args.sft or args.out / "sft.pt"
+    sft, tokenizer, facts = open_checkpoint(args.sft, device, args)
+    check_sft_checkpoint(args.sft, sft, facts, source, args)
+    choose_row_length(args, sft.config.block_size)
+    splits = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
+    facts = {"tokenizer": facts["tokenizer"], "init": facts.get("init", "random"),
+             "seed": args.seed, **source}
+    return sft, tokenizer, facts, splits
 
 
 def halves(items):
