@@ -65,7 +65,7 @@ LOSSES = ["dpo", "plackett_luce", "unlikelihood"]       # of train_dpo.py
 # of it, the default of train_dpo.py, gains less reward at the same KL.
 DPO_LR, SFT_LR = "1.4e-4", "5e-4"
 BETAS = [0.15, 0.5, 1.5, 5, 15]
-STEPS = [180, 270, 352, 450, 600]       # of unlikelihood; 352 are the one epoch of DPO
+STEPS = [180, 270, 352, 450, 600]       # of unlikelihood; an epoch of pairs has about 352
 EPOCHS = [1, 4, 16]                     # of sft_chosen
 TARGETS = [0.5, 1, 2, 4]                # KL of ppo and ppo_gt, in nats
 GOAL = 0.3                              # reward, for the comparison of costs

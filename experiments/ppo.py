@@ -22,9 +22,9 @@ token is chosen; the advantage is how much better it turned out. A step of the l
     advantages_and_returns  by GAE
     improve                 four passes over the answers in minibatches: raise the probability of
                             tokens with a positive advantage and lower that of the others. A token
-                            gets no gradient once its probability has changed by more than a factor
-                            of 1 +- 0.2 in that direction (the clipped objective). Fit the critic to
-                            the returns
+                            gets no gradient once the ratio of its new to its old probability has
+                            left the range 1 +- 0.2 in that direction (the clipped objective). Fit
+                            the critic to the returns
     penalty.adapt           with --target-kl: steer beta
 
 So a step, which --steps and --epochs count, is one rollout with its updates, 16 by default, and
