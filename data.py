@@ -43,8 +43,9 @@ from runtime.rows import Skipped, parse_preference, read_rows
 # ------------------------------------------------------------------------------------------------
 
 # A prompt, its answers, and which answer is better than which: pairs of (winner, loser) indices.
-# Pairs that the best answer won come first. A text for SFT is one answer without pairs.
-Preference = namedtuple("Preference", "prompt answers pairs")
+# Pairs that the best answer won come first. A text for SFT is one answer without pairs. unfinished:
+# indices of answers that were cut, so that no end-of-text follows them.
+Preference = namedtuple("Preference", "prompt answers pairs unfinished", defaults=[()])
 
 
 def load_preferences(path, skipped=None):
@@ -52,7 +53,9 @@ def load_preferences(path, skipped=None):
     (other keys are ignored):
 
         {"prompt": "...", "chosen": "...", "rejected": "..."}
-        {"prompt": "...", "answers": ["...", ...], "ranking": [2, 0, 1]}      indices, best first
+        {"prompt": "...", "answers": ["...", ...], "ranking": [2, 0, 1]}      indices, best first;
+                                                  "unfinished": [1], if given, are those of answers
+                                                  that were cut and get no end-of-text
         {"chosen": "...", "rejected": "..."}      dialogues of "\\n\\nHuman:" and "\\n\\nAssistant:"
                                                   turns, equal up to the last (Anthropic's HH)
         {"info": {"subreddit": "...", "title": "...", "post": "..."},             (OpenAI's TL;DR)
@@ -70,9 +73,9 @@ def load_preferences(path, skipped=None):
     return [to_preference(*row) for row in rows]
 
 
-def to_preference(prompt, answers, ranking):
+def to_preference(prompt, answers, ranking, unfinished=()):
     """A Preference with all pairs of a ranking, which lists indices of answers, best first."""
-    return Preference(prompt, answers, ranking_to_pairs(ranking))
+    return Preference(prompt, answers, ranking_to_pairs(ranking), tuple(unfinished))
 
 
 def ranking_to_pairs(ranking):
@@ -99,9 +102,25 @@ def rank_answers(prompt, answers, rewards):
             "rewards": distinct}
 
 
+def separate(rewards, gap):
+    """The indices of answers whose rewards differ by at least `gap` from one another: of a list of
+    rewards the best, then the next that is lower by `gap` or more, and so on. Nearly equal rewards
+    say little about which answer is better."""
+    kept = []
+    for i in sorted(range(len(rewards)), key=lambda i: -rewards[i]):
+        if not kept or rewards[kept[-1]] - rewards[i] >= gap:
+            kept.append(i)
+    return sorted(kept)
+
+
 def best_answers(preferences):
     """What SFT learns from: each prompt with its best answer, as a Preference without pairs."""
-    return [Preference(p.prompt, [p.answers[p.pairs[0][0]]], []) for p in preferences]
+    found = []
+    for preference in preferences:
+        best = preference.pairs[0][0]
+        unfinished = (0,) if best in preference.unfinished else ()
+        found.append(Preference(preference.prompt, [preference.answers[best]], [], unfinished))
+    return found
 
 
 def is_held_out(text):
@@ -135,9 +154,9 @@ def encode(preference, tokenizer, row_length, skipped=None):
 
     Prompt and answers are encoded separately and their ids joined, as in sampling, so no token
     merges across the boundary. Text that looks like a special token stays text. An answer may have
-    row_length - len(prompt) tokens. A longer one is cut and does not get an end-of-text, because
-    that would teach the model to stop mid-sentence. `skipped`, a Skipped, counts what was left out
-    or cut; under --strict it raises UserError instead.
+    row_length - len(prompt) tokens. A longer one is cut and, like one that is unfinished, gets no
+    end-of-text, because that would teach the model to stop mid-sentence. `skipped`, a Skipped,
+    counts what was left out or cut; under --strict it raises UserError instead.
     """
     skipped = Skipped() if skipped is None else skipped
     where = f"the prompt {preference.prompt[:40]!r}"
@@ -147,7 +166,8 @@ def encode(preference, tokenizer, row_length, skipped=None):
     if room < 1:
         skipped.add("prompt as long as a row", where)
         return None
-    answers = [to_ids(answer, tokenizer, where) + [eot] for answer in preference.answers]
+    answers = [to_ids(answer, tokenizer, where) for answer in preference.answers]
+    answers = [ids if i in preference.unfinished else ids + [eot] for i, ids in enumerate(answers)]
     for answer in answers:
         if len(answer) > room:
             skipped.add("answer cut (kept, without end-of-text)", where)

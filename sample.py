@@ -9,13 +9,15 @@
 train_dpo.py ends with `evaluate`, which measures each policy on answers to held-out prompts,
 sampled at temperature 1:
 
-    reward       mean ground-truth reward of prompt + answer, if the task has one
+    reward       mean ground-truth reward of prompt + answer, if the task has one; for imdb, the
+                 probability that the text is favourable, by the classifier that ranks answers
     kl           mean of log pi(y|x) - log pi_ref(y|x) over answers y ~ pi, scored on the sampled
                  ids: an unbiased estimate, in nats, of the KL between the distributions over
                  answers of at most --max-new-tokens tokens
     win_rate     share of prompts on which the answer has a higher reward than the baseline's; ties
                  count as half; with Wilson's 95 % interval
-    well_formed  share of texts that the task's grammar accepts
+    well_formed  reviews: share of texts that the task's grammar accepts
+    judge        imdb: mean probability that a text is favourable, by a judge that ranked no answers
     length       mean tokens of an answer, end-of-text included
     finished     share of answers that reached end-of-text; in the JSON file only
 
@@ -116,11 +118,12 @@ def decode_answer(ids, tokenizer):
 
 
 def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
-             reward=None, well_formed=None, baseline=None):
+             grades=None, baseline=None):
     """Measure policies ({name: model}) on prompts (texts); see the top of this file.
 
-    reward, well_formed: functions of a text, if the task has them. baseline: the name of the policy
-    that win_rate compares to, by default the first. Returns ({name: {measure: mean, measure_se:
+    grades: {measure: a function from texts to numbers, both lists}, as open_grades of the task
+    returns them. baseline: the name of the policy that win_rate compares to, by default the first.
+    Returns ({name: {measure: mean, measure_se:
     standard error, win_rate_95: (low, high)}}, {name: texts}).
     """
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
@@ -131,25 +134,25 @@ def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
                          progress=f"sampling {name}")
         texts[name] = [decode_answer(answer, tokenizer) for answer in answers]
         whole = [prompt + text for prompt, text in zip(prompts, texts[name])]
+        graded = {measure: torch.tensor(grade(whole), dtype=torch.float64)
+                  for measure, grade in (grades or {}).items()}
         columns[name] = {}                      # {measure: one value per prompt}, as in the table
-        if reward:
-            columns[name]["reward"] = torch.tensor([reward(text) for text in whole],
-                                                   dtype=torch.float64)
+        if "reward" in graded:
+            columns[name]["reward"] = graded.pop("reward")
         columns[name]["kl"] = log_ratios(model, reference, encoded, answers, name)
-        if reward:
+        if "reward" in columns[name]:
             columns[name]["win_rate"] = None    # filled in below: it needs the baseline's rewards
-        if well_formed:
-            columns[name]["well_formed"] = torch.tensor([float(well_formed(t)) for t in whole])
+        columns[name] |= graded
         columns[name]["length"] = torch.tensor([float(len(answer)) for answer in answers])
         columns[name]["finished"] = torch.tensor([float(tokenizer.eot_token in answer)
                                                   for answer in answers])
     measures = {}
     for name, values in columns.items():
-        if reward:
+        if "reward" in values:
             ahead = values["reward"] - columns[baseline]["reward"]
             values["win_rate"] = (ahead.sign() + 1) / 2
         measures[name] = means(values)
-        if reward and name != baseline:
+        if "reward" in values and name != baseline:
             measures[name]["win_rate_95"] = wilson(values["win_rate"].tolist())
     return measures, texts
 
@@ -322,15 +325,17 @@ def measure(paths, device, args):
     baseline, pi_ref = names[args.baseline or paths[0]], models[names[reference]]
     items = held_out_pairs(tokenizer, common_block_size(models), args)
     prompts = held_out_prompts(items, tokenizer, args)
+    grades = task.open_grades(args, pi_ref, tokenizer)
     measures, texts = evaluate(policies, pi_ref, prompts, tokenizer, args.max_new_tokens,
-                               args.seed + 1, task.reward, task.well_formed, baseline)
+                               args.seed + 1, grades, baseline)
     for name in policies:
         measures[name] |= {f"distinct_{n}": distinct(texts[name], tokenizer, n) for n in (1, 2)}
     if items:
         for name, on_pairs in rate_pairs(policies, pi_ref, items, betas).items():
             measures[name] |= on_pairs
-    against = f"; win rate against {baseline}, with its 95 % interval" if task.reward else ""
-    print(final_report(prompts, texts, measures, task.reward, f"\nKL to {reference}{against}"))
+    against = f"; win rate against {baseline}, with its 95 % interval" if grades else ""
+    print(final_report(prompts, texts, measures, grades.get("reward"),
+                       f"\nKL to {reference}{against}"))
     make_folder(args.out)
     write_json(args.out / "evaluation.json", {
         "task": args.task or args.data.name, "seed": args.seed, "reference": str(reference),

@@ -1,7 +1,8 @@
 """Direct Preference Optimization (DPO): the mathematics, the step, the loop.
 
     python train_dpo.py                           # the reviews task: SFT if needed, then DPO
-    python train_dpo.py --task hh                 # GPT-2 on Anthropic's dialogues, or --task tldr
+    python train_dpo.py --task imdb-small         # the same on real reviews, an hour on a CPU
+    python train_dpo.py --task hh                 # GPT-2 on Anthropic's dialogues; or imdb, tldr
     python train_dpo.py --data pairs.jsonl        # your own preferences
     torchrun --nproc_per_node 8 train_dpo.py --task hh            # on eight GPUs
 
@@ -37,15 +38,15 @@ import torch
 import torch.nn.functional as F
 
 import train_sft
-from data import Batches, batches_in_order, micro_batches, rank_answers
+from data import Batches, batches_in_order, micro_batches, rank_answers, separate
 from runtime.checkpoint import check_sft_checkpoint, data_source, open_checkpoint, save_checkpoint
 from runtime.cli import choose_row_length, command, set_up, warn_of_large_lr
 from runtime.errors import UserError
-from runtime.files import cached, claim_folder, write_json
+from runtime.files import cache_key, cached, claim_folder, write_json
 from runtime.flags import flags_for_sft, needs_sft, parse_dpo_flags
 from runtime.parallel import compiled_logps, sum_gradients
 from runtime.report import final_report
-from runtime.run import Log, TrainingState, cache_key, is_due
+from runtime.run import Log, TrainingState, is_due
 from sample import (
     decode_answer,
     encode_prompt,
@@ -55,15 +56,20 @@ from sample import (
     score,
     tie_in_nats,
 )
-from tasks import encode_splits, evaluated, reviews, task_of
+from tasks import encode_splits, evaluated, task_of
 from train_sft import grad_scaler, update, warmup
 
 # Defaults that depend on the task. Appendix B has beta 0.1 (0.5 for TL;DR) and learning rate 1e-6.
 # The model of the reviews is 260 times smaller than the smallest GPT-2, so its few weights have to
 # move further; and with beta 0.1 it writes fewer texts that are grammatical.
 PAPER_LR = 1e-6
-BETA = {"reviews": 0.5, "hh": 0.1, "tldr": 0.5, "own file": 0.1}
-LR = {"reviews": 3.5e-5, "hh": PAPER_LR, "tldr": PAPER_LR, "own file": PAPER_LR}
+BETA = {"reviews": 0.5, "imdb": 0.1, "imdb-small": 0.1, "hh": 0.1, "tldr": 0.5, "own file": 0.1}
+LR = {"reviews": 3.5e-5, "imdb": PAPER_LR, "imdb-small": 5e-5, "hh": PAPER_LR, "tldr": PAPER_LR,
+      "own file": PAPER_LR}
+# Of tasks with a reward, which ranks sampled answers: how many prompts to sample answers for (C.1
+# has 25,000), and rewards that differ by less than which gap are a tie.
+PREFIXES = {"reviews": 4200, "imdb": 25_000, "imdb-small": 3000}
+GAP = {"reviews": 0.0, "imdb": 0.5, "imdb-small": 0.5}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -299,7 +305,7 @@ def main(argv=None):
     check_sft_checkpoint(sft_path, policy, facts, source, args)
     choose_row_length(args, policy.config.block_size)
 
-    if task is reviews:                                     # the only task without preferences
+    if task.open_reward:                                    # a task without preferences
         sample_preferences(policy, tokenizer, args)
     preferences, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
     prompts = task.prompts(held_out, tokenizer, args)       # for the table at the end
@@ -320,35 +326,45 @@ def main(argv=None):
 def sample_preferences(sft, tokenizer, args):
     """Sample --samples answers to each of --prefixes prefixes from the SFT model, rank them by the
     ground-truth reward, and write them to preferences.jsonl. One prefix in ten is held out."""
-    key = cache_key(sft, sft.device.type, sft.precision, reviews.digest(), args.seed, args.prefixes,
-                    args.samples, args.max_new_tokens)
+    key = cache_key(sft, sft.device.type, sft.precision, task_of(args).digest(args), args.seed,
+                    args.prefixes, args.samples, args.max_new_tokens, args.gap)
     cached(args.out / "preferences.jsonl", key, lambda: ranked_samples(sft, tokenizer, args))
 
 
 def ranked_samples(sft, tokenizer, args):
-    """The content of preferences.jsonl: a JSON object per prefix, as rank_answers makes it."""
-    n_held_out = max(1, args.prefixes // 10)
-    prompts = (reviews.prefixes(args.prefixes - n_held_out, False, tokenizer, args.seed)
-               + reviews.prefixes(n_held_out, True, tokenizer, args.seed))
-    repeated = [encode_prompt(prompt, tokenizer) for prompt in prompts for _ in range(args.samples)]
-    answers = sample(sft, repeated, args.max_new_tokens, args.seed, tokenizer.eot_token,
+    """The content of preferences.jsonl: a JSON object per prompt, as rank_answers makes it, and
+    which of its answers are unfinished."""
+    task = task_of(args)
+    prompts = task.sampling_prompts(tokenizer, args)
+    repeated = [prompt for prompt in prompts for _ in range(args.samples)]
+    sampled = sample(sft, [encode_prompt(prompt, tokenizer) for prompt in repeated],
+                     args.max_new_tokens, args.seed, tokenizer.eot_token,
                      progress="sampling answers")
-    n_unfinished, ranked = 0, []
-    for i, prompt in enumerate(prompts):
-        sampled = answers[i * args.samples:(i + 1) * args.samples]
-        finished = [decode_answer(ids, tokenizer) for ids in sampled
-                    if ids[-1] == tokenizer.eot_token and len(ids) > 1]
-        n_unfinished += len(sampled) - len(finished)
-        rewards = [reviews.reward(prompt + answer) for answer in finished]
-        row = rank_answers(prompt, finished, rewards)
+    texts = [decode_answer(ids, tokenizer) for ids in sampled]
+    ended = [ids[-1] == tokenizer.eot_token for ids in sampled]
+    usable = [text.strip() != "" and (end or not task.answers_must_end)
+              for text, end in zip(texts, ended)]
+    rewards = task.open_reward(args)([prompt + text for prompt, text in zip(repeated, texts)])
+    ranked, n_near_ties = [], 0
+    for k, prompt in enumerate(prompts):
+        mine = [i for i in range(k * args.samples, (k + 1) * args.samples) if usable[i]]
+        kept = [mine[j] for j in separate([rewards[i] for i in mine], args.gap)]
+        n_near_ties += len(mine) - len(kept)
+        row = rank_answers(prompt, [texts[i] for i in kept], [rewards[i] for i in kept])
+        unfinished = {texts[i] for i in kept if not ended[i]}
+        if row and unfinished:
+            row["unfinished"] = [j for j, text in enumerate(row["answers"]) if text in unfinished]
         if row:
             ranked.append(row)
     if not ranked:
-        raise UserError("no prompt got two finished answers of different reward: train SFT for "
-                        "longer, or raise --max-new-tokens")
+        raise UserError("no prompt got two usable answers of different reward: train SFT for "
+                        "longer, lower --gap, or raise --max-new-tokens")
+    left_out = [f"{len(prompts) - len(ranked)} prompts (fewer than two rewards)",
+                f"{len(usable) - sum(usable)} answers (empty or unfinished)"]
+    if args.gap:
+        left_out.append(f"{n_near_ties} answers (within {args.gap:g} of a better one)")
     print(f"sampled and ranked the answers to {len(ranked):,} prompts; left out "
-          f"{len(prompts) - len(ranked)} prompts (fewer than two rewards) and {n_unfinished} "
-          "answers (empty or unfinished)")
+          + ", ".join(left_out))
     return "".join(json.dumps(row) + "\n" for row in ranked)
 
 
@@ -370,19 +386,20 @@ def report(policy, reference, prompts, tokenizer, sft_path, args):
     if len(prompts) < 2:
         print(f"{task.name(args)}: fewer than two held-out prompts, so no samples are measured")
         return
+    grades = task.open_grades(args, reference, tokenizer)
     measures, texts = evaluate({"sft": reference, "dpo": policy}, reference, prompts, tokenizer,
-                               args.max_new_tokens, args.seed + 1, task.reward, task.well_formed)
+                               args.max_new_tokens, args.seed + 1, grades)
     write_json(args.out / "results.json", {
         "task": args.task or args.data.name, "beta": args.beta, "prompts": len(prompts),
         "policies": measures})
-    print(final_report(prompts, texts, measures, task.reward,
-                       "; win rate with its 95 % interval" if task.reward else ""))
+    print(final_report(prompts, texts, measures, grades.get("reward"),
+                       "; win rate with its 95 % interval" if grades else ""))
     print(f"\nwrote {args.out / 'results.json'}; try: "
           f"python sample.py --compare {sft_path} {args.out / 'dpo.pt'}")
 
 
 def parse_args(argv):
-    return parse_dpo_flags(__doc__, argv, LR, BETA)
+    return parse_dpo_flags(__doc__, argv, LR, BETA, PREFIXES, GAP)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 model; train_dpo.py has the same loop with a different loss and no learning rate decay.
 
     python train_sft.py                                # reviews, written by the task's own grammar
+    python train_sft.py --task imdb                    # GPT-2, on real film reviews
     python train_sft.py --task hh                      # GPT-2, on Anthropic's chosen answers
     python train_sft.py --data pairs.jsonl             # the best answers of your own preferences
     torchrun --nproc_per_node 8 train_sft.py --task hh # on eight GPUs
@@ -25,9 +26,11 @@ from runtime.run import Log, TrainingState, is_due
 from tasks import encode_splits, evaluated, task_of
 from tasks.tokenizers import get_tokenizer
 
-# Defaults that depend on the initial weights: GPT-2's, or random ones, of these sizes.
-LR = {"pretrained": 2e-5, "random": 3e-3}
-SIZES = {"block_size": 256, "n_layer": 2, "n_head": 4, "n_embd": 128, "init_std": 0.06}
+# Defaults that depend on the initial weights: GPT-2's, or random ones, of the sizes below.
+LR = {"pretrained": 2e-5, "random": 3e-3, "imdb-small": 2e-3}
+SIZES = {"random": {"block_size": 256, "n_layer": 2, "n_head": 4, "n_embd": 128, "init_std": 0.06},
+         "imdb-small": {"block_size": 256, "n_layer": 6, "n_head": 8, "n_embd": 256,
+                        "init_std": 0.03}}
 
 COLUMNS = {"loss": ".4f", "grad_norm": ".2f", "lr": ".1e", "held_out_loss": ".4f"}
 

@@ -31,10 +31,10 @@ from tasks import held_out_pairs, held_out_prompts, task_of
 
 
 def draw_answers(model, prompts, tokenizer, count, max_new_tokens, seed,
-                 reward=None, well_formed=None, judge=None, beta=1.0):
+                 grades=None, judge=None, beta=1.0):
     """Sample `count` answers of a model to each of G prompts (texts) and measure them. Returns
-    {measure: (G, count)}. judge: a policy trained from this model; its implicit reward is
-    beta (log judge - log model)."""
+    {measure: (G, count)}. grades: as for sample.evaluate. judge: a policy trained from this model;
+    its implicit reward is beta (log judge - log model)."""
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     answers = sample(model, [ids for ids in encoded for _ in range(count)], max_new_tokens, seed,
                      tokenizer.eot_token, progress=f"sampling {count} answers to each prompt")
@@ -48,10 +48,8 @@ def draw_answers(model, prompts, tokenizer, count, max_new_tokens, seed,
         pi_logps = torch.tensor(score(judge, items, row_length, "judging"))
         ref_logps = torch.tensor(score(model, items, row_length, "judging"))
         columns["implicit_reward"] = beta * (pi_logps - ref_logps)
-    if reward:
-        columns["reward"] = torch.tensor([reward(text) for text in whole], dtype=torch.float64)
-    if well_formed:
-        columns["well_formed"] = torch.tensor([well_formed(text) for text in whole])
+    for measure, grade in (grades or {}).items():
+        columns[measure] = torch.tensor(grade(whole), dtype=torch.float64)
     columns["length"] = torch.tensor([len(answer) for answer in answers])
     return {name: values.double().view(len(prompts), count) for name, values in columns.items()}
 
@@ -105,9 +103,9 @@ def parse_args(argv):
     parser.set_defaults(strict=False)       # rows that teach nothing are counted
     args = parser.parse_args(argv)
     choose_task(args)
-    has_reward = task_of(args).reward is not None
+    has_reward = task_of(args).open_reward is not None
     if args.judge == "reward" and not has_reward:
-        raise UserError("--judge reward: only the reviews task has one; use --judge implicit")
+        raise UserError("--judge reward: only reviews and imdb have one; use --judge implicit")
     args.judge = args.judge or ("reward" if has_reward else "implicit")
     if args.checkpoint and args.judge == "reward":
         raise UserError("--checkpoint is for --judge implicit, and has no effect without it")
@@ -129,10 +127,10 @@ def main(argv=None):
         judge = {"judge": models[names[checkpoint]], "beta": betas.get(names[checkpoint], 1.0)}
         by, measure = f"the implicit reward of {checkpoint}", "implicit_reward"
     row_length = common_block_size(models)
-    items = [] if task.reward else held_out_pairs(tokenizer, row_length, args)
+    items = [] if task.open_reward else held_out_pairs(tokenizer, row_length, args)
     prompts = held_out_prompts(items, tokenizer, args)
     columns = draw_answers(pi_ref, prompts, tokenizer, max(args.numbers), args.max_new_tokens,
-                           args.seed + 1, task.reward, task.well_formed, **judge)
+                           args.seed + 1, task.open_grades(args, pi_ref, tokenizer), **judge)
     measures = best_of(columns, args.numbers, measure)
     print(f"\n{len(prompts):,} held-out prompts, the best of N answers of {reference} by {by}\n"
           f"{table(measures)}")

@@ -3,10 +3,11 @@
     python -m experiments.frontier              # train, measure and draw; continues if interrupted
     python -m experiments.frontier --seeds 1    # half the time
     python -m experiments.frontier --only dpo,ppo
+    python -m experiments.frontier --task imdb-small --seeds 1 --out out/frontier-imdb
 
-This is the paper's central figure, for the embedded reviews task. All runs start from one SFT model
-and one set of preferences. Each setting is trained --seeds times, with the batches in a different
-order each time:
+This is the paper's central figure, for the embedded reviews task or the real reviews. All runs
+start from one SFT model and one set of preferences. Each setting is trained --seeds times, with the
+batches in a different order each time:
 
     dpo             on pairs, for several values of beta
     plackett_luce   on rankings (A.3), for the same values of beta
@@ -15,9 +16,10 @@ order each time:
     ppo             RLHF: PPO with a reward model of the same pairs, for several targets of the KL
     ppo_gt          PPO with the ground-truth reward, for the same targets
 
-Each policy is measured as in train_dpo.py: ground-truth reward and sampled KL to the SFT model, on
-held-out prompts at temperature 1. For comparison, 128 answers of the SFT model to each of 256
-prompts give best of N, at its KL bound log N - (N - 1) / N, and the best that any policy can do,
+Each policy is measured as in train_dpo.py: ground-truth reward, well-formedness (or what the judge
+of imdb says) and sampled KL to the SFT model, on held-out prompts at temperature 1. For comparison,
+128 answers of the SFT model to each of 256 prompts give best of N, at its KL bound log N - (N - 1)
+/ N, and the best that any policy can do,
 
     pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x)                                  (Eq. 15)
 
@@ -45,7 +47,7 @@ from tqdm import tqdm
 
 import train_dpo
 import train_sft
-from data import Encoded, best_answers
+from data import Encoded
 from experiments import ppo, reward_model
 from experiments.best_of import best_of, draw_answers
 from experiments.plot import BLUE, GOLD, GREEN, GREY, ORANGE, PURPLE, pyplot, save
@@ -53,16 +55,15 @@ from model import GPT
 from runtime.checkpoint import open_checkpoint
 from runtime.cli import Parser, command, number_type, only_one_process, set_up
 from runtime.errors import UserError
-from runtime.files import make_folder, write_json
+from runtime.files import fingerprint, make_folder, write_json
+from runtime.flags import flags_for_sft
 from runtime.report import side_by_side, table
-from runtime.run import fingerprint
 from sample import evaluate
-from tasks import encode_splits, reviews
-from tasks.reviews import prefixes, reward, well_formed
+from tasks import encode_splits, task_of
 
 LOSSES = ["dpo", "plackett_luce", "unlikelihood"]       # of train_dpo.py
-# Learning rates were tuned on seed 100. At DPO's, twice as large a rate does as well, and a quarter
-# of it, the default of train_dpo.py, gains less reward at the same KL.
+# Learning rates were tuned on the reviews task, seed 100. At DPO's, twice as large a rate does as
+# well, and a quarter of it, the default of train_dpo.py, gains less reward at the same KL.
 DPO_LR, SFT_LR = "1.4e-4", "5e-4"
 BETAS = [0.15, 0.5, 1.5, 5, 15]
 STEPS = [180, 270, 352, 450, 600]       # of unlikelihood; an epoch of pairs has about 352
@@ -70,7 +71,6 @@ EPOCHS = [1, 4, 16]                     # of sft_chosen
 TARGETS = [0.5, 1, 2, 4]                # KL of ppo and ppo_gt, in nats
 GOAL = 0.3                              # reward, for the comparison of costs
 NUMBERS = [1, 2, 4, 8, 16, 32, 64, 128]     # N of best of N
-GRADES = {"reward": reward, "well_formed": well_formed}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -110,6 +110,10 @@ class Start:
 
     model: GPT              # the SFT model
     tokenizer: object
+    tokenizer_name: str
+    prompts: list           # of texts, to measure on
+    grades: dict            # as for sample.evaluate
+    flags: list             # --task and other flags that all scripts have
     row_length: int
     training: list          # of Encoded, with their reference log-probs
     held_out: list          # of Encoded, with their reference log-probs
@@ -124,24 +128,28 @@ def prepare(args):
     """
     device = set_up(args)
     if args.sft is None:
-        args.sft = Path("out/reviews/sft.pt")
+        args.sft = Path("out") / args.task / "sft.pt"
         if not args.sft.exists():
-            train_sft.main([])
-    model, tokenizer, _ = open_checkpoint(args.sft, device, args)
+            train_sft.main([*flags_for_sft(args), f"--out={args.sft.parent}"])
+    model, tokenizer, facts = open_checkpoint(args.sft, device, args)
     args.row_length = model.config.block_size
     train_dpo.sample_preferences(model, tokenizer, args)
-    training, held_out = encode_splits(reviews.preferences(args), reviews.name(args), tokenizer,
-                                       args)
+    task = task_of(args)
+    training, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
     key = [fingerprint(model), fingerprint(training + held_out)]
     train_dpo.add_reference(model, training + held_out, args)
-    return Start(model, tokenizer, args.row_length, training, held_out, key)
+    shared = ["task", "data_dir", "labeller", "device", "precision"]
+    return Start(model, tokenizer, facts["tokenizer"], task.prompts(held_out, tokenizer, args),
+                 task.open_grades(args, model, tokenizer),
+                 [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in shared
+                  if getattr(args, name) is not None],
+                 args.row_length, training, held_out, key)
 
 
-def fit_reward_model(args):
+def fit_reward_model(start, args):
     """Train the reward model of `ppo` on the preferences of the grid. Returns its reward.json."""
     began = time.process_time()
-    reward_model.main([f"--out={args.out}", f"--sft={args.sft}", f"--device={args.device}",
-                       f"--precision={args.precision}"])
+    reward_model.main([*start.flags, f"--out={args.out}", f"--sft={args.sft}"])
     return {"seconds": time.process_time() - began,
             **json.loads((args.out / "reward.json").read_text())}
 
@@ -164,8 +172,8 @@ def train_on_preferences(policy, start, method, flags, folder):
     if method == "sft_chosen":
         module = train_sft
         args = train_sft.parse_args(flags)
-        training, held_out = [[Encoded(*best) for best in best_answers(items)]
-                              for items in (training, held_out)]
+        training, held_out = [[Encoded(item.prompt, [item.answers[item.pairs[0][0]]], [])
+                               for item in items] for items in (training, held_out)]
     else:
         module = train_dpo
         args = train_dpo.parse_args([*flags, "--loss", method])
@@ -181,7 +189,8 @@ def train_with_ppo(policy, start, flags, folder):
     args.out, args.log_every = folder, 1
     args.reward_model = folder.parent / "reward.pt"
     prompts = [list(item.prompt) for item in start.training]
-    score_answers, _ = ppo.reward_function(start.tokenizer, "reviews", policy.device, args)
+    score_answers, _ = ppo.reward_function(start.tokenizer, start.tokenizer_name, policy.device,
+                                           args)
     ppo.train(policy, start.model, prompts, score_answers, start.tokenizer.eot_token, args)
 
 
@@ -200,7 +209,7 @@ def train_and_measure(start, args, method, flags, folder):
     if method in ("ppo", "ppo_gt"):
         with open(folder / "ppo_metrics.csv", newline="") as file:
             lengths = [float(row["length"]) for row in csv.DictReader(file)]
-        tokens = round(ppo.DEFAULTS["reviews"]["batch"] * sum(lengths))
+        tokens = round(ppo.parse_args(flags).batch * sum(lengths))
     return {**measure(policy, start, args), "seconds": seconds, "sampled_tokens": tokens}
 
 
@@ -229,20 +238,18 @@ def cached(folder, config, compute, *arguments):
 def measure(policy, start, args):
     """Measure a policy on held-out prompts. Returns {"measures": reward, kl and so on, "prompts":
     the first two prompts, "answers": the answers to these}."""
-    prompts = prefixes(args.eval_prompts, True, start.tokenizer, args.seed + 1, "--eval-prompts")
-    measures, texts = evaluate({"policy": policy}, start.model, prompts, start.tokenizer,
-                               args.max_new_tokens, args.seed + 1, **GRADES)
+    measures, texts = evaluate({"policy": policy}, start.model, start.prompts, start.tokenizer,
+                               args.max_new_tokens, args.seed + 1, start.grades)
     measures = {name: value for name, value in measures["policy"].items()
                 if not name.startswith("win_rate")}     # that would be against the policy itself
-    return {"measures": measures, "prompts": prompts[:2], "answers": texts["policy"][:2]}
+    return {"measures": measures, "prompts": start.prompts[:2], "answers": texts["policy"][:2]}
 
 
 def measure_reference(start, args, numbers):
     """Measure best of N, for each N of `numbers`, and the optimum, both over answers of the SFT
     model. Returns {"best_of": {"N = ...": measures}, "optimum": [{beta, reward, kl}, ...]}."""
-    prompts = prefixes(min(256, args.eval_prompts), True, start.tokenizer, args.seed + 1)
-    columns = draw_answers(start.model, prompts, start.tokenizer, max(numbers),
-                           args.max_new_tokens, args.seed + 1, **GRADES)
+    columns = draw_answers(start.model, start.prompts[:256], start.tokenizer, max(numbers),
+                           args.max_new_tokens, args.seed + 1, start.grades)
     betas = torch.logspace(1, -1.7, 55).tolist()
     return {"best_of": best_of(columns, numbers, "reward"),
             "optimum": [optimum(columns["reward"], beta) for beta in betas]}
@@ -270,7 +277,7 @@ STYLES = {"dpo": (BLUE, "o", "-", "DPO, pairs"),
           "unlikelihood": (ORANGE, "X", "-.", "unlikelihood"),
           "ppo": (GOLD, "v", "-", "PPO, learned reward"),
           "ppo_gt": (GOLD, "P", "--", "PPO, true reward")}
-# Where the names stand: KL and reward, or KL and share of well-formed texts.
+# Where the names stand for the reviews task: KL and reward, or KL and share of well-formed texts.
 NAMES = {"reward": {"dpo": (6.9, 0.62), "plackett_luce": (3.15, 0.435),
                     "sft_chosen": (1.55, 0.235),
                     "unlikelihood": (4.3, 0.45), "ppo": (4.35, 0.635), "ppo_gt": (4.9, 0.68)},
@@ -278,38 +285,47 @@ NAMES = {"reward": {"dpo": (6.9, 0.62), "plackett_luce": (3.15, 0.435),
                          "sft_chosen": (0.1, 0.84), "unlikelihood": (4.7, 0.58),
                          "ppo": (4.2, 0.93), "ppo_gt": (4.85, 0.985)}}
 
+REWARD = {"well_formed": "ground-truth reward, from -1 to 1",
+          "judge": "probability of a favourable text, labeller"}
+SECOND = {"well_formed": "share of well-formed texts",
+          "judge": "probability of a favourable text, judge"}
 FURTHEST = 8.5          # KL in nats at the right edge, where runs beyond it are marked
 
 
-def draw(runs, reference, path):
-    """Draw reward and the share of well-formed texts against KL, as an SVG file.
+def draw(runs, reference, second, path):
+    """Draw reward and a second measure against KL, as an SVG file.
 
     runs: {name: a result of `measure`, with its method and setting}. reference: what
-    measure_reference returns.
+    measure_reference returns. second: well_formed or judge.
     """
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.8))
-    for ax, measure in zip(panels, ("reward", "well_formed")):
+    for ax, measure in zip(panels, ("reward", second)):
         for method in STYLES:
             drawn = [run for run in runs.values() if run["method"] == method]
             if drawn:
                 draw_method(ax, measure, method, drawn)
+            if drawn and second == "well_formed":
+                ax.text(*NAMES[measure][method], STYLES[method][-1], color=STYLES[method][0],
+                        fontsize=9)
         draw_best_of(ax, measure, reference["best_of"])
         ax.set_xlabel("KL to the SFT model, nats")
         ax.set_xlim(-0.15, FURTHEST)
     left, right = panels
     draw_optimum(left, reference["optimum"])
     label_best_of(left, reference["best_of"])
-    left.set_ylabel("ground-truth reward, from -1 to 1")
-    right.set_ylabel("share of well-formed texts")
+    left.set_ylabel(REWARD[second])
+    right.set_ylabel(SECOND[second])
     right.set_ylim(-0.03, 1.03)
+    if second == "judge":
+        right.legend()
     figure.tight_layout()
     save(figure, path)
 
 
 def draw_method(ax, measure, method, runs):
-    """The runs of one method with their error bars, a line through the means of the settings, and
-    its name."""
+    """The runs of one method with their error bars, and a line through the means of the settings.
+    """
     colour, marker, line, name = STYLES[method]
     means = {}                          # {setting: (mean KL, mean of the measure)}
     for setting in dict.fromkeys(run["setting"] for run in runs):
@@ -321,8 +337,8 @@ def draw_method(ax, measure, method, runs):
                     fmt=marker, color=colour, markersize=5, elinewidth=0.8, alpha=0.7)
         means[setting] = (sum(kls) / len(kls), sum(values) / len(values))
     curve = sorted(means.values())
-    ax.plot([kl for kl, _ in curve], [value for _, value in curve], line, color=colour, alpha=0.6)
-    ax.text(*NAMES[measure][method], name, color=colour, fontsize=9)
+    ax.plot([kl for kl, _ in curve], [value for _, value in curve], line, color=colour, alpha=0.6,
+            label=name)
     for setting, (kl, value) in means.items():
         if kl > FURTHEST and method != "plackett_luce":         # whose points are those of DPO
             mark_at_edge(ax, setting, kl, value, colour)
@@ -409,25 +425,26 @@ def main(argv=None):
                        measure_reference, start, args, NUMBERS)
     learned = None
     if "ppo" in own.only:
-        learned = cached(args.out / "reward_model", shared, fit_reward_model, args)
+        learned = cached(args.out / "reward_model", shared, fit_reward_model, start, args)
     runs = {}
     for name, method, own_flags in tqdm(list(grid(own.seeds, own.only)), "runs"):
         folder = args.out / name.replace(", ", "-").replace(" ", "_")
         config = {**shared, "method": method, "own": own_flags}
-        flags = [*rest, *own_flags] if method in LOSSES else own_flags
+        flags = [*(rest if method in LOSSES else start.flags), *own_flags]
         result = cached(folder, config, train_and_measure, start, args, method, flags, folder)
         _, setting, _ = name.split(", ")
         runs[name] = {"method": method, "setting": setting, **result}
-    print_report(runs, reference)
+    print_report(runs, reference, start.grades["reward"])
     write_json(args.out / "frontier.json", {"runs": runs, "reference": reference,
                                             "reward_model": learned})
     print(f"\nwrote {args.out / 'frontier.json'}")
-    draw(runs, reference, args.out / "frontier.svg")
+    second = next(measure for measure in start.grades if measure != "reward")
+    draw(runs, reference, second, args.out / "frontier.svg")
 
 
-def print_report(runs, reference):
-    """Print the measures of all runs, two answers of the first run of each setting, and the costs.
-    """
+def print_report(runs, reference, reward):
+    """Print the measures of all runs, two answers of the first run of each setting with their
+    rewards, and the costs."""
     measures = {name: run["measures"] for name, run in runs.items()}
     print(f"{table(measures)}\n\nbest of N of SFT\n{table(reference['best_of'])}")
     prompts = next(iter(runs.values()))["prompts"]

@@ -20,7 +20,7 @@ from runtime.errors import UserError
 from runtime.flags import add_shared_flags, choose_task
 from runtime.rows import read_and_report
 from tasks import task_of
-from tasks.tokenizers import TOKENIZERS, get_tokenizer
+from tasks.tokenizers import TOKENIZER, TOKENIZERS, get_tokenizer
 
 DIM, RESET = "\033[2m", "\033[0m"
 BRIGHT = [f"\033[1;{n}m" for n in (36, 33, 35, 32, 34, 31)]
@@ -86,14 +86,14 @@ def parse_args(argv):
     parser = Parser(__doc__)
     add_shared_flags(parser)
     add = parser.add_argument
-    add("--tokenizer", choices=TOKENIZERS, help="default: reviews for that task, else gpt2")
+    add("--tokenizer", choices=TOKENIZERS, help="default: as for train_sft.py")
     add("--row-length", type=number_type(int, 2),
-        help="tokens of a packed row (default 256 for reviews, else 1024)")
+        help="tokens of a packed row (default 256 for reviews and imdb-small, else 1024)")
     parser.set_defaults(strict=False, reviews=1000)     # rows that teach nothing are counted
     args = parser.parse_args(argv)
     choose_task(args)
-    args.tokenizer = args.tokenizer or ("reviews" if args.task == "reviews" else "gpt2")
-    args.row_length = args.row_length or (256 if args.task == "reviews" else 1024)
+    args.tokenizer = args.tokenizer or TOKENIZER.get(args.task, "gpt2")
+    args.row_length = args.row_length or (256 if args.task in ("reviews", "imdb-small") else 1024)
     return args
 
 
@@ -103,7 +103,7 @@ def main(argv=None):
     set_up(args)
     task, tokenizer = task_of(args), get_tokenizer(args.tokenizer)
     name = task.name(args)
-    if args.task == "reviews" and not name.exists():
+    if task.open_reward and not name.exists():
         print(f"no {name} yet, which train_dpo.py samples: this is what train_sft.py trains on")
         training, _ = task.sft_examples(args)
     else:

@@ -52,21 +52,22 @@ from model import ScalarGPT
 from runtime.checkpoint import open_checkpoint, save_checkpoint
 from runtime.cli import Parser, command, number_type, set_up
 from runtime.errors import UserError
-from runtime.files import claim_folder, write_json
+from runtime.files import claim_folder, fingerprint, write_json
 from runtime.flags import add_measuring_flags, add_shared_flags, add_training_flags, choose_task
 from runtime.parallel import all_gather, sum_gradients
 from runtime.report import final_report
-from runtime.run import Log, TrainingState, fingerprint, is_due
+from runtime.run import Log, TrainingState, is_due
 from sample import decode_answer, evaluate, sample, score
 from tasks import held_out_prompts, task_of
 from train_sft import grad_scaler, update, warmup
 
 # Answers per step and per minibatch, learning rates, the penalty beta, a target for the KL (None:
 # beta is fixed), the horizon (beta changes by at most about a fifth per so many answers), and
-# passes over the prompts. "trl" has the settings of TRL 0.8 to 0.11, for pretrained models; C.1
-# compares with TRL, and its own PPO had 1,024 answers per step.
+# passes over the prompts. "small" is for the models of reviews and imdb-small. "trl" has the
+# settings of TRL 0.8 to 0.11, for pretrained models; C.1 compares with TRL, and its own PPO had
+# 1,024 answers per step.
 DEFAULTS = {
-    "reviews": {"batch": 256, "minibatch": 64, "lr": 1e-4, "critic_lr": 1e-3, "beta": 0.2,
+    "small": {"batch": 256, "minibatch": 64, "lr": 1e-4, "critic_lr": 1e-3, "beta": 0.2,
                 "target_kl": None, "horizon": 300, "epochs": 2},
     "pretrained": {"batch": 1024, "minibatch": 128, "lr": 1.41e-5, "critic_lr": 1.41e-5,
                    "beta": 0.1, "target_kl": None, "horizon": 10_000, "epochs": 1},
@@ -197,8 +198,9 @@ def rollout(policy, value_model, reference, prompts, score_answers, eot, step, a
     seed = 10**6 * (args.seed + 1) + step               # other answers in every step
     answers = sample(policy, prompts, args.max_new_tokens, seed, eot)
     items = [Encoded(prompt, [answer], []) for prompt, answer in zip(prompts, answers)]
-    scores = [r if answer[-1] == eot else UNFINISHED
-              for r, answer in zip(score_answers(items), answers)]
+    scores = score_answers(items)
+    if task_of(args).answers_must_end:
+        scores = [r if answer[-1] == eot else UNFINISHED for r, answer in zip(scores, answers)]
     logps = by_token(policy, policy.token_logps, items)                     # (N, L)
     ref_logps = by_token(reference, reference.token_logps, items)
     values = by_token(value_model, value_model.values, items)
@@ -378,9 +380,9 @@ def reward_function(tokenizer, tokenizer_name, device, args):
     """(function, digest) of --reward: it maps a list of Encoded with one answer each to a list of
     rewards; the digest is of the reward model's weights."""
     if args.reward == "ground_truth":
-        reward = task_of(args).reward
-        return lambda items: [reward(decode_answer([*item.prompt, *item.answers[0]], tokenizer))
-                              for item in items], ""
+        reward = task_of(args).open_reward(args)
+        return lambda items: reward([decode_answer([*item.prompt, *item.answers[0]], tokenizer)
+                                     for item in items]), ""
     path = args.reward_model or args.out / "reward.pt"
     model, facts = open_reward_model(path, device, args)
     if facts["tokenizer"] != tokenizer_name:
@@ -394,10 +396,10 @@ def reward_function(tokenizer, tokenizer_name, device, args):
 def report(policy, reference, prompts, tokenizer, beta, args):
     """Measure both models on held-out prompts (texts), print samples and the table, write
     ppo.json."""
-    task = task_of(args)
+    grades = task_of(args).open_grades(args, reference, tokenizer)
     measures, texts = evaluate({"sft": reference, "ppo": policy}, reference, prompts, tokenizer,
-                               args.max_new_tokens, args.seed + 1, task.reward, task.well_formed)
-    print(final_report(prompts, texts, measures, task.reward))
+                               args.max_new_tokens, args.seed + 1, grades)
+    print(final_report(prompts, texts, measures, grades.get("reward")))
     write_json(args.out / "ppo.json", {
         "task": args.task or args.data.name, "reward": args.reward, "beta": beta,
         "target_kl": args.target_kl, "prompts": len(prompts), "policies": measures})
@@ -412,25 +414,24 @@ def parse_args(argv):
     add = parser.add_argument
     add("--preset", choices=DEFAULTS,
         help="a row of the table DEFAULTS in this file, with --batch, --epochs and the flags below "
-             "(default: reviews for that task, else pretrained)")
+             "(default: small for reviews and imdb-small, else pretrained)")
     add("--reward", choices=["learned", "ground_truth"], default="learned",
         help="the reward model, or the task's own reward if it has one (default learned)")
     add("--reward-model", type=Path, help="default: reward.pt of the run")
     add("--sft", type=Path, help="checkpoint to start from (default: sft.pt of the run)")
-    add("--minibatch", type=number_type(int, 1), help="answers per update (reviews: 64)")
-    add("--lr", type=number_type(float, 0, above=True), help="of the policy (reviews: 1e-4)")
-    add("--critic-lr", type=number_type(float, 0, above=True), help="of the critic (reviews: 1e-3)")
+    add("--minibatch", type=number_type(int, 1), help="answers per update (small: 64)")
+    add("--lr", type=number_type(float, 0, above=True), help="of the policy (small: 1e-4)")
+    add("--critic-lr", type=number_type(float, 0, above=True), help="of the critic (small: 1e-3)")
     add("--beta", type=number_type(float, 0),
-        help="strength of the KL penalty, as in DPO; with --target-kl, at the start (reviews: 0.2)")
+        help="strength of the KL penalty, as in DPO; with --target-kl, at the start (small: 0.2)")
     add("--target-kl", type=number_type(float, 0, above=True),
-        help="adapt beta towards this KL, in nats (reviews: fixed beta)")
+        help="adapt beta towards this KL, in nats (small: fixed beta)")
     add("--horizon", type=number_type(int, 1),
-        help="--target-kl: beta changes by at most about a fifth per so many answers (reviews: "
-             "300)")
+        help="--target-kl: beta changes by at most about a fifth per so many answers (small: 300)")
     parser.set_defaults(batch=None, epochs=None, accumulate=1, init=None, tokenizer=None)
     args = parser.parse_args(argv)
     choose_task(args)
-    preset = args.preset or ("reviews" if args.task == "reviews" else "pretrained")
+    preset = args.preset or ("small" if args.task in ("reviews", "imdb-small") else "pretrained")
     for name, default in DEFAULTS[preset].items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -440,8 +441,8 @@ def parse_args(argv):
 
 def check_flags(args):
     """Raise UserError for flags that contradict each other."""
-    if args.reward == "ground_truth" and not task_of(args).reward:
-        raise UserError("--reward ground_truth: only the reviews task has one")
+    if args.reward == "ground_truth" and not task_of(args).open_reward:
+        raise UserError("--reward ground_truth: only reviews and imdb have one")
     if args.batch % args.minibatch:
         raise UserError(f"--batch {args.batch} is not a multiple of --minibatch {args.minibatch}")
     if args.target_kl and (args.beta == 0 or args.batch >= 5 * args.horizon):

@@ -43,6 +43,7 @@ from runtime.cli import Parser, choose_row_length, command, number_type, set_up
 from runtime.errors import UserError
 from runtime.files import claim_folder, write_json
 from runtime.flags import (
+    add_answer_length_flag,
     add_evaluation_flag,
     add_shared_flags,
     add_training_flags,
@@ -64,7 +65,8 @@ from tasks import encode_splits, evaluated, task_of
 from train_dpo import bradley_terry
 from train_sft import cosine, grad_scaler, update, warmup
 
-LR = {"reviews": 3e-4, "pretrained": 1e-5}      # the peak; it decays to a tenth
+LR = {"reviews": 3e-4, "imdb-small": 3e-4}      # the peak; it decays to a tenth
+PRETRAINED_LR = 1e-5                            # of other tasks
 N_NORMALISE = 1024          # answers of the SFT model on which the rewards have mean 0, deviation 1
 
 COLUMNS = {"loss": ".4f", "accuracy": ".3f", "grad_norm": ".2f", "lr": ".1e",
@@ -250,9 +252,10 @@ def report(model, sft, items, tokenizer, epoch, args):
             rows["implicit reward of dpo.pt"] = found["implicit_reward"]
         print(f"\npairs ranked correctly, of {found['pairs']:,} held-out pairs that the choice of "
               f"the weights did not see\n{table(rows)}")
-    reward = task_of(args).reward
-    if items and reward:
-        found["correlation"] = correlation_with_truth(model, items, reward, tokenizer, args)
+    open_reward = task_of(args).open_reward
+    if items and open_reward:
+        found["correlation"] = correlation_with_truth(model, items, open_reward(args), tokenizer,
+                                                      args)
         print("\ncorrelation with the ground-truth reward, among answers to one prompt: "
               f"{found['correlation']:.3f}")
     write_json(args.out / "reward.json", found)
@@ -267,7 +270,7 @@ def correlation_with_truth(model, items, reward, tokenizer, args):
     scored = score(model, items, args.row_length, progress="rewards", number_of=model.rewards)
     for item, rewards in zip(items, scored):
         texts = [decode_answer([*item.prompt, *answer], tokenizer) for answer in item.answers]
-        truth = [reward(text) for text in texts]
+        truth = reward(texts)
         learned.append(torch.tensor(rewards) - sum(rewards) / len(rewards))
         true.append(torch.tensor(truth) - sum(truth) / len(truth))
     return torch.corrcoef(torch.stack([torch.cat(learned), torch.cat(true)]))[0, 1].item()
@@ -286,15 +289,14 @@ def parse_args(argv):
     add_training_flags(parser, 64, "pairs", warmup=30)
     add_evaluation_flag(parser)
     add = parser.add_argument
-    add("--max-new-tokens", type=number_type(int, 1), default=96,
-        help="longest answer sampled to normalise the rewards (default 96)")
+    add_answer_length_flag(parser)          # of the answers that normalise the rewards
     add("--lr", type=number_type(float, 0, above=True),
-        help="peak learning rate (default 1e-5; 3e-4 for reviews)")
+        help="peak learning rate (default 1e-5; 3e-4 for reviews and imdb-small)")
     add("--sft", type=Path, help="checkpoint to start from (default: sft.pt of the run)")
     parser.set_defaults(epochs=3.0, init=None, tokenizer=None)      # C.1: three epochs
     args = parser.parse_args(argv)
     choose_task(args)
-    args.lr = args.lr or LR["reviews" if args.task == "reviews" else "pretrained"]
+    args.lr = args.lr or LR.get(args.task, PRETRAINED_LR)
     return args
 
 

@@ -221,7 +221,7 @@ def ask(args):
     if len(policies) != 2:
         raise UserError("--between needs two different checkpoints")
     row_length = min(model.config.block_size for model in policies.values())
-    items = [] if task_of(args).reward else held_out_pairs(tokenizer, row_length, args)
+    items = [] if task_of(args).open_reward else held_out_pairs(tokenizer, row_length, args)
     prompts = held_out_prompts(items, tokenizer, args)
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     texts = {}

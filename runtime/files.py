@@ -7,6 +7,7 @@ import signal
 import threading
 import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -184,6 +185,26 @@ def digest_of(key, text):
     return hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()
 
 
+def cache_key(*parts):
+    """A key for `cached` from models, lists of Encoded and plain values."""
+    return " ".join(fingerprint(part) if isinstance(part, (torch.nn.Module, list)) else str(part)
+                    for part in parts)
+
+
+def fingerprint(content):
+    """A digest of the exact weights of a model, or the exact content of a list of Encoded."""
+    digest = hashlib.sha256()
+    if isinstance(content, torch.nn.Module):
+        for name, weight in content.state_dict().items():
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+    else:
+        for item in content:                # the same for ids in lists and in arrays
+            item = replace(item, prompt=list(item.prompt), answers=list(map(list, item.answers)))
+            digest.update(repr(item).encode())
+    return digest.hexdigest()
+
+
 # ------------------------------------------------------------------------------------------------
 # Downloads
 # ------------------------------------------------------------------------------------------------
@@ -194,21 +215,21 @@ def cache_folder():
     return Path(torch.hub.get_dir()) / "dpo"
 
 
-def download(url, path, sha256=None):
+def download(url, path, sha256=None, md5=None):
     """Download url to path with a progress bar, unless the file exists. Returns the path.
 
-    torch.hub writes to a partial file and compares the checksum if there is one. It takes a broken
-    connection for the end of the file and a proxy's error page for its content, so the length and
-    the first bytes are checked here before the file is renamed. Raises UserError, which says what
-    to download by hand and where to put it.
+    torch.hub writes to a partial file and compares the SHA-256 checksum if there is one. It takes a
+    broken connection for the end of the file and a proxy's error page for its content, so the
+    length and the first bytes are checked here before the file is renamed. Raises UserError, which
+    says what to download by hand and where to put it.
     """
     with first_process_first():
         if not path.exists():
-            download_now(url, path, sha256)
+            download_now(url, path, sha256, md5)
     return path
 
 
-def download_now(url, path, sha256):
+def download_now(url, path, sha256, md5):
     """The part of `download` that uses the network."""
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
@@ -220,10 +241,14 @@ def download_now(url, path, sha256):
         size = partial.stat().st_size
         with open(partial, "rb") as file:
             start = file.read(64).lstrip().lower()
+            file.seek(0)
+            found_md5 = hashlib.file_digest(file, "md5").hexdigest()
         if length is not None and size != int(length):
             raise OSError(f"the connection broke after {size:,} of {int(length):,} bytes")
         if start.startswith((b"<!doctype", b"<html")):
             raise OSError("the answer is a web page, not the file")
+        if md5 is not None and found_md5 != md5:
+            raise OSError(f"its MD5 is {found_md5}, not {md5}")
         os.replace(partial, path)
     except (OSError, RuntimeError, ValueError, HTTPException) as error:
         raise UserError(f"{path}: not there, and it could not be downloaded ({error}); fetch {url} "

@@ -9,7 +9,7 @@ from runtime.cli import Parser, number_type
 from runtime.errors import UserError
 from runtime.hub import RELEASED
 from tasks import TASKS, task_of
-from tasks.tokenizers import TOKENIZERS
+from tasks.tokenizers import TOKENIZER, TOKENIZERS
 
 # ------------------------------------------------------------------------------------------------
 # Flags that scripts share
@@ -20,13 +20,17 @@ def add_shared_flags(parser):
     """Flags of every script that works in the folder of a run."""
     add = parser.add_argument
     add("--task", choices=TASKS,
-        help="reviews, written by a grammar; hh, Anthropic's helpful dialogues; tldr, summaries of "
-             "Reddit posts (default reviews)")
+        help="reviews, written by a grammar; imdb, real film reviews; imdb-small, the same with a "
+             "small model from random weights; hh, Anthropic's helpful dialogues; tldr, summaries "
+             "of Reddit posts (default reviews)")
     add("--data", type=Path,
         help="your own preferences instead, .jsonl or .jsonl.gz (see docs/preferences.md); to talk "
              "to a model, sample.py only needs the name, to find the run")
     add("--data-dir", type=Path,
-        help="hh and tldr: folder for the published files (default: the cache of torch.hub)")
+        help="imdb, hh and tldr: folder for the published files (default: the cache of torch.hub)")
+    add("--labeller", choices=["own", "siebert"], default="own",
+        help="imdb: the classifier whose log-odds are the reward: own, which is trained first, or "
+             "the one of the paper, which needs transformers (default own)")
     add("--out", type=Path, help="folder of the run (default out/<task>, or out/<name of --data>)")
     add("--seed", type=number_type(int, 0, most=2**31), default=0,
         help="same seed, same machine: same run (default 0)")
@@ -44,8 +48,9 @@ def add_model_flags(parser):
     add("--init",
         help=f"weights SFT starts from: random, {', '.join(RELEASED)}, or a folder with "
              "config.json and model.safetensors or pytorch_model.bin (default gpt2; random for "
-             "reviews)")
-    add("--tokenizer", choices=TOKENIZERS, help="default: reviews for that task, else gpt2")
+             "reviews and imdb-small)")
+    add("--tokenizer", choices=TOKENIZERS,
+        help="default: reviews for that task, gpt2-8k for imdb-small, else gpt2")
     add("--compile", default="auto", choices=["auto", "on", "off"],
         help="torch.compile (default: on CUDA, for models of at least 10M parameters)")
 
@@ -89,19 +94,25 @@ def add_evaluation_flag(parser):
 def add_measuring_flags(parser):
     """Flags of the final table of train_dpo.py and of sample.py --evaluate, which show the same."""
     add = parser.add_argument
-    add("--max-new-tokens", type=number_type(int, 1), default=96,
-        help="longest sampled answer (default 96)")
+    add_answer_length_flag(parser)
     add("--eval-prompts", type=number_type(int, 2), default=1024,
         help="held-out prompts to evaluate on (default 1,024)")
 
 
+def add_answer_length_flag(parser):
+    parser.add_argument("--max-new-tokens", type=number_type(int, 1),
+                        help="longest sampled answer (default 96; 60 for imdb)")
+
+
 def choose_task(args):
-    """Check --task against --data and set the default. Exactly one of the two is None afterwards.
-    """
+    """Check --task against --data and set the default, and the other defaults that depend on it.
+    Exactly one of the two is None afterwards."""
     if args.task and args.data:
         raise UserError(f"--task {args.task} and --data {args.data}: choose one")
     if not args.data:
         args.task = args.task or "reviews"
+    if "max_new_tokens" in args and args.max_new_tokens is None:
+        args.max_new_tokens = 60 if args.task in ("imdb", "imdb-small") else 96
 
 
 def needs_sft(path, args):
@@ -122,8 +133,8 @@ def needs_sft(path, args):
 
 def flags_for_sft(args):
     """The flags of a run of train_dpo.py that its SFT run shares."""
-    names = ["task", "data", "data_dir", "out", "seed", "device", "precision", "compile", "init",
-             "tokenizer", "row_length", "save_every"]
+    names = ["task", "data", "data_dir", "labeller", "out", "seed", "device", "precision",
+             "compile", "init", "tokenizer", "row_length", "save_every"]
     flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names
              if getattr(args, name) is not None]
     return flags + [f"--{name}" for name in ("resume", "strict") if getattr(args, name)]
@@ -135,7 +146,8 @@ def flags_for_sft(args):
 
 
 def parse_sft_flags(doc, argv, lr, sizes):
-    """The flags of train_sft.py. lr: default learning rates; sizes: those of a random model."""
+    """The flags of train_sft.py. lr: default learning rates; sizes: those of a random model. Both
+    may have their own for a task."""
     parser = Parser(doc)
     add_shared_flags(parser)
     add_model_flags(parser)
@@ -144,27 +156,29 @@ def parse_sft_flags(doc, argv, lr, sizes):
     add = parser.add_argument
     add("--lr", type=number_type(float, 0, above=True),
         help="peak learning rate (default 2e-5 from pretrained weights; 3e-3 from random ones, for "
-             "the small default model; larger models need less, 124M parameters 6e-4)")
+             "the small default model; 2e-3 for imdb-small; 124M random parameters need 6e-4)")
     add("--reviews", type=number_type(int, 1), default=52_000,
-        help="reviews: how many to write and train on (default 52,000)")
+        help="reviews, imdb: how many reviews to train on (default 52,000, written first, or all "
+             "25,000 of imdb)")
     add("--block-size", type=number_type(int, 2, most=2**17),
         help="--init random: longest prompt and answer together, in tokens (default 256)")
     add("--n-layer", type=number_type(int, 1, most=1000),
-        help="--init random: blocks (default 2; GPT-2 124M has 12)")
+        help="--init random: blocks (default 2; 6 for imdb-small; GPT-2 124M has 12)")
     add("--n-head", type=number_type(int, 1, most=1000),
-        help="--init random: attention heads (default 4; GPT-2 124M has 12)")
+        help="--init random: attention heads (default 4; 8 for imdb-small; GPT-2 124M has 12)")
     add("--n-embd", type=number_type(int, 1, most=2**16),
-        help="--init random: channels, a multiple of the heads (default 128; GPT-2 124M has 768)")
+        help="--init random: channels, a multiple of the heads (default 128; 256 for imdb-small; "
+             "GPT-2 124M has 768)")
     add("--init-std", type=number_type(float, 0, above=True),
         help="--init random: standard deviation of the initial weights (default 0.06 for the 128 "
-             "channels of the default; GPT-2's 0.02 is for 768)")
+             "channels of the default, 0.03 for the 256 of imdb-small; GPT-2's 0.02 is for 768)")
     args = parser.parse_args(argv)
     choose_task(args)
-    args.tokenizer = args.tokenizer or ("reviews" if args.task == "reviews" else "gpt2")
-    args.init = args.init or ("random" if args.tokenizer == "reviews" else "gpt2")
+    args.tokenizer = args.tokenizer or TOKENIZER.get(args.task, "gpt2")
+    args.init = args.init or ("gpt2" if args.tokenizer == "gpt2" else "random")
     if args.init == "random":
-        choose_sizes(args, sizes)
-        args.lr = args.lr or lr["random"]
+        choose_sizes(args, sizes.get(args.task, sizes["random"]))
+        args.lr = args.lr or lr.get(args.task, lr["random"])
         return args
     args.lr = args.lr or lr["pretrained"]
     if args.tokenizer != "gpt2":
@@ -172,7 +186,7 @@ def parse_sft_flags(doc, argv, lr, sizes):
                         "gpt2")
     if args.init not in RELEASED:
         args.init = str(Path(args.init).resolve())      # one name for a folder, however it is given
-    for name in sizes:
+    for name in sizes["random"]:
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is for --init random: {args.init} has its "
                             "own sizes")
@@ -193,8 +207,8 @@ def choose_sizes(args, sizes):
 # ------------------------------------------------------------------------------------------------
 
 
-def parse_dpo_flags(doc, argv, lr, beta):
-    """The flags of train_dpo.py. lr, beta: their defaults, by task."""
+def parse_dpo_flags(doc, argv, lr, beta, prefixes, gap):
+    """The flags of train_dpo.py. lr, beta, prefixes, gap: their defaults, by task."""
     parser = Parser(doc)
     add_shared_flags(parser)
     add_model_flags(parser)
@@ -213,14 +227,21 @@ def parse_dpo_flags(doc, argv, lr, beta):
         help="checkpoint to start from, or a folder as for --init (default: sft.pt of the run, "
              "trained first if there is none)")
     add("--fresh", action="store_true", help="train SFT again even if there is an sft.pt")
-    add("--prefixes", type=number_type(int, 10), default=4200,
-        help="reviews: prompts to sample answers for (default 4,200; C.1 has 25,000)")
+    add("--prefixes", type=number_type(int, 10),
+        help="reviews, imdb: prompts to sample answers for (default 4,200 for reviews, 3,000 for "
+             "imdb-small, 25,000 for imdb, as in C.1)")
     add("--samples", type=number_type(int, 2), default=4,
-        help="reviews: answers sampled for each prompt (default 4)")
+        help="reviews, imdb: answers sampled for each prompt (default 4)")
+    add("--gap", type=number_type(float, 0),
+        help="reviews, imdb: answers to a prompt whose rewards differ by less are a tie, of which "
+             "only the best answer is kept (default 0.5 for imdb, 0 for reviews)")
     args = parser.parse_args(argv)
     choose_task(args)
     args.lr = args.lr or lr[args.task or "own file"]
     args.beta = args.beta or beta[args.task or "own file"]
+    args.prefixes = args.prefixes or prefixes.get(args.task)
+    if args.gap is None:
+        args.gap = gap.get(args.task)
     if args.sft and (args.fresh or args.init):
         raise UserError("--fresh and --init are for a new SFT model, but --sft names an existing "
                         "one: choose one of the two")
@@ -284,6 +305,6 @@ def check_sample_flags(args):
     for flag, given in [("--reference", args.reference), ("--baseline", args.baseline)]:
         if given and not evaluating:
             raise UserError(f"{flag} is for --evaluate, and has no effect without it")
-    if args.baseline and not task_of(args).reward:
-        raise UserError("--baseline: a win rate needs a reward, which only the reviews task has; "
+    if args.baseline and not task_of(args).open_reward:
+        raise UserError("--baseline: a win rate needs a reward, which only reviews and imdb have; "
                         "python -m experiments.win_rate asks people or a model")

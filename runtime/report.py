@@ -34,14 +34,16 @@ def cell(values, measure):
 
 
 def side_by_side(prompts, texts, reward=None):
-    """The answers of each policy ({name: texts}) under their prompts, with their rewards if there
-    are any, as text."""
+    """The answers of each policy ({name: texts}) under their prompts, as text. reward: a function
+    from texts to rewards, both lists, to show them."""
     lines = []
+    rewards = {name: reward([prompt + answer for prompt, answer in zip(prompts, answers)])
+               for name, answers in texts.items() if reward}
     for i, prompt in enumerate(prompts):
         shown = prompt if len(prompt) <= 300 else "... " + prompt[-300:]    # the end of a dialogue
         lines.append(f"\nprompt  {shown!r}")
         for name, answers in texts.items():
-            grade = f"{reward(prompt + answers[i]):+.2f}  " if reward else ""
+            grade = f"{rewards[name][i]:+.2f}  " if reward else ""
             text = f"{grade}...{answers[i]}".replace("\n", "\\n")
             lines.append(textwrap.fill(text, 100, initial_indent=f"{name:<7} ",
                                        subsequent_indent=" " * 8))
@@ -61,6 +63,6 @@ def names_of(paths):
 
 def final_report(prompts, texts, measures, reward=None, note=""):
     """What a measurement prints: the answers to the first four prompts, not picked, and the table.
-    note: a line about the measures."""
+    reward: as in side_by_side. note: a line about the measures."""
     line = f"{len(prompts):,} held-out prompts, one sample each, mean +- standard error"
     return f"{side_by_side(prompts[:4], texts, reward)}\n\n{line}{note}\n{table(measures)}"

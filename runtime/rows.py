@@ -1,6 +1,7 @@
 """Rows of JSON lines files: the four forms of a preference, and what is left out and why.
 
-data.load_preferences documents the forms. A parsed row is (prompt, answers, ranking).
+data.load_preferences documents the forms. A parsed row is (prompt, answers, ranking), or for the
+form with a ranking, (prompt, answers, ranking, unfinished).
 """
 
 import gzip
@@ -109,8 +110,8 @@ def string_at(row, key):
 
 
 def parse_preference(row):
-    """(prompt, answers, ranking) of a JSON object, or the reason (a str) why it teaches nothing.
-    Raises ValueError for a malformed row."""
+    """A JSON object as a parsed row, or the reason (a str) why it teaches nothing. Raises
+    ValueError for a malformed row."""
     if "answers" in row:
         parsed = parse_ranking(row)
     elif "prompt" in row:
@@ -122,7 +123,7 @@ def parse_preference(row):
         parsed = parse_dialogues(row)
     if isinstance(parsed, str):
         return parsed
-    prompt, answers, _ = parsed
+    prompt, answers = parsed[:2]
     if prompt.strip() and all(answer.startswith(prompt) for answer in answers):
         raise ValueError("all answers repeat the prompt: leave it out of them, since they are "
                          "appended to it")
@@ -143,8 +144,9 @@ def unusable(prompt, answers):
 
 
 def parse_ranking(row):
-    """The form {"prompt", "answers", "ranking"}."""
+    """The form {"prompt", "answers", "ranking"}, with or without "unfinished"."""
     prompt, answers, ranking = string_at(row, "prompt"), row["answers"], row.get("ranking")
+    unfinished = row.get("unfinished", [])
     if not (isinstance(answers, list) and len(answers) > 1
             and all(isinstance(answer, str) for answer in answers)):
         raise ValueError('expected a list of at least two strings under "answers"')
@@ -152,7 +154,10 @@ def parse_ranking(row):
             and sorted(ranking) == list(range(len(answers)))):
         raise ValueError(f'expected each of 0 to {len(answers) - 1} once, best first, '
                          'under "ranking"')
-    return prompt, answers, ranking
+    if not (isinstance(unfinished, list) and all(type(i) is int for i in unfinished)
+            and set(unfinished) <= set(ranking)):
+        raise ValueError(f'expected a list of some of 0 to {len(answers) - 1} under "unfinished"')
+    return prompt, answers, ranking, unfinished
 
 
 def parse_dialogues(row):

@@ -14,20 +14,18 @@ A loop uses it in three places:
 With several processes, all of them call log.write and state.save_if_due at the same steps.
 """
 
-import hashlib
 import math
 import os
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from runtime.errors import Interrupted, UserError
-from runtime.files import handling_signals, load_tensors, reading, replacing
+from runtime.files import fingerprint, handling_signals, load_tensors, reading, replacing
 from runtime.memory import fewest_micro_batches
 from runtime.parallel import all_reduce, barrier, process_rank, world_size
 
@@ -335,23 +333,3 @@ def check_optimizer(saved, optimizer):
         shape = tuple(weights[i].shape)
         if shapes != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
             raise ValueError("other weights")
-
-
-def cache_key(*parts):
-    """A key for runtime.files.cached from models, lists of Encoded and plain values."""
-    return " ".join(fingerprint(part) if isinstance(part, (torch.nn.Module, list)) else str(part)
-                    for part in parts)
-
-
-def fingerprint(content):
-    """A digest of the exact weights of a model, or the exact content of a list of Encoded."""
-    digest = hashlib.sha256()
-    if isinstance(content, torch.nn.Module):
-        for name, weight in content.state_dict().items():
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
-    else:
-        for item in content:                # the same for ids in lists and in arrays
-            item = replace(item, prompt=list(item.prompt), answers=list(map(list, item.answers)))
-            digest.update(repr(item).encode())
-    return digest.hexdigest()

@@ -1,6 +1,7 @@
 """The tasks: where texts, preferences and, for one of them, the reward come from.
 
     reviews     a grammar writes film reviews; C.1 in miniature, and the default
+    imdb        real film reviews; C.1 itself
     hh          Anthropic's helpful dialogues
     tldr        summaries of Reddit posts
     own_file    your own preferences, --data
@@ -16,8 +17,22 @@ and naming it in the table below. `args` are the parsed flags of a script.
                               held-out preferences, a list of Encoded
     name(args)                what the printed lines and error messages call these preferences
     as_prompt(text)           what a user typed, in the form of the task's prompts
-    reward(text)              the ground-truth reward of prompt + answer; None if there is none
-    well_formed(text)         whether a grammar accepts prompt + answer; None if there is none
+    open_grades(args, reference, tokenizer)
+                              {measure: function} for the table at the end. The function takes a
+                              list of texts, each a prompt with its answer, and returns a number for
+                              each. "reward" is one of the measures if there is a ground-truth
+                              reward
+    open_reward(args)         such a function, the reward that ranks sampled answers. None instead
+    of
+                              the function open_reward if the task comes with preferences
+
+A task with a reward has no preferences of its own: train_dpo.py samples answers and ranks them. For
+that, it also has
+
+    sampling_prompts(tokenizer, args)
+                              the prompts to sample answers for, as texts
+    answers_must_end          whether an answer without end-of-text is left out of the preferences
+    digest(args)              a digest of what the rewards depend on
 """
 
 import zlib
@@ -25,9 +40,9 @@ import zlib
 from data import encode_all
 from runtime.errors import UserError
 from runtime.rows import read_and_report
-from tasks import hh, own_file, reviews, tldr
+from tasks import hh, imdb, own_file, reviews, tldr
 
-TASKS = {"reviews": reviews, "hh": hh, "tldr": tldr}
+TASKS = {"reviews": reviews, "imdb": imdb, "imdb-small": imdb, "hh": hh, "tldr": tldr}
 
 
 def task_of(args):
@@ -66,7 +81,7 @@ def held_out_pairs(tokenizer, row_length, args):
     """The held-out preferences, a list of Encoded; empty if train_dpo.py has not sampled them."""
     task = task_of(args)
     name = task.name(args)
-    if args.task == "reviews" and not name.exists():
+    if task.open_reward and not name.exists():
         print(f"no {name} yet, so no pairs to measure accuracy on: train_dpo.py writes them")
         return []
     return read_and_report(f"{name}, held out", args.strict, encode_all, task.held_out(args),

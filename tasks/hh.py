@@ -13,7 +13,7 @@ URL = f"{HUB}/datasets/Anthropic/hh-rlhf/resolve/main"
 SHA256 = {"train": "518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4",
           "test": "8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b"}
 
-reward = well_formed = None
+open_reward, open_grades, answers_must_end = None, own_file.open_grades, True
 prompts = own_file.prompts
 
 

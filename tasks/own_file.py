@@ -4,7 +4,7 @@ ten is held out (what_decides), and SFT trains on the best answers."""
 from data import best_answers, is_held_out, load_preferences
 from runtime.rows import ASSISTANT, HUMAN, read_and_report
 
-reward = well_formed = None
+open_reward, answers_must_end = None, True
 
 
 def preferences(args):
@@ -47,6 +47,10 @@ def prompts(items, tokenizer, args):
     """The prompts of held-out preferences, without repetitions."""
     distinct = dict.fromkeys(tokenizer.decode(item.prompt[1:]) for item in items)
     return list(distinct)[:args.eval_prompts]
+
+
+def open_grades(args, reference, tokenizer):
+    return {}
 
 
 def name(args):

@@ -19,9 +19,11 @@ import random
 import re
 from pathlib import Path
 
-from data import Preference, is_held_out
-from runtime.errors import UserError
+from data import Preference
 from tasks import own_file
+from tasks.prefixes import draw_prefixes
+
+answers_must_end = True
 
 SINGULAR = "acting plot music script ending pacing dialogue humour photography story".split()
 PLURAL = "actors jokes songs effects characters costumes".split()
@@ -157,20 +159,9 @@ def pick(rng, phrases, sign):
 
 
 def prefixes(count, held_out, tokenizer, seed, flag="--prefixes"):
-    """`count` distinct beginnings of new reviews, 2 to 8 tokens long, as texts. Either all of them
-    are held out or none is (data.is_held_out), so training and evaluation share no prompt. Raises
-    UserError, which names the flag that asked for them, if there are not that many."""
-    rng, found, draws = random.Random(f"prefixes {seed}"), {}, 0
-    while len(found) < count:
-        draws += 1
-        if draws > 1000 * (len(found) + 100):
-            raise UserError(f"the reviews do not have {count:,} different beginnings; lower "
-                            f"{flag}")
-        ids = tokenizer.encode_ordinary(write_review(rng))[:rng.randint(2, 8)]
-        text = tokenizer.decode(ids)
-        if is_held_out(text) == held_out:
-            found[text] = None
-    return list(found)
+    """`count` distinct prefixes of new reviews, all of them held out or none; see draw_prefixes."""
+    return draw_prefixes(write_review, random.Random(f"prefixes {seed}"), count, held_out,
+                         tokenizer, flag)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -178,8 +169,20 @@ def prefixes(count, held_out, tokenizer, seed, flag="--prefixes"):
 # ------------------------------------------------------------------------------------------------
 
 
-def digest():
-    """A digest of this file, on which the sampled preferences depend."""
+def open_reward(args):
+    return rewards
+
+
+def rewards(texts):
+    return [reward(text) for text in texts]
+
+
+def open_grades(args, reference, tokenizer):
+    return {"reward": rewards, "well_formed": lambda texts: [well_formed(text) for text in texts]}
+
+
+def digest(args):
+    """A digest of this file, on which the rewards depend."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
@@ -197,6 +200,13 @@ def preferences(args):
 
 def held_out(args):
     return preferences(args)[1]
+
+
+def sampling_prompts(tokenizer, args):
+    """--prefixes prefixes, of which a tenth are held out."""
+    n_held_out = max(1, args.prefixes // 10)
+    return (prefixes(args.prefixes - n_held_out, False, tokenizer, args.seed)
+            + prefixes(n_held_out, True, tokenizer, args.seed))
 
 
 def prompts(items, tokenizer, args):

@@ -28,7 +28,7 @@ from tasks import own_file
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
 MOST_HELD_OUT = 2500    # about as many as hh has; all of them, tens of thousands, would be too slow
 
-reward = well_formed = None
+open_reward, open_grades, answers_must_end = None, own_file.open_grades, True
 prompts = own_file.prompts
 
 

@@ -23,7 +23,7 @@ from hypothesis import given, settings, strategies as st
 import sample
 import train_dpo
 from data import Encoded, is_held_out
-from experiments import best_of, curves, frontier, ppo, reward_model, win_rate
+from experiments import best_of, curves, distribution, frontier, ppo, reward_model, win_rate
 from experiments.plot import BLUE, GREEN
 from model import GPT, GPTConfig
 from runtime.checkpoint import save_checkpoint
@@ -87,7 +87,7 @@ def small(monkeypatch, run):
     for name, value in {"BETAS": [0.5], "STEPS": [2], "EPOCHS": [1], "NUMBERS": [1, 2],
                         "TARGETS": [1]}.items():
         monkeypatch.setattr(frontier, name, value)
-    monkeypatch.setattr(ppo, "DEFAULTS", {"reviews": ppo.DEFAULTS["reviews"] | {"batch": 32,
+    monkeypatch.setattr(ppo, "DEFAULTS", {"small": ppo.DEFAULTS["small"] | {"batch": 32,
                                                                                  "minibatch": 32}})
 
     def copied(model, tokenizer, args):
@@ -689,3 +689,31 @@ def test_asking_and_reading_are_two_things(run, capsys, tmp_path):
                          (["--questions", "0"], "--questions"),
                          (["--ask", "a.jsonl", "--between", sft, sft], "two different")]:
         assert words in refused(win_rate.main, [*flags, "--out", tmp_path], capsys)
+
+
+# ------------------------------------------------------------------------------------------------
+# The distribution of rewards
+# ------------------------------------------------------------------------------------------------
+
+
+@for_all
+@given(a=st.lists(st.floats(-3, 3), min_size=1, max_size=30),
+       b=st.lists(st.floats(-3, 3), min_size=1, max_size=30))
+def test_each_answer_is_in_one_bin_of_a_histogram(a, b):
+    edges, shares = distribution.histograms({"a": a, "b": b}, n_bins=5)
+    assert len(edges) == 6 and edges == sorted(edges)
+    assert sum(shares["a"]) == pytest.approx(1) and sum(shares["b"]) == pytest.approx(1)
+
+
+def test_a_histogram_has_the_shares_of_equal_intervals():
+    """From 0 to 1 in two bins: of the four numbers of a, three are below 0.5."""
+    _, shares = distribution.histograms({"a": [0.0, 0.1, 0.4, 1.0], "b": [0.9]}, n_bins=2)
+    assert shares == {"a": [0.75, 0.25], "b": [0.0, 1.0]}
+
+
+def test_the_distribution_draws_both_policies(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    distribution.main(["--out", str(run), "--policies", str(run / "sft.pt"), str(run / "dpo.pt"),
+                       "--eval-prompts", "8", "--max-new-tokens", "6", "--device", "cpu"])
+    picture = (run / "distribution.svg").read_text()
+    assert "sft, mean" in picture and "dpo, mean" in picture

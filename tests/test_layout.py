@@ -15,15 +15,16 @@ ORDER = [
     "runtime.errors runtime.parallel runtime.files runtime.hub",
     "model",
     "runtime.packing runtime.rows data",
-    "tasks.own_file tasks.reviews tasks.hh tasks.tldr tasks tasks.tokenizers",
+    "tasks.prefixes tasks.own_file tasks.reviews tasks.sentiment tasks.imdb tasks.hh tasks.tldr "
+    "tasks tasks.tokenizers",
     "runtime.report runtime.checkpoint runtime.memory runtime.run runtime.cli runtime.flags",
     "train_sft",
     "sample",
     "train_dpo",
     "experiments.plot experiments.squeezing experiments.best_of experiments.packed_row "
-    "experiments.curves experiments.reward_model experiments.ppo experiments.credit "
-    "experiments.captured experiments.frontier experiments.win_rate experiments.benchmark "
-    "experiments.gpu_questions",
+    "experiments.curves experiments.distribution experiments.reward_model experiments.ppo "
+    "experiments.credit experiments.captured experiments.frontier experiments.win_rate "
+    "experiments.benchmark experiments.gpu_questions",
     "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers",
 ]
 MODULES = [module for line in ORDER for module in line.split()]

@@ -27,6 +27,9 @@ for_all = settings(deadline=None, max_examples=50, derandomize=True)
 FLAGS = "--eval-prompts 12 --max-new-tokens 6 --device cpu".split()
 
 
+LENGTH = {"reward": lambda texts: [len(text) for text in texts]}      # a reward for tests
+
+
 def small_gpt(seed, block_size=64):
     torch.manual_seed(seed)
     return GPT(GPTConfig(block_size, TOKENIZER.n_vocab, 1, 2, 16), 0.3)
@@ -167,7 +170,7 @@ def test_shares_of_best_sum_to_one_and_favour_the_better(m, data):
 def test_answers_are_judged_by_the_log_ratio_and_stay_with_their_prompt():
     """The implicit rewards of draw_answers are beta (log judge - log model), answer by answer."""
     model, judge, prompts = small_gpt(0), small_gpt(1), ["The plot", "I liked"]
-    columns = best_of_py.draw_answers(model, prompts, TOKENIZER, 3, 5, 0, reward=len,
+    columns = best_of_py.draw_answers(model, prompts, TOKENIZER, 3, 5, 0, LENGTH,
                                       judge=judge, beta=0.5)
     ids = [[TOKENIZER.eot_token] + TOKENIZER.encode_ordinary(p) for p in prompts]
     drawn = sample.sample(model, [i for i in ids for _ in range(3)], 5, 0, TOKENIZER.eot_token)
@@ -215,8 +218,8 @@ def test_the_reference_is_sampled_but_never_scored(monkeypatch):
 def test_the_win_rate_is_against_the_baseline_that_is_named():
     policies = {"a": small_gpt(0), "b": small_gpt(1)}
     args = policies["a"], ["The plot"] * 50, TOKENIZER, 4, 0
-    first, texts = sample.evaluate(policies, *args, reward=len)
-    other, _ = sample.evaluate(policies, *args, reward=len, baseline="b")
+    first, texts = sample.evaluate(policies, *args, LENGTH)
+    other, _ = sample.evaluate(policies, *args, LENGTH, baseline="b")
     scores = [(len(b) > len(a)) + (len(b) == len(a)) / 2 for a, b in zip(texts["a"], texts["b"])]
     wins = sum(scores)
     assert first["b"]["win_rate"] == pytest.approx(wins / 50) and 0.5 in scores
@@ -232,7 +235,8 @@ def test_finished_is_the_share_of_answers_that_reached_end_of_text(monkeypatch):
     eot, model = TOKENIZER.eot_token, small_gpt(0)
     answers = [[5, eot], [5, 6, eot], [5, 6, 7], [eot]]
     monkeypatch.setattr(sample, "sample", lambda *_, **__: answers)
-    measures, _ = sample.evaluate({"sft": model}, model, ["The plot"] * 4, TOKENIZER, 3, 0, len)
+    measures, _ = sample.evaluate({"sft": model}, model, ["The plot"] * 4, TOKENIZER, 3, 0,
+                                  LENGTH)
     assert measures["sft"]["finished"] == 0.75
     assert measures["sft"]["finished_se"] == pytest.approx(0.25)        # sqrt(0.1875 / 3)
     assert "finished" not in table(measures) and "length" in table(measures)

@@ -628,8 +628,9 @@ def test_kl_and_win_rate_are_what_their_names_say():
     config = GPTConfig(16, tokenizer.n_vocab, 1, 2, 16)
     a, b = GPT(config, 0.3), GPT(config, 0.3)
     prompts = ["The plot", "The music"] * 1000
-    measures, texts = sample.evaluate({"sft": a, "dpo": b}, a, prompts, tokenizer, 1, seed=0,
-                                      reward=len, well_formed=str.isascii)
+    grades = {"reward": lambda texts: [len(text) for text in texts],
+              "well_formed": lambda texts: [text.isascii() for text in texts]}
+    measures, texts = sample.evaluate({"sft": a, "dpo": b}, a, prompts, tokenizer, 1, 0, grades)
     assert measures["sft"]["kl"] == 0 and measures["sft"]["win_rate"] == 0.5
     ids = torch.tensor([[tokenizer.eot_token] + tokenizer.encode_ordinary(p) for p in prompts[:2]])
     p, q = (model(ids)[:, -1].log_softmax(-1) for model in (b, a))

@@ -1,0 +1,256 @@
+"""The first experiment of the paper (C.1) on real film reviews: 25,000 of IMDb to train on and
+25,000 to test, half of them favourable (Maas et al. 2011). No film is in both.
+
+    imdb          GPT-2, as in the paper
+    imdb-small    a model from random weights, small enough for a CPU
+
+SFT trains on whole reviews. A prompt is the first 2 to 8 tokens of a review: a training review for
+the preferences, a test review for evaluation. An answer is what the model writes next, at most 60
+tokens by default, so most answers are cut before they end. The reward is the log-odds that a text
+is favourable, by a classifier. The table shows the probability instead, and beside it that of a
+judge, a second classifier that ranked no answers; tasks/sentiment.py has both.
+"""
+
+import functools
+import hashlib
+import random
+import re
+import tarfile
+import zlib
+from collections import namedtuple
+from pathlib import Path
+
+import torch
+
+from data import Preference
+from model import ScalarGPT
+from runtime.errors import UserError
+from runtime.files import cache_folder, download, fingerprint, load_tensors, reading, replacing
+from runtime.parallel import choose_device
+from runtime.rows import read_and_report
+from tasks import own_file, sentiment
+from tasks.prefixes import draw_prefixes
+
+ARCHIVE = "aclImdb_v1.tar.gz"
+URL = f"https://ai.stanford.edu/~amaas/data/sentiment/{ARCHIVE}"
+MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
+REVIEW = re.compile(r"(?:aclImdb/)?(train|test)/(pos|neg)/(\d+)_(\d+)\.txt")
+LARGEST = 2**20                 # bytes of a review; the longest has 14,000
+PREFIX_FROM = 200               # characters of a review that certainly contain 8 tokens
+
+# A review as text, whether it is favourable, and its number. Numbers follow the films: the reviews
+# of one film are next to each other.
+Review = namedtuple("Review", "text favourable number")
+
+answers_must_end = False        # an answer that is cut is a preference's answer all the same
+JUDGE_LR = {"imdb": 2e-5, "imdb-small": 3e-4}
+HELD_OUT = 128                  # test reviews on which SFT is evaluated
+
+
+# ------------------------------------------------------------------------------------------------
+# The reviews
+# ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def reviews_of(split, folder, strict):
+    """The reviews of the "train" or the "test" split, as load_reviews returns them."""
+    return read_and_report(f"imdb, {split}", strict, load_reviews, split, folder)
+
+
+def load_reviews(split, folder, skipped):
+    """The reviews of a split, a list of Review. Favourable and unfavourable ones alternate.
+
+    folder: contains the archive, or what it unpacks to, a folder aclImdb. None is torch's cache,
+    to which the archive is downloaded once. Raises UserError.
+    """
+    folder = folder or cache_folder()
+    path = folder / "aclImdb"
+    if path.is_dir():
+        files = files_of_folder(path, split)
+    else:
+        archives = sorted(folder.glob("aclImdb*.tar.gz"))
+        path = archives[0] if archives else download(URL, folder / ARCHIVE, md5=MD5)
+        files = files_of_archive(path, split)
+    found = []
+    for name, content in files:
+        _, label, number, rating = REVIEW.fullmatch(name).groups()
+        favourable = label == "pos"
+        if favourable != (int(rating) > 5):
+            raise UserError(f"{path}: {name} has {rating} of 10 points, but its folder is {label}")
+        try:
+            text = content.decode().replace("<br />", "\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: {name} is not UTF-8 text") from error
+        if text.strip():
+            found.append(Review(text, favourable, int(number)))
+        else:
+            skipped.add("empty review", f"{path}: {name}")
+    if len({review.favourable for review in found}) < 2:
+        raise UserError(f"{path}: expected reviews in both {split}/pos and {split}/neg")
+    return sorted(found, key=lambda review: (review.number, review.favourable))
+
+
+def files_of_folder(path, split):
+    """Yield (name, content) of the reviews of a split in an unpacked folder."""
+    for file in sorted(path.glob(f"{split}/*/*.txt")):
+        name = file.relative_to(path).as_posix()
+        if REVIEW.fullmatch(name):
+            yield name, file.read_bytes()
+
+
+def files_of_archive(path, split):
+    """Yield (name, content) of the reviews of a split in the archive, which is not unpacked. Raises
+    UserError if it is damaged, or has a member that such an archive would not have."""
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            for member in archive:
+                parts = member.name.split("/")
+                if parts[0] != "aclImdb" or ".." in parts:
+                    raise UserError(f"{path}: its member {member.name!r} is not in aclImdb/")
+                if not (member.isfile() or member.isdir()):
+                    raise UserError(f"{path}: its member {member.name!r} is not a regular file")
+                match = REVIEW.fullmatch(member.name)
+                if match and match[1] == split:
+                    if member.size > LARGEST:
+                        raise UserError(f"{path}: its member {member.name!r} is too large for a "
+                                        "review")
+                    yield member.name, archive.extractfile(member).read()
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{path}: a damaged archive ({error})") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# The reward and the judge
+# ------------------------------------------------------------------------------------------------
+
+
+def open_reward(args):
+    """The reward of --labeller: a function from texts to log-odds."""
+    if args.labeller == "siebert":
+        return sentiment.siebert(choose_device(args.device))
+    return labeller_of(args.data_dir, args.strict).log_odds
+
+
+@functools.cache
+def labeller_of(folder, strict):
+    """A Labeller of the first half of the training reviews, which takes seconds to train."""
+    training = reviews_of("train", folder, strict)
+    labeller = sentiment.train_labeller(training[:len(training) // 2])
+    print_accuracy("labeller", labeller.log_odds, reviews_of("test", folder, strict))
+    return labeller
+
+
+def open_judge(reference, tokenizer, args):
+    """The judge, a function from texts to log-odds: the SFT model with a scalar head, trained on
+    the second half of the training reviews. It is kept in judge.pt, for the same SFT model."""
+    path = args.out / "judge.pt"
+    key = f"{fingerprint(reference)} {reference.precision} {digest(args)}"
+    judge = ScalarGPT.from_gpt(reference)
+    if not restore(judge, path, key):
+        training = reviews_of("train", args.data_dir, args.strict)
+        sentiment.train_judge(judge, training[len(training) // 2:], tokenizer, JUDGE_LR[args.task])
+        with replacing(path) as file:
+            torch.save({"key": key, "model": judge.state_dict()}, file)
+
+    def log_odds(texts):
+        return sentiment.log_odds_of_judge(judge, texts, tokenizer)
+    print_accuracy("judge", log_odds, reviews_of("test", args.data_dir, args.strict)[::50])
+    return log_odds
+
+
+def restore(judge, path, key):
+    """Load the weights of a judge if the file at `path` has them under this key. Returns whether it
+    has."""
+    if not path.exists():
+        return False
+    with reading(path, "a judge"):
+        saved = load_tensors(path, judge.device)
+        if saved["key"] != key:
+            return False
+        judge.load_state_dict(saved["model"])
+        return True
+
+
+def print_accuracy(name, log_odds, reviews):
+    """Print how many reviews a classifier gets right: whole, and only their first words."""
+    favourable = [review.favourable for review in reviews]
+    whole = [review.text for review in reviews]
+    first = [" ".join(text.split()[:sentiment.WORDS]) for text in whole]
+    print(f"{name}: {sentiment.accuracy(log_odds, whole, favourable):.1%} of {len(reviews):,} test "
+          f"reviews right, {sentiment.accuracy(log_odds, first, favourable):.1%} from their first "
+          f"{sentiment.WORDS} words")
+
+
+def probability(log_odds):
+    """A function from texts to probabilities, from one to log-odds."""
+    return lambda texts: torch.tensor(log_odds(texts), dtype=torch.float64).sigmoid().tolist()
+
+
+# ------------------------------------------------------------------------------------------------
+# What every task offers; see tasks/__init__.py
+# ------------------------------------------------------------------------------------------------
+
+
+def digest(args):
+    """A digest of what the rewards depend on: the code, the labeller and the reviews."""
+    found = hashlib.sha256(args.labeller.encode())
+    for file in (__file__, sentiment.__file__):
+        found.update(Path(file).read_bytes())
+    for review in reviews_of("train", args.data_dir, args.strict):
+        found.update(repr(review).encode())
+    return found.hexdigest()
+
+
+def open_grades(args, reference, tokenizer):
+    return {"reward": probability(open_reward(args)),
+            "judge": probability(open_judge(reference, tokenizer, args))}
+
+
+def sft_examples(args):
+    """Whole reviews, after an empty prompt."""
+    training = reviews_of("train", args.data_dir, args.strict)[:args.reviews]
+    test = reviews_of("test", args.data_dir, args.strict)
+    held_out = test[::max(1, len(test) // HELD_OUT)]
+    return [[Preference("", [review.text], []) for review in reviews]
+            for reviews in (training, held_out)]
+
+
+def sampling_prompts(tokenizer, args):
+    """--prefixes prefixes: of training reviews, and a tenth of them, held out, of test reviews."""
+    n_held_out = max(1, args.prefixes // 10)
+    return (prefixes("train", args.prefixes - n_held_out, tokenizer, args.seed, "--prefixes", args)
+            + prefixes("test", n_held_out, tokenizer, args.seed, "--prefixes", args))
+
+
+def prefixes(split, count, tokenizer, seed, flag, args):
+    """`count` distinct prefixes of the reviews of a split. Those of test reviews are held out."""
+    reviews = reviews_of(split, args.data_dir, args.strict)
+
+    def draw(rng):
+        return rng.choice(reviews).text[:PREFIX_FROM]
+    return draw_prefixes(draw, random.Random(f"prefixes {seed}"), count, split == "test",
+                         tokenizer, flag)
+
+
+def prompts(items, tokenizer, args):
+    """Prefixes of test reviews; held-out preferences (items) are not needed."""
+    return prefixes("test", args.eval_prompts, tokenizer, args.seed + 1, "--eval-prompts", args)
+
+
+
+def preferences(args):
+    """The sampled and ranked answers that train_dpo.py wrote, split in the same way as --data."""
+    return own_file.read_split(name(args), args)
+
+
+def held_out(args):
+    return preferences(args)[1]
+
+
+def name(args):
+    return args.out / "preferences.jsonl"
+
+
+def as_prompt(text):
+    return text
