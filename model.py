@@ -216,17 +216,20 @@ class GPT(nn.Module):
         """log pi(y|x) = sum over the tokens of y of log pi(token | all before it), for each answer.
 
         batch: a packed data.Batch. owner (S,): the answer that each scored token belongs to.
-        Returns (N,), in float32 also under autocast.
+        Returns (N,) in the dtype of the weights, so in float32 under autocast too.
         """
         token_logps = self.token_logps(batch)                                    # (S,)
         return token_logps.new_zeros(batch.n_answers).index_add(0, batch.owner, token_logps)
 
     def token_logps(self, batch):
-        """log pi(token | all before it) for each scored token of a packed data.Batch, (S,).
+        """log pi(token | all before it) for each scored token of a packed data.Batch, (S,), in the
+        dtype of the weights. "All before it" is its prompt and the earlier tokens of its answer,
+        which is what the batch's positions and mask let it see.
 
-        source (S,): flat index of the token *before* each scored token, whose output predicts it;
-        target (S,): the scored ids. Only these S positions go through the output head, which is a
-        third of the arithmetic of the smallest GPT-2.
+        source (S,): flat index, into the B * T tokens, of the token *before* each scored token,
+        whose output predicts it; target (S,): the scored ids. Only these S positions go through
+        the output head, which is a third of the arithmetic of the smallest GPT-2. The head may pad
+        the vocabulary to self.vocab_multiple.
         """
         hidden = self.hidden(batch.tokens, batch.positions, batch.mask())        # (B, T, C)
         hidden = hidden.flatten(0, 1).index_select(0, batch.source)              # (S, C)

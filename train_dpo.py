@@ -79,7 +79,7 @@ GAP = {"reviews": 0.0, "imdb": 0.5, "imdb-small": 0.5}
 
 def bradley_terry(r_w, r_l):
     """Eq. 16: log p(y_w > y_l | x) = log sigma(r_w - r_l), the log-probability that y_w is
-    preferred.
+    preferred. Exact also where sigma itself underflows to 0: it is -1000 for r_w - r_l = -1000.
 
     r_w, r_l: rewards of the winner and the loser, of any shapes that broadcast.
     """
@@ -191,7 +191,12 @@ COLUMNS = {"loss": ".4f", "accuracy": ".1%", "margin": "+.3f", "chosen_reward": 
 
 def train(policy, preferences, held_out, args):
     """DPO on preferences, a list of Encoded with their ref_logps. Trains the policy in place.
-    held_out: more of them, for evaluation only. args: the flags of parse_args."""
+    held_out: more of them, for evaluation only. args: the flags of parse_args.
+
+    A step minimises the mean of `objective` over a batch of args.batch pairs (for plackett_luce,
+    of args.batch whole rankings), with Adam, at a rate that warms up and then stays at args.lr.
+    The first batch goes through check_start, so a wrong reference stops the run with a UserError.
+    """
     batches = Batches(preferences, args.batch, args.seed, whole=args.loss == "plackett_luce")
     n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
     optimizer = policy.optimizer(args.lr, args.weight_decay)

@@ -62,7 +62,8 @@ COPIED = ("assets", "classroom", "docs", "experiments", "runtime", "tasks", "tes
 # Not in a copy: the guide, the tests of these tools, and the tests of the benchmark and of several
 # processes. The last two run the loop in other processes, where an unwritten function cannot be
 # told from a broken one.
-LEFT_OUT = (FOR_TEACHERS, "test_classroom.py", "test_benchmark.py", "test_processes.py")
+LEFT_OUT = (FOR_TEACHERS, "test_classroom.py", "test_course.py", "test_benchmark.py",
+            "test_processes.py")
 LARGEST_SOURCE = 1 << 20            # bytes
 
 

@@ -143,6 +143,8 @@ EXERCISES = {exercise.number: exercise for exercise in [
         "train_sft.train, the same loop with another loss; the functions below train",
         ["test_the_first_step_of_training_moves_the_policy",
          "test_training_lowers_the_loss_and_ranks_the_answers",
+         "test_a_batch_of_rankings_holds_whole_rankings",
+         "test_the_learning_rate_of_dpo_warms_up_and_then_stays",
          "test_accumulation_changes_nothing_but_memory",
          "test_the_reference_is_used_and_belongs_to_its_answer",
          "test_the_reference_does_not_move_with_the_policy"]),

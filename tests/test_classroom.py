@@ -24,7 +24,7 @@ import pytest
 
 import train_dpo
 import train_sft
-from classroom import assignment, exercises, sandbox, wrong_answers
+from classroom import assignment, course, exercises, sandbox, wrong_answers
 from classroom.exercises import (
     EXERCISES,
     claims,
@@ -518,7 +518,7 @@ def test_a_students_tests_are_graded_by_the_mutants_they_catch(outcomes):
 
 GUIDE = (ROOT / "classroom/GUIDE.md").read_text()
 TOOLS = {"-m classroom.assignment": assignment, "-m classroom.wrong_answers": wrong_answers,
-         "train_sft.py": train_sft, "train_dpo.py": train_dpo}
+         "-m classroom.course": course, "train_sft.py": train_sft, "train_dpo.py": train_dpo}
 
 
 def blocks(text, language):
@@ -583,6 +583,56 @@ def test_the_guide_lists_the_exercises_as_they_are():
         assert all(f"`{split_target(target)[1]}`" in row[3] for target in exercise.functions)
         assert [int(digits) for digits in re.findall(r"\d+", row[4])] == exercise.needs
     assert f"{len(wrong_answers.MUTANTS)} wrong answers" in (ROOT / "README.md").read_text()
+
+
+def rows_with(*cells):
+    """The rows of the guide's tables that begin with these cells, as lists of cells."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in GUIDE.splitlines() if line.startswith("|")]
+    return [row for row in rows if row[:len(cells)] == list(cells)]
+
+
+def test_the_plans_add_up():
+    """Minutes and points of the table of exercises; questions have 5 points, experiments 10."""
+    rows = [rows_with(str(number))[0] for number in EXERCISES]      # the first table with numbers
+    for plan, column, minutes in (("one week", 5, 230), ("three weeks", 6, 490)):
+        chosen = [row for row in rows if row[column]]
+        (_, exercise_points, questions, experiments, total), = rows_with(plan)
+        n_questions, question_points = map(int, questions.split(": "))
+        n_experiments, experiment_points = map(int, experiments.split(": "))
+        assert sum(int(row[column]) for row in chosen) == int(exercise_points)
+        assert (question_points, experiment_points) == (5 * n_questions, 10 * n_experiments)
+        assert int(exercise_points) + question_points + experiment_points == int(total)
+        assert sum(int(row[4]) for row in chosen) == minutes
+        assert f"of which {minutes} minutes" in GUIDE
+
+
+def test_each_written_question_has_a_rubric_of_three_levels():
+    rows = [line.strip("|").replace("\\|", "").split("|") for line in GUIDE.splitlines()
+            if re.match(r"\| \*\*\d\.\*\*", line)]
+    assert [int(row[0].split("**")[1][:-1]) for row in rows] == list(range(1, 9))
+    assert all(len(row) == 4 and all(len(cell) > 20 for cell in row) for row in rows)
+
+
+def test_every_experiment_has_a_threshold_and_every_page_of_the_reading_order_exists():
+    titles = re.findall(r"^### (\d)\. ", GUIDE, re.M)
+    assert titles == [str(n) for n in range(1, 10)]
+    thresholds = GUIDE[GUIDE.index("### Thresholds"):GUIDE.index("### 1. ")]
+    assert re.findall(r"^\| (\d) \|", thresholds, re.M) == titles
+    pages = set(re.findall(r"`(docs/\w+\.md)`", GUIDE))
+    assert len(pages) >= 8 and all((ROOT / page).exists() for page in pages)
+
+
+def test_thresholds_are_met_by_what_the_readme_reports():
+    """The default run, the lowest numbers of its three runs; and the task to reach 0.35."""
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    rewards = [float(found) for found in re.findall(
+        r"^dpo +([\d.]+) ", (ROOT / "README.md").read_text(), re.M)]
+    assert rewards == [0.397] and "reward 0.40, win rate 0.851 and 0.972 well-formed" in readme
+    assert "reward 0.32, win rate 0.801 and 0.978 well-formed" in readme
+    row, = rows_with("the default run")
+    reward, well_formed, win_rate = re.findall(r"\d+(?:\.\d+)?", row[1])
+    assert float(reward) <= 0.32 and float(win_rate) <= 0.801 and int(well_formed) <= 91.1
 
 
 # ------------------------------------------------------------------------------------------------

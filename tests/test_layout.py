@@ -25,7 +25,8 @@ ORDER = [
     "experiments.curves experiments.distribution experiments.reward_model experiments.ppo "
     "experiments.credit experiments.captured experiments.frontier experiments.win_rate "
     "experiments.benchmark experiments.gpu_questions",
-    "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers",
+    "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers "
+    "classroom.course",
 ]
 MODULES = [module for line in ORDER for module in line.split()]
 FIVE = ["model", "data", "train_sft", "train_dpo", "sample"]

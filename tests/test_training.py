@@ -230,6 +230,25 @@ def test_training_lowers_the_loss_and_ranks_the_answers(tmp_path, loss):
     assert float(last["accuracy"]) > 0.9
 
 
+def test_a_batch_of_rankings_holds_whole_rankings(tmp_path):
+    """The first loss of four rankings of three answers is log 3!. A batch of four pairs would be
+    one ranking and a third of another, with a mean loss of (log 6 + log 2) / 2 = 1.24."""
+    policy = small_gpt()
+    args = settings(tmp_path, loss="plackett_luce", batch=4, steps=1)
+    train_dpo.train(policy, ranked_items(9, policy), [], args)
+    first, = rows_of(tmp_path / "metrics.csv")
+    assert float(first["loss"]) == pytest.approx(math.log(6), abs=1e-5)
+
+
+def test_the_learning_rate_of_dpo_warms_up_and_then_stays(tmp_path):
+    """Over two steps to --lr. (That of SFT then falls again, by a cosine.)"""
+    policy = small_gpt()
+    args = settings(tmp_path, batch=4, steps=5, lr=1e-2, warmup=2, log_every=1)
+    train_dpo.train(policy, ranked_items(4, policy), [], args)
+    rates = [float(row["lr"]) for row in rows_of(tmp_path / "metrics.csv")]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01, 0.01])
+
+
 def test_the_reference_is_used_and_belongs_to_its_answer(tmp_path):
     """With one wrong reference log-prob, step 0 is no longer at log 2, and the run stops."""
     policy = small_gpt()
