@@ -137,7 +137,7 @@ def labeller_of(folder, strict):
     """A Labeller of the first half of the training reviews, which takes seconds to train."""
     training = reviews_of("train", folder, strict)
     labeller = sentiment.train_labeller(training[:len(training) // 2])
-    print_accuracy("labeller", labeller.log_odds, reviews_of("test", folder, strict))
+    print_accuracy("labeller", labeller.log_odds, some_of(reviews_of("test", folder, strict), 5000))
     return labeller
 
 
@@ -155,7 +155,8 @@ def open_judge(reference, tokenizer, args):
 
     def log_odds(texts):
         return sentiment.log_odds_of_judge(judge, texts, tokenizer)
-    print_accuracy("judge", log_odds, reviews_of("test", args.data_dir, args.strict)[::50])
+    print_accuracy("judge", log_odds,
+                   some_of(reviews_of("test", args.data_dir, args.strict), 1000))
     return log_odds
 
 
@@ -170,6 +171,13 @@ def restore(judge, path, key):
             return False
         judge.load_state_dict(saved["model"])
         return True
+
+
+def some_of(reviews, n):
+    """About n reviews from all over a list, or all if there are fewer. The stride is odd, so that
+    half of them are favourable, as in the list."""
+    stride = max(1, len(reviews) // n)
+    return reviews[::stride + 1 - stride % 2]
 
 
 def print_accuracy(name, log_odds, reviews):
@@ -210,8 +218,7 @@ def open_grades(args, reference, tokenizer):
 def sft_examples(args):
     """Whole reviews, after an empty prompt."""
     training = reviews_of("train", args.data_dir, args.strict)[:args.reviews]
-    test = reviews_of("test", args.data_dir, args.strict)
-    held_out = test[::max(1, len(test) // HELD_OUT)]
+    held_out = some_of(reviews_of("test", args.data_dir, args.strict), HELD_OUT)
     return [[Preference("", [review.text], []) for review in reviews]
             for reviews in (training, held_out)]
 

@@ -200,6 +200,17 @@ def test_sft_trains_on_training_reviews_and_is_evaluated_on_test_reviews(tmp_pat
 
 
 @for_all
+@given(half=st.integers(1, 300), n=st.integers(1, 400))
+def test_some_of_the_reviews_are_half_favourable(half, n):
+    """A measure on a part of the test reviews is off if one kind is missing from it."""
+    reviews = [imdb.Review("A film.", i % 2 == 1, i // 2) for i in range(2 * half)]
+    found = imdb.some_of(reviews, n)
+    n_favourable = sum(review.favourable for review in found)
+    assert abs(2 * n_favourable - len(found)) <= 1
+    assert n >= 2 * half and found == reviews or len(found) <= 2 * n
+
+
+@for_all
 @given(rewards=st.lists(st.floats(-5, 5), min_size=1, max_size=8), gap=st.floats(0, 2))
 def test_kept_rewards_differ_by_the_gap_and_every_other_is_near_a_better_one(rewards, gap):
     kept = separate(rewards, gap)
