@@ -63,12 +63,12 @@ from train_sft import grad_scaler, update, warmup
 # The model of the reviews is 260 times smaller than the smallest GPT-2, so its few weights have to
 # move further; and with beta 0.1 it writes fewer texts that are grammatical.
 PAPER_LR = 1e-6
-BETA = {"reviews": 0.5, "imdb": 0.1, "imdb-small": 0.1, "hh": 0.1, "tldr": 0.5, "own file": 0.1}
-LR = {"reviews": 3.5e-5, "imdb": PAPER_LR, "imdb-small": 5e-5, "hh": PAPER_LR, "tldr": PAPER_LR,
+BETA = {"reviews": 0.5, "imdb": 0.1, "imdb-small": 0.5, "hh": 0.1, "tldr": 0.5, "own file": 0.1}
+LR = {"reviews": 3.5e-5, "imdb": PAPER_LR, "imdb-small": 1e-4, "hh": PAPER_LR, "tldr": PAPER_LR,
       "own file": PAPER_LR}
 # Of tasks with a reward, which ranks sampled answers: how many prompts to sample answers for (C.1
 # has 25,000), and rewards that differ by less than which gap are a tie.
-PREFIXES = {"reviews": 4200, "imdb": 25_000, "imdb-small": 3000}
+PREFIXES = {"reviews": 4200, "imdb": 25_000, "imdb-small": 4000}
 GAP = {"reviews": 0.0, "imdb": 0.5, "imdb-small": 0.5}
 
 

@@ -220,15 +220,16 @@ def parse_dpo_flags(doc, argv, lr, beta, prefixes, gap):
         help="dpo on pairs, Plackett-Luce on rankings (A.3), or the baseline of C.3 (default dpo)")
     add("--beta", type=number_type(float, 0, above=True),
         help="strength of the KL penalty; a larger one stays closer to the reference (default 0.1; "
-             "0.5 for tldr and reviews)")
+             "0.5 for tldr, reviews and imdb-small)")
     add("--lr", type=number_type(float, 0, above=True),
-        help="learning rate after warm-up (default 1e-6; 3.5e-5 for reviews)")
+        help="learning rate after warm-up (default 1e-6; 3.5e-5 for reviews, 1e-4 for "
+             "imdb-small)")
     add("--sft", type=Path,
         help="checkpoint to start from, or a folder as for --init (default: sft.pt of the run, "
              "trained first if there is none)")
     add("--fresh", action="store_true", help="train SFT again even if there is an sft.pt")
     add("--prefixes", type=number_type(int, 10),
-        help="reviews, imdb: prompts to sample answers for (default 4,200 for reviews, 3,000 for "
+        help="reviews, imdb: prompts to sample answers for (default 4,200 for reviews, 4,000 for "
              "imdb-small, 25,000 for imdb, as in C.1)")
     add("--samples", type=number_type(int, 2), default=4,
         help="reviews, imdb: answers sampled for each prompt (default 4)")

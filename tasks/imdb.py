@@ -36,14 +36,14 @@ URL = f"https://ai.stanford.edu/~amaas/data/sentiment/{ARCHIVE}"
 MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
 REVIEW = re.compile(r"(?:aclImdb/)?(train|test)/(pos|neg)/(\d+)_(\d+)\.txt")
 LARGEST = 2**20                 # bytes of a review; the longest has 14,000
-PREFIX_FROM = 200               # characters of a review that certainly contain 8 tokens
+PREFIX_FROM = 200               # characters of a review, which have far more than 8 tokens
 
 # A review as text, whether it is favourable, and its number. Numbers follow the films: the reviews
 # of one film are next to each other.
 Review = namedtuple("Review", "text favourable number")
 
-answers_must_end = False        # an answer that is cut is a preference's answer all the same
-JUDGE_LR = {"imdb": 2e-5, "imdb-small": 3e-4}
+answers_must_end = False        # most are cut
+JUDGE_LR = {"imdb": 5e-5, "imdb-small": 1e-3}
 HELD_OUT = 128                  # test reviews on which SFT is evaluated
 
 

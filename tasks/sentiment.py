@@ -9,7 +9,8 @@ is a model of another kind, trained on other reviews, and no preference depends 
                 Or the classifier of the paper, with --labeller siebert
     judge       GPT-2 with a scalar head, the architecture of a reward model
 
-Both are trained on pieces of reviews that are about as long as a prompt with its answer.
+Both are trained on pieces of reviews that are about as long as a prompt with its answer: the
+labeller on all of a review, piece by piece, the judge on its beginning.
 """
 
 import functools
@@ -26,7 +27,7 @@ from runtime.errors import UserError
 
 WORD = re.compile(r"\w+(?:'\w+)?|[^\w\s]")      # or a punctuation mark
 N_WEIGHTS = 2**18
-WORDS, TOKENS = 50, 64          # of a piece of a review
+WORDS, TOKENS = 50, 64          # of a piece of a review: the labeller's, the judge's
 SIEBERT = "siebert/sentiment-roberta-large-english"
 
 
@@ -139,21 +140,27 @@ def siebert(device):
 
 
 def train_judge(judge, reviews, tokenizer, lr):
-    """Fit a ScalarGPT, in place, to the first two pieces of each of a list of tasks.imdb.Review, by
-    maximum likelihood, in one epoch."""
+    """Fit a ScalarGPT, in place, to the first TOKENS tokens of each of a list of tasks.imdb.Review,
+    by maximum likelihood, in one epoch.
+
+    The scalar at each token is the log-odds after that token, and all of them are fitted, since a
+    review has one label and many tokens. The learning rate decays to a tenth of lr.
+    """
     length = min(TOKENS, judge.config.block_size - 1)
-    examples = [(Encoded([tokenizer.eot_token], [piece], []), review.favourable)
-                for review in reviews
-                for piece in pieces(tokenizer.encode_ordinary(review.text), length)[:2]]
+    items = [Encoded([tokenizer.eot_token], [tokenizer.encode_ordinary(review.text)[:length]], [])
+             for review in reviews]
+    favourable = torch.tensor([float(review.favourable) for review in reviews], device=judge.device)
     optimizer = judge.optimizer(lr)
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
-    for indices in tqdm(order.split(32), "judge"):
-        batch = [examples[i] for i in indices]
-        packed = pack_for_model([item for item, _ in batch], judge.config.block_size, judge)
-        log_odds = judge.rewards(packed)                                            # (32,)
-        favourable = log_odds.new_tensor([favourable for _, favourable in batch])
-        F.binary_cross_entropy_with_logits(log_odds, favourable).backward()
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
+    batches = order.split(32)
+    for step, indices in enumerate(tqdm(batches, "judge")):
+        batch = pack_for_model([items[i] for i in indices], judge.config.block_size, judge)
+        log_odds = judge.values(batch)                                  # (S,)
+        labels = favourable[indices.to(judge.device)][batch.owner]      # (S,)
+        F.binary_cross_entropy_with_logits(log_odds, labels).backward()
         torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - 0.9 * step / len(batches))
         optimizer.step()
         optimizer.zero_grad()
 
