@@ -26,6 +26,7 @@ import train_dpo
 import train_sft
 from classroom.exercises import is_a_students_copy
 from data import Preference, encode, separate
+from experiments import frontier, ppo, reward_model
 from model import GPT, GPTConfig, ScalarGPT
 from runtime import files
 from runtime.errors import UserError
@@ -441,23 +442,35 @@ def test_the_first_merges_agree_with_gpt2_where_it_uses_no_later_one(gpt2):
 # From nothing to the table
 # ------------------------------------------------------------------------------------------------
 
-TINY = ("--tokenizer reviews --prefixes 60 --samples 3 --max-new-tokens 12 --eval-prompts 12 "
-        "--steps 2 --warmup 1 --batch 8 --device cpu --gap 0.001").split()
+TINY = "--max-new-tokens 12 --eval-prompts 12 --device cpu".split()
+SAMPLING = "--prefixes 60 --samples 3 --gap 0.001".split()
+STEPS = "--steps 2 --warmup 1 --batch 8".split()
+needs_all_exercises = pytest.mark.skipif(is_a_students_copy(),
+                                         reason="trains with functions that are exercises")
 
 
-@pytest.mark.skipif(is_a_students_copy(), reason="trains with functions that are exercises")
-def test_the_imdb_task_goes_from_the_archive_to_the_table(tmp_path, monkeypatch, capsys):
-    """SFT, sampling, ranking, the judge, DPO and the table, on a made-up archive. A second run
-    samples nothing and trains no judge."""
-    write_archive(tmp_path / "aclImdb_v1.tar.gz")
-    monkeypatch.setattr(train_sft, "SIZES", {"random": {
-        "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16, "init_std": 0.1}})
-    out = tmp_path / "out"
-    args = ["--task", "imdb-small", "--data-dir", str(tmp_path), "--out", str(out), *TINY]
-    train_dpo.main(args)
-    results = json.loads((out / "results.json").read_text())
-    for name in ("sft", "dpo"):
-        measures = results["policies"][name]
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(flags, folder) of a run of train_dpo.py on a made-up archive."""
+    folder = tmp_path_factory.mktemp("imdb")
+    write_archive(folder / "aclImdb_v1.tar.gz")
+    sizes = {"block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16, "init_std": 0.1}
+    shared = ["--task", "imdb-small", "--data-dir", str(folder), *TINY]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sft, "SIZES", {"random": sizes})
+        train_dpo.main([*shared, "--out", str(folder / "out"), "--tokenizer", "reviews",
+                        *SAMPLING, *STEPS])
+    return shared, folder / "out"
+
+
+def measures_of(path):
+    return json.loads(path.read_text())["policies"]
+
+
+@needs_all_exercises
+def test_the_imdb_task_goes_from_the_archive_to_the_table(run):
+    _, out = run
+    for measures in measures_of(out / "results.json").values():
         assert {"reward", "judge", "win_rate", "kl", "length"} <= set(measures)
         assert 0 < measures["reward"] < 1 and 0 < measures["judge"] < 1
     rows = [json.loads(line) for line in (out / "preferences.jsonl").read_text().splitlines()]
@@ -465,15 +478,62 @@ def test_the_imdb_task_goes_from_the_archive_to_the_table(tmp_path, monkeypatch,
     for row in rows:
         assert all(abs(a - b) >= 0.001 for i, a in enumerate(row["rewards"])
                    for b in row["rewards"][:i])
-    printed = capsys.readouterr().out
-    assert "answers (within 0.001 of a better one)" in printed and "labeller: " in printed
-    before = (out / "preferences.jsonl").stat().st_mtime_ns, (out / "judge.pt").stat().st_mtime_ns
-    sample.main(["--task", "imdb-small", "--data-dir", str(tmp_path), "--out", str(out),
-                 "--evaluate", "--eval-prompts", "12", "--max-new-tokens", "12", "--device", "cpu"])
-    again = json.loads((out / "evaluation.json").read_text())["policies"]["dpo"]
-    assert again["judge"] == results["policies"]["dpo"]["judge"] and "accuracy" in again
-    after = (out / "preferences.jsonl").stat().st_mtime_ns, (out / "judge.pt").stat().st_mtime_ns
-    assert after == before
+
+
+@needs_all_exercises
+def test_what_a_run_computed_is_used_again(run, capsys):
+    """The sampled answers and the judge, which take minutes. With another --gap other answers are a
+    tie, so they are ranked again."""
+    shared, out = run
+    before = measures_of(out / "results.json")
+    times = [(out / name).stat().st_mtime_ns for name in ("preferences.jsonl", "judge.pt")]
+    train_dpo.main([*shared, "--out", str(out), *SAMPLING, *STEPS])
+    assert "already computed from the same model" in capsys.readouterr().out
+    assert measures_of(out / "results.json") == before
+    sample.main([*shared, "--out", str(out), "--evaluate"])
+    again = measures_of(out / "evaluation.json")["dpo"]
+    assert again["judge"] == before["dpo"]["judge"] and "accuracy" in again
+    assert times == [(out / name).stat().st_mtime_ns for name in ("preferences.jsonl", "judge.pt")]
+    other = [*shared, "--out", str(out.parent / "other"), "--sft", str(out / "sft.pt"), *SAMPLING,
+             "--gap", "0.002", *STEPS]
+    train_dpo.main(other)
+    assert "answers (within 0.002 of a better one)" in capsys.readouterr().out
+
+
+@needs_all_exercises
+def test_reward_model_and_ppo_run_on_imdb_as_on_reviews(run, tmp_path, monkeypatch):
+    """With the reward model, and with the labeller's log-odds as the ground truth. Answers that are
+    cut keep their reward; on the reviews task they would get UNFINISHED."""
+    shared, out = run
+    monkeypatch.setattr(reward_model, "evaluated", lambda items: [])    # keep the last weights
+    reward_model.main([*shared[:4], "--out", str(out), "--device", "cpu", "--max-new-tokens", "12",
+                       "--steps", "8", "--warmup", "1", "--batch", "8", "--lr", "0.03"])
+    found = json.loads((out / "reward.json").read_text())
+    assert found["correlation"] is None or -1 <= found["correlation"] <= 1
+    scores = []
+    monkeypatch.setattr(ppo, "advantages_and_returns", lambda rolled, beta, real=(
+        ppo.advantages_and_returns): scores.extend(rolled.scores.tolist()) or real(rolled, beta))
+    for reward in ("learned", "ground_truth"):
+        ppo.main([*shared, "--out", str(out), "--reward", reward, "--steps", "1", "--batch", "8",
+                  "--minibatch", "8"])
+        assert {"reward", "judge", "kl"} <= set(measures_of(out / "ppo.json")["ppo"])
+    assert len(scores) == 16 and ppo.UNFINISHED not in scores
+
+
+@needs_all_exercises
+def test_the_frontier_runs_on_imdb_and_draws_the_judge(run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    shared, out = run
+    for name, value in {"BETAS": [0.5], "TARGETS": [1], "NUMBERS": [1, 2]}.items():
+        monkeypatch.setattr(frontier, name, value)
+    monkeypatch.setitem(ppo.DEFAULTS, "small", ppo.DEFAULTS["small"] | {"batch": 20,
+                                                                       "minibatch": 20})
+    frontier.main([*shared, "--out", str(tmp_path), "--sft", str(out / "sft.pt"), *SAMPLING,
+                   "--seeds", "1", "--only", "dpo,ppo_gt"])
+    runs = json.loads((tmp_path / "frontier.json").read_text())["runs"]
+    assert [run["method"] for run in runs.values()] == ["dpo", "ppo_gt"]
+    assert all("judge" in run["measures"] for run in runs.values())
+    assert "probability of a favourable text, judge" in (tmp_path / "frontier.svg").read_text()
 
 
 def test_the_real_archive_has_25_000_reviews_per_split():
