@@ -345,6 +345,13 @@ def end_of_text_on_cut_answers(right, preference, tokenizer, row_length, *more, 
     return with_answers(item, lambda ids: [*ids[:-1], tokenizer.eot_token])
 
 
+@replaces("data.encode", "test_an_unfinished_answer_gets_no_end_of_text")
+def end_of_text_on_unfinished_answers(right, preference, *more, **named):
+    """Answers that were sampled up to a number of tokens are given an end-of-text, so the policy
+    learns to stop after as many."""
+    return right(preference._replace(unfinished=()), *more, **named)
+
+
 @replaces("data.encode", "test_an_answer_that_only_just_fits_is_not_cut")
 def cut_one_too_early(right, preference, tokenizer, row_length, *more, **named):
     """TRL #2209, official code: an answer has room for the row minus the prompt; here it gets one
@@ -893,14 +900,15 @@ def kl_of_another_temperature(right, model, prompts, max_new_tokens, seed, eot, 
 
 
 @replaces("sample.evaluate", "test_kl_and_win_rate_are_what_their_names_say")
-def ties_counted_for_the_policy(right, *arguments, reward=None, **named):
+def ties_counted_for_the_policy(right, policies, reference, prompts, tokenizer, max_new_tokens,
+                                seed, grades=None, *more):
     """>= instead of >: a policy that writes the same as its baseline always wins."""
     calls = itertools.count(1)
 
-    def slightly_more_each_time(text):                  # the policy is measured after its baseline
-        return reward(text) + 1e-9 * next(calls)
-    biased = slightly_more_each_time if reward else None
-    return right(*arguments, reward=biased, **named)
+    def slightly_more_each_time(texts):                 # the policy is measured after its baseline
+        return [reward + 1e-9 * next(calls) for reward in grades["reward"](texts)]
+    biased = grades | {"reward": slightly_more_each_time} if grades else None
+    return right(policies, reference, prompts, tokenizer, max_new_tokens, seed, biased, *more)
 
 
 # ------------------------------------------------------------------------------------------------
