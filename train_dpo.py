@@ -66,8 +66,8 @@ PAPER_LR = 1e-6
 BETA = {"reviews": 0.5, "imdb": 0.1, "imdb-small": 0.5, "hh": 0.1, "tldr": 0.5, "own file": 0.1}
 LR = {"reviews": 3.5e-5, "imdb": PAPER_LR, "imdb-small": 1e-4, "hh": PAPER_LR, "tldr": PAPER_LR,
       "own file": PAPER_LR}
-# Of tasks with a reward, which ranks sampled answers: how many prompts to sample answers for (C.1
-# has 25,000), and rewards that differ by less than which gap are a tie.
+# For tasks with a reward, which ranks sampled answers: the number of prompts to sample answers for
+# (25,000 in C.1), and the gap: two rewards that differ by less are a tie.
 PREFIXES = {"reviews": 4200, "imdb": 25_000, "imdb-small": 4000}
 GAP = {"reviews": 0.0, "imdb": 0.5, "imdb-small": 0.5}
 
@@ -303,6 +303,8 @@ def main(argv=None):
     device = set_up(args)                                   # also sets args.out
     claim_folder(args.out)
     task, source = task_of(args), data_source(args)
+    if task.open_reward:
+        task.open_reward(args)                              # if it is missing, say so before SFT
     sft_path = args.sft or args.out / "sft.pt"
     if needs_sft(sft_path, args):
         train_sft.main(flags_for_sft(args))

@@ -91,12 +91,15 @@ def main(argv=None):
     args = parse_args(argv)
     only_one_process("the distribution")
     device = set_up(args)
-    paths = args.policies or [args.out / "sft.pt", args.out / "dpo.pt"]
-    policies, tokenizer, _ = open_policies(paths, device, args)
+    sft = args.out / "sft.pt"
+    paths = args.policies or [sft, args.out / "dpo.pt"]
+    models, tokenizer, _ = open_policies([*paths, sft], device, args)
+    names = names_of([*paths, sft])
+    policies = {names[path]: models[names[path]] for path in paths}
     if len(policies) < 2:
         raise UserError("--policies needs two different checkpoints")
     prompts = held_out_prompts([], tokenizer, args)
-    grades = task_of(args).open_grades(args, policies[names_of(paths)[paths[0]]], tokenizer)
+    grades = task_of(args).open_grades(args, models[names[sft]], tokenizer)
     shown = {measure: grade for measure, grade in grades.items() if measure in LABELS}
     draw(graded_answers(policies, prompts, shown, tokenizer, args), args.out / "distribution.svg")
 

@@ -29,8 +29,8 @@ def add_shared_flags(parser):
     add("--data-dir", type=Path,
         help="imdb, hh and tldr: folder for the published files (default: the cache of torch.hub)")
     add("--labeller", choices=["own", "siebert"], default="own",
-        help="imdb: the classifier whose log-odds are the reward: own, which is trained first, or "
-             "the one of the paper, which needs transformers (default own)")
+        help="imdb: the classifier whose log-odds are the reward: own is trained on the reviews; "
+             "siebert is the paper's, and needs the package transformers (default own)")
     add("--out", type=Path, help="folder of the run (default out/<task>, or out/<name of --data>)")
     add("--seed", type=number_type(int, 0, most=2**31), default=0,
         help="same seed, same machine: same run (default 0)")
@@ -234,8 +234,8 @@ def parse_dpo_flags(doc, argv, lr, beta, prefixes, gap):
     add("--samples", type=number_type(int, 2), default=4,
         help="reviews, imdb: answers sampled for each prompt (default 4)")
     add("--gap", type=number_type(float, 0),
-        help="reviews, imdb: answers to a prompt whose rewards differ by less are a tie, of which "
-             "only the best answer is kept (default 0.5 for imdb, 0 for reviews)")
+        help="reviews, imdb: answers to one prompt are a tie if their rewards differ by less than "
+             "this; only the best of them is kept (default 0.5 for imdb, 0 for reviews)")
     args = parser.parse_args(argv)
     choose_task(args)
     args.lr = args.lr or lr[args.task or "own file"]

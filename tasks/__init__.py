@@ -1,4 +1,4 @@
-"""The tasks: where texts, preferences and, for one of them, the reward come from.
+"""The tasks: where texts, preferences and, for reviews and imdb, the reward come from.
 
     reviews     a grammar writes film reviews; C.1 in miniature, and the default
     imdb        real film reviews; C.1 itself
@@ -22,9 +22,8 @@ and naming it in the table below. `args` are the parsed flags of a script.
                               list of texts, each a prompt with its answer, and returns a number for
                               each. "reward" is one of the measures if there is a ground-truth
                               reward
-    open_reward(args)         such a function, the reward that ranks sampled answers. None instead
-    of
-                              the function open_reward if the task comes with preferences
+    open_reward(args)         returns such a function, the reward that ranks sampled answers. The
+                              name open_reward is None if the task comes with preferences
 
 A task with a reward has no preferences of its own: train_dpo.py samples answers and ranks them. For
 that, it also has

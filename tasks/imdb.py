@@ -4,11 +4,12 @@
     imdb          GPT-2, as in the paper
     imdb-small    a model from random weights, small enough for a CPU
 
-SFT trains on whole reviews. A prompt is the first 2 to 8 tokens of a review: a training review for
-the preferences, a test review for evaluation. An answer is what the model writes next, at most 60
-tokens by default, so most answers are cut before they end. The reward is the log-odds that a text
-is favourable, by a classifier. The table shows the probability instead, and beside it that of a
-judge, a second classifier that ranked no answers; tasks/sentiment.py has both.
+SFT trains on reviews, cut to the length of a row. A prompt is the first 2 to 8 tokens of a review:
+a training review for the preferences, a test review for evaluation. An answer is what the model
+writes next, at most 60 tokens by default, so most answers are cut before they end. The reward is
+the log-odds that a text is favourable, by a classifier. The table shows the probability instead,
+and beside it that of a judge, a second classifier that ranked no answers; tasks/sentiment.py has
+both.
 """
 
 import functools
@@ -38,8 +39,8 @@ REVIEW = re.compile(r"(?:aclImdb/)?(train|test)/(pos|neg)/(\d+)_(\d+)\.txt")
 LARGEST = 2**20                 # bytes of a review; the longest has 14,000
 PREFIX_FROM = 200               # characters of a review, which have far more than 8 tokens
 
-# A review as text, whether it is favourable, and its number. Numbers follow the films: the reviews
-# of one film are next to each other.
+# A review as text, whether it is favourable, and its number. The favourable reviews of a film have
+# consecutive numbers, and so have the unfavourable ones.
 Review = namedtuple("Review", "text favourable number")
 
 answers_must_end = False        # most are cut
@@ -65,7 +66,7 @@ def load_reviews(split, folder, skipped):
     to which the archive is downloaded once. Raises UserError.
     """
     folder = folder or cache_folder()
-    path = folder / "aclImdb"
+    path = folder if folder.name == "aclImdb" else folder / "aclImdb"
     if path.is_dir():
         files = files_of_folder(path, split)
     else:
@@ -143,7 +144,7 @@ def labeller_of(folder, strict):
 
 def open_judge(reference, tokenizer, args):
     """The judge, a function from texts to log-odds: the SFT model with a scalar head, trained on
-    the second half of the training reviews. It is kept in judge.pt, for the same SFT model."""
+    the second half of the training reviews. judge.pt keeps it for later runs on that model."""
     path = args.out / "judge.pt"
     key = f"{fingerprint(reference)} {reference.precision} {digest(args)}"
     judge = ScalarGPT.from_gpt(reference)
@@ -161,8 +162,8 @@ def open_judge(reference, tokenizer, args):
 
 
 def restore(judge, path, key):
-    """Load the weights of a judge if the file at `path` has them under this key. Returns whether it
-    has."""
+    """Load the weights of a judge from the file at `path` if they are stored under this key.
+    Returns whether they were."""
     if not path.exists():
         return False
     with reading(path, "a judge"):

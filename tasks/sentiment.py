@@ -32,8 +32,8 @@ SIEBERT = "siebert/sentiment-roberta-large-english"
 
 
 def pieces(words, n):
-    """Consecutive pieces of a list, n long, but the last, which is at least half as long or the
-    only one."""
+    """Cut a list into consecutive pieces of length n. The last may be shorter; if it has at most
+    n // 2 elements, it is dropped, unless it is the only piece."""
     starts = range(0, max(1, len(words) - n // 2), n)
     return [words[start:start + n] for start in starts]
 
@@ -78,7 +78,8 @@ class Labeller:
                 for indices in used]
 
     def weight(self, n_gram):
-        """What a word, or two with a blank between them, contributes: positive if favourable."""
+        """The weight of a word, or of two with a blank between them: positive if favourable. It
+        contributes this divided by sqrt(n)."""
         return float(self.weights[hashed(n_gram.lower())])
 
 
@@ -143,8 +144,8 @@ def train_judge(judge, reviews, tokenizer, lr):
     """Fit a ScalarGPT, in place, to the first TOKENS tokens of each of a list of tasks.imdb.Review,
     by maximum likelihood, in one epoch.
 
-    The scalar at each token is the log-odds after that token, and all of them are fitted, since a
-    review has one label and many tokens. The learning rate decays to a tenth of lr.
+    The scalar at a token is the log-odds after that token. It is fitted at every token but the
+    last, because a review has one label and many tokens. The learning rate decays to a tenth.
     """
     length = min(TOKENS, judge.config.block_size - 1)
     items = [Encoded([tokenizer.eot_token], [tokenizer.encode_ordinary(review.text)[:length]], [])

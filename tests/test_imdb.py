@@ -312,8 +312,7 @@ def test_the_judge_learns_it_too_and_does_not_depend_on_the_other_texts():
 
 
 def test_labeller_and_judge_share_no_training_review(tmp_path, monkeypatch):
-    """The labeller has the first half of the training reviews and the judge the second. The reviews
-    of a film are next to each other, so at most one film is in both."""
+    """The labeller has the first half of the training reviews and the judge the second."""
     write_archive(tmp_path / "aclImdb_v1.tar.gz")
     trained_on = {}
 
