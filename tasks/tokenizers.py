@@ -22,12 +22,12 @@ def get_tokenizer(name):
     if name == "reviews":
         return reviews_tokenizer()
     try:
-        gpt2 = tiktoken.get_encoding("gpt2")
+        encoding = tiktoken.get_encoding("gpt2" if name == "gpt2-8k" else name)
     except Exception as error:      # any kind of network error, or a cache that is not writable
         raise UserError(
             f"--tokenizer {name}: tiktoken could not load it ({type(error).__name__}); it needs "
             "the network once, or its files in the folder that TIKTOKEN_CACHE_DIR names") from error
-    return gpt2 if name == "gpt2" else first_merges(gpt2, 8192)
+    return first_merges(encoding, 8192) if name == "gpt2-8k" else encoding
 
 
 def first_merges(gpt2, n):

@@ -737,7 +737,7 @@ def test_what_ppo_cannot_do_is_one_sentence(run, tmp_path, capsys):
     (tmp_path / "sft.pt").write_bytes((run / "sft.pt").read_bytes())
     (tmp_path / "preferences.jsonl").write_bytes((run / "preferences.jsonl").read_bytes())
     assert "reward.pt" in refused(ppo.main, command(tmp_path), capsys)
-    assert "only the reviews task" in refused(
+    assert "only reviews and imdb" in refused(
         ppo.main, ["--data", tmp_path / "preferences.jsonl", "--reward", "ground_truth"], capsys)
     (tmp_path / "reward.pt").write_bytes((run / "sft.pt").read_bytes())
     assert "reward.pt" in refused(ppo.main, command(tmp_path), capsys)
