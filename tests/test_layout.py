@@ -22,8 +22,8 @@ ORDER = [
     "train_dpo",
     "experiments.plot experiments.squeezing experiments.best_of experiments.packed_row "
     "experiments.curves experiments.reward_model experiments.ppo experiments.credit "
-    "experiments.captured experiments.frontier experiments.win_rate experiments.benchmark "
-    "experiments.gpu_questions",
+    "experiments.captured experiments.margins experiments.frontier experiments.win_rate "
+    "experiments.benchmark experiments.gpu_questions",
     "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers",
 ]
 MODULES = [module for line in ORDER for module in line.split()]
