@@ -63,16 +63,17 @@ def draw(margins, path):
     together = torch.cat(list(margins.values()))
     low, high = together.quantile(torch.tensor([0.01, 0.99], dtype=together.dtype)).tolist()
     width = max(high - low, 1e-6) / 50
-    edges = [width * i for i in range(int(low / width) - 1, int(high / width) + 2)]     # 0 is one
+    first, last = min(int(low / width), 0) - 1, max(int(high / width), 0) + 1
+    edges = [width * i for i in range(first, last + 1)]             # 0 is one of them
     figure, rows = plt.subplots(len(margins), 1, figsize=(8, 1.5 * len(margins) + 0.5),
                                 sharex=True, squeeze=False)
     for ax, (name, values) in zip(rows.flat, margins.items()):
         shown = values.clamp(edges[0], edges[-1])
-        _, _, bars = ax.hist(shown.tolist(), edges, color=BLUE,
-                             weights=[100 / len(values)] * len(values))
-        for left, bar in zip(edges, bars):
-            if left < -width / 2:
-                bar.set_facecolor(ORANGE)
+        sides = [(shown[shown < 0], [edge for edge in edges if edge <= 0], ORANGE),
+                 (shown[shown >= 0], [edge for edge in edges if edge >= 0], BLUE)]
+        for part, of_side, colour in sides:
+            ax.hist(part.tolist(), of_side, color=colour, histtype="stepfilled",
+                    weights=[100 / len(values)] * len(part))
         ax.axvline(values.median().item(), color=GREY, linewidth=1, linestyle="--")
         ax.set_title(name, fontsize=10)
         ax.set_ylabel("% of pairs")

@@ -26,11 +26,12 @@ def pyplot(letters="path"):
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     plt.rcParams |= {"svg.hashsalt": "dpo", "svg.fonttype": letters, "font.size": 11,
-                     "legend.frameon": False, "legend.labelcolor": GREY, "axes.edgecolor": GREY,
-                     "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
-                     "text.color": GREY, "axes.spines.top": False, "axes.spines.right": False,
-                     "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25,
-                     "grid.linewidth": 0.6}
+                     "font.sans-serif": ["DejaVu Sans"], "legend.frameon": False,
+                     "legend.labelcolor": GREY, "axes.edgecolor": GREY, "axes.labelcolor": GREY,
+                     "xtick.color": GREY, "ytick.color": GREY, "text.color": GREY,
+                     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                     "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.6,
+                     "xtick.bottom": True, "ytick.left": True}
     return plt
 
 
