@@ -23,7 +23,7 @@ from hypothesis import given, settings, strategies as st
 import sample
 import train_dpo
 from data import Encoded, is_held_out
-from experiments import best_of, curves, frontier, margins, ppo, reward_model, win_rate
+from experiments import best_of, curves, frontier, margins, ppo, reward_model, symptoms, win_rate
 from experiments.plot import BLUE, GREEN
 from model import GPT, GPTConfig
 from runtime.checkpoint import load_checkpoint, save_checkpoint
@@ -65,7 +65,7 @@ def refused(main, argv, capsys):
 
 
 @pytest.mark.parametrize("module", [best_of, frontier, curves, margins, win_rate,
-                                    reward_model, ppo])
+                                    reward_model, ppo, symptoms])
 def test_every_flag_is_read(module):
     source = Path(module.__file__).read_text()
     root = Path(sample.__file__).parent

@@ -25,6 +25,7 @@ ORDER = [
     "experiments.captured experiments.margins experiments.frontier experiments.win_rate "
     "experiments.benchmark experiments.gpu_questions",
     "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers",
+    "experiments.symptoms",             # trains with the wrong answers in place
 ]
 MODULES = [module for line in ORDER for module in line.split()]
 FIVE = ["model", "data", "train_sft", "train_dpo", "sample"]
