@@ -1,4 +1,4 @@
-"""What the pictures of curves.py and frontier.py share: matplotlib, colours and axes.
+"""What the pictures of these experiments share: matplotlib, colours and axes.
 
 This module is imported, not run. A picture has no background, and its lines and text have medium
 brightness, so it can be read on a light page and on a dark one. The colours are those of Okabe and
@@ -14,9 +14,10 @@ BLUE, ORANGE, GREEN, PURPLE = "#1f7fc4", "#d55e00", "#0a8f6a", "#b5609a"
 GOLD = "#a07d00"
 
 
-def pyplot():
-    """matplotlib.pyplot, set up so that the same picture is the same bytes every time. Raises
-    UserError if matplotlib is not installed."""
+def pyplot(letters="path"):
+    """matplotlib.pyplot, set up so that the same picture is the same bytes every time. letters:
+    "path" draws them as shapes, "none" writes them as text, which makes a picture of many panels a
+    smaller file. Raises UserError if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -24,11 +25,13 @@ def pyplot():
                         "command again") from None
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
-    plt.rcParams |= {"svg.hashsalt": "dpo", "font.size": 11, "legend.frameon": False,
+    plt.rcParams |= {"svg.hashsalt": "dpo", "svg.fonttype": letters, "font.size": 11,
+                     "font.sans-serif": ["DejaVu Sans"], "legend.frameon": False,
                      "legend.labelcolor": GREY, "axes.edgecolor": GREY, "axes.labelcolor": GREY,
                      "xtick.color": GREY, "ytick.color": GREY, "text.color": GREY,
                      "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                     "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.6}
+                     "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.6,
+                     "xtick.bottom": True, "ytick.left": True}
     return plt
 
 

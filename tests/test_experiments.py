@@ -1,4 +1,4 @@
-"""experiments/: the frontier, the curves, and the judges of C.2 and D.3.
+"""experiments/: the frontier, the curves, the margins, and the judges of C.2 and D.3.
 
     pytest tests/test_experiments.py
 """
@@ -23,11 +23,21 @@ from hypothesis import given, settings, strategies as st
 import sample
 import train_dpo
 from data import Encoded, is_held_out
-from experiments import best_of, curves, distribution, frontier, ppo, reward_model, win_rate
+from experiments import (
+    best_of,
+    curves,
+    distribution,
+    frontier,
+    margins,
+    ppo,
+    reward_model,
+    symptoms,
+    win_rate,
+)
 from experiments.plot import BLUE, GREEN
 from model import GPT, GPTConfig
-from runtime.checkpoint import save_checkpoint
-from tasks import held_out_prompts
+from runtime.checkpoint import load_checkpoint, save_checkpoint
+from tasks import held_out_pairs, held_out_prompts
 from tasks.tokenizers import get_tokenizer
 
 TOKENIZER = get_tokenizer("reviews")
@@ -64,8 +74,8 @@ def refused(main, argv, capsys):
     return message
 
 
-@pytest.mark.parametrize("module", [best_of, frontier, curves, win_rate, reward_model,
-                                    ppo])
+@pytest.mark.parametrize("module", [best_of, frontier, curves, margins, win_rate,
+                                    reward_model, ppo, symptoms])
 def test_every_flag_is_read(module):
     source = Path(module.__file__).read_text()
     root = Path(sample.__file__).parent
@@ -369,6 +379,53 @@ def test_a_folder_without_metrics_is_refused(tmp_path, capsys, content, words):
         (tmp_path / "metrics.csv").write_bytes(content)
     message = refused(curves.main, [tmp_path], capsys)
     assert words in message and str(tmp_path / "metrics.csv") in message
+
+
+# ------------------------------------------------------------------------------------------------
+# The margins
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_beta(run, tmp_path):
+    """The flags of experiments.margins for the run, whose policy now says that its beta is 0.5."""
+    policy, _ = load_checkpoint(run / "dpo.pt")
+    save_checkpoint(tmp_path / "dpo.pt", policy, tokenizer="reviews", beta=0.5)
+    reference, _ = load_checkpoint(run / "sft.pt")
+    save_checkpoint(tmp_path / "ref.pt", reference, tokenizer="reviews")
+    return ["--data", str(run / "pairs.jsonl"), "--device", "cpu", "--out", str(tmp_path),
+            "--checkpoint", str(tmp_path / "dpo.pt"), "--reference", str(tmp_path / "ref.pt")]
+
+
+@needs_matplotlib
+def test_margins_have_the_mean_and_the_accuracy_that_sample_reports(with_beta, tmp_path, capsys):
+    """The printed mean is that of rate_pairs, and the share below 0 is 1 - accuracy if no pair
+    ties. The picture shows all pairs and has no background."""
+    margins.main(with_beta)
+    row = capsys.readouterr().out.split("< 0\n")[1].splitlines()[0].split()
+    policy, _ = load_checkpoint(tmp_path / "dpo.pt")
+    reference, _ = load_checkpoint(tmp_path / "ref.pt")
+    args = margins.parse_args(with_beta)
+    items = held_out_pairs(TOKENIZER, 64, args)
+    rated = sample.rate_pairs({"pi": policy}, reference, items, {"pi": 0.5})["pi"]
+    assert row[0] == "dpo" and float(row[1]) == pytest.approx(rated["margin"], abs=0.006)
+    assert float(row[-1].rstrip("%")) / 100 == pytest.approx(1 - rated["accuracy"], abs=1e-3)
+    assert_has_no_background((tmp_path / "margins.svg").read_text())
+
+
+def test_the_quantiles_of_margins_worked_out_by_hand():
+    """Of 0, 1, ..., 100, less 10: the quantile q is 100 q - 10, and 10 of 101 are below 0."""
+    values = torch.arange(101, dtype=torch.float64) - 10
+    row = margins.as_table({"pi": values}).splitlines()[1]
+    assert row.split() == ["pi", "40.00", "-5.00", "15.00", "40.00", "65.00", "85.00", "9.9%"]
+
+
+def test_margins_are_of_a_policy_that_has_a_beta_and_in_an_svg(with_beta, tmp_path, capsys):
+    policy, _ = load_checkpoint(tmp_path / "dpo.pt")
+    save_checkpoint(tmp_path / "other.pt", policy, tokenizer="reviews")
+    flags = [*with_beta, "--checkpoint", tmp_path / "other.pt"]
+    assert "other.pt was not trained by train_dpo.py" in refused(margins.main, flags, capsys)
+    assert "ends in .svg" in refused(margins.main, [*with_beta, "--svg", "pic"], capsys)
 
 
 # ------------------------------------------------------------------------------------------------

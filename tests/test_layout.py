@@ -23,10 +23,11 @@ ORDER = [
     "train_dpo",
     "experiments.plot experiments.squeezing experiments.best_of experiments.packed_row "
     "experiments.curves experiments.distribution experiments.reward_model experiments.ppo "
-    "experiments.credit experiments.captured experiments.frontier experiments.win_rate "
-    "experiments.benchmark experiments.gpu_questions",
+    "experiments.credit experiments.captured experiments.margins experiments.frontier "
+    "experiments.win_rate experiments.benchmark experiments.gpu_questions",
     "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers "
     "classroom.course",
+    "experiments.symptoms",             # trains with the wrong answers in place
 ]
 MODULES = [module for line in ORDER for module in line.split()]
 FIVE = ["model", "data", "train_sft", "train_dpo", "sample"]
