@@ -215,8 +215,8 @@ class GPT(nn.Module):
     def logps(self, batch):
         """log pi(y|x) = sum over the tokens of y of log pi(token | all before it), for each answer.
 
-        batch: a packed data.Batch. owner (S,): the answer that each scored token belongs to.
-        Returns (N,) in the dtype of the weights, so in float32 under autocast too.
+        batch: a packed data.Batch. owner (S,): the answer that each scored token belongs to. N is
+        batch.n_answers. Returns (N,) in the dtype of the weights, so in float32 under autocast too.
         """
         token_logps = self.token_logps(batch)                                    # (S,)
         return token_logps.new_zeros(batch.n_answers).index_add(0, batch.owner, token_logps)
@@ -228,8 +228,8 @@ class GPT(nn.Module):
 
         source (S,): flat index, into the B * T tokens, of the token *before* each scored token,
         whose output predicts it; target (S,): the scored ids. Only these S positions go through
-        the output head, which is a third of the arithmetic of the smallest GPT-2. The head may pad
-        the vocabulary to self.vocab_multiple.
+        the output head, which is a third of the arithmetic of the smallest GPT-2. The head is called
+        with self.vocab_multiple, to which it pads the vocabulary; the padding changes no log-prob.
         """
         hidden = self.hidden(batch.tokens, batch.positions, batch.mask())        # (B, T, C)
         hidden = hidden.flatten(0, 1).index_select(0, batch.source)              # (S, C)

@@ -87,7 +87,8 @@ def bradley_terry(r_w, r_l):
 
 
 def implicit_reward(pi_logps, ref_logps, beta):
-    """Eq. 17 without beta log Z(x): rhat(x, y) = beta log(pi(y|x) / pi_ref(y|x)).
+    """Eq. 17 without beta log Z(x): rhat(x, y) = beta log(pi(y|x) / pi_ref(y|x)). pi_logps,
+    ref_logps: the two logarithms, of one shape, which is also that of the result.
 
     The language model is secretly a reward model: pi is the optimum for the reward rhat(x, y) +
     beta log Z(x). The second term is the same for all answers to a prompt, so no preference depends
@@ -104,7 +105,7 @@ def dpo_loss(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
     yw_idxs, yl_idxs: (P,) indices of the preferred and the dispreferred answer of each pair.
     beta: strength of the KL penalty; a larger one keeps the policy closer to the reference.
     Returns (losses (P,), rewards (N,)); the rewards are detached. (Appendix B writes B for N and T
-    for P.)
+    for P; they are not the rows B and tokens T of a batch.)
     """
     rewards = implicit_reward(pi_logps, ref_logps, beta)
     losses = -bradley_terry(rewards[yw_idxs], rewards[yl_idxs])
@@ -193,9 +194,11 @@ def train(policy, preferences, held_out, args):
     """DPO on preferences, a list of Encoded with their ref_logps. Trains the policy in place.
     held_out: more of them, for evaluation only. args: the flags of parse_args.
 
-    A step minimises the mean of `objective` over a batch of args.batch pairs (for plackett_luce,
-    of args.batch whole rankings), with Adam, at a rate that warms up and then stays at args.lr.
-    The first batch goes through check_start, so a wrong reference stops the run with a UserError.
+    The loss of a step is the sum of the losses of `objective` over all its micro-batches, divided
+    by args.batch, the number of pairs (for plackett_luce, of whole rankings). The optimizer is that
+    of GPT.optimizer, at a rate that warms up and then stays at args.lr. At step 0, every
+    micro-batch goes through check_start before the first update. Logs the losses and what
+    `describe` returns to args.out/metrics.csv; the state for --resume is args.out/dpo_state.pt.
     """
     batches = Batches(preferences, args.batch, args.seed, whole=args.loss == "plackett_luce")
     n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
@@ -248,7 +251,8 @@ def objective(logps, batch, args):
 
 
 def describe(logps, rewards, batch, tie):
-    """Sums over the pairs of a batch, for the log. A margin of at most `tie` counts as a tie."""
+    """Sums over the pairs of a batch, for the log. A margin of at most `tie`, which contains beta
+    as the rewards do, counts as a tie."""
     w, l = batch.winners, batch.losers
     margins = rewards[w] - rewards[l]
     return {"accuracy": ranked_correctly(margins, tie).sum(),
