@@ -227,8 +227,8 @@ class GPT(nn.Module):
         which is what the batch's positions and mask let it see.
 
         source (S,): flat index, into the B * T tokens, of the token *before* each scored token,
-        whose output predicts it; target (S,): the scored ids. Only these S positions go through
-        the output head, which is a third of the arithmetic of the smallest GPT-2. The head is called
+        whose output predicts it; target (S,): the scored ids. Only these S positions go through the
+        output head, which is a third of the arithmetic of the smallest GPT-2. The head is called
         with self.vocab_multiple, to which it pads the vocabulary; the padding changes no log-prob.
         """
         hidden = self.hidden(batch.tokens, batch.positions, batch.mask())        # (B, T, C)
