@@ -241,14 +241,15 @@ def download_now(url, path, sha256, md5):
         size = partial.stat().st_size
         with open(partial, "rb") as file:
             start = file.read(64).lstrip().lower()
-            file.seek(0)
-            found_md5 = hashlib.file_digest(file, "md5").hexdigest()
         if length is not None and size != int(length):
             raise OSError(f"the connection broke after {size:,} of {int(length):,} bytes")
         if start.startswith((b"<!doctype", b"<html")):
             raise OSError("the answer is a web page, not the file")
-        if md5 is not None and found_md5 != md5:
-            raise OSError(f"its MD5 is {found_md5}, not {md5}")
+        if md5 is not None:
+            with open(partial, "rb") as file:
+                found = hashlib.file_digest(file, "md5").hexdigest()
+            if found != md5:
+                raise OSError(f"its MD5 is {found}, not {md5}")
         os.replace(partial, path)
     except (OSError, RuntimeError, ValueError, HTTPException) as error:
         raise UserError(f"{path}: not there, and it could not be downloaded ({error}); fetch {url} "
