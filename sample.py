@@ -220,14 +220,12 @@ def rate_pairs(policies, reference, items, betas):
     betas: {name: beta}; a policy without one has no margin. Standard errors are clustered by
     prompt.
     """
-    row_length, measures = reference.config.block_size, {}
-    ref_logps = score(reference, items, row_length, "scoring pairs, reference")
-    ref_logratios = differences(ref_logps, items)
+    measures = {}
+    ref_logratios = log_ratios_of_pairs(reference, items, "reference")
     for name, model in policies.items():
-        pi_logps = ref_logps
+        pi_logratios = ref_logratios
         if model is not reference:
-            pi_logps = score(model, items, row_length, f"scoring pairs, {name}")
-        pi_logratios = differences(pi_logps, items)
+            pi_logratios = log_ratios_of_pairs(model, items, name)
         margins = pi_logratios - ref_logratios                          # in nats
         columns = {"accuracy": ranked_correctly(margins, tie_in_nats(model.precision)),
                    "logp_accuracy": ranked_correctly(pi_logratios, 0.0)}
@@ -235,6 +233,12 @@ def rate_pairs(policies, reference, items, betas):
             columns["margin"] = betas[name] * margins
         measures[name] = means_over_pairs(columns, items)
     return measures
+
+
+def log_ratios_of_pairs(model, items, name):
+    """(P,) log pi(y_w|x) - log pi(y_l|x) of all pairs of a list of Encoded."""
+    logps = score(model, items, model.config.block_size, f"scoring pairs, {name}")
+    return differences(logps, items)
 
 
 def differences(numbers, items):

@@ -56,7 +56,7 @@ from runtime.checkpoint import open_checkpoint
 from runtime.cli import Parser, command, number_type, only_one_process, set_up
 from runtime.errors import UserError
 from runtime.files import fingerprint, make_folder, write_json
-from runtime.flags import flags_for_sft
+from runtime.flags import as_flags, flags_for_sft
 from runtime.report import side_by_side, table
 from sample import evaluate
 from tasks import encode_splits, task_of
@@ -138,12 +138,11 @@ def prepare(args):
     training, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
     key = [fingerprint(model), fingerprint(training + held_out)]
     train_dpo.add_reference(model, training + held_out, args)
-    shared = ["task", "data_dir", "labeller", "device", "precision"]
-    return Start(model, tokenizer, facts["tokenizer"], task.prompts(held_out, tokenizer, args),
-                 task.open_grades(args, model, tokenizer),
-                 [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in shared
-                  if getattr(args, name) is not None],
-                 args.row_length, training, held_out, key)
+    prompts = task.prompts(held_out, tokenizer, args)
+    grades = task.open_grades(args, model, tokenizer)
+    flags = as_flags(args, ["task", "data_dir", "labeller", "device", "precision"])
+    return Start(model, tokenizer, facts["tokenizer"], prompts, grades, flags, args.row_length,
+                 training, held_out, key)
 
 
 def fit_reward_model(start, args):

@@ -26,7 +26,7 @@ from runtime.errors import UserError
 from runtime.files import make_folder
 from runtime.flags import add_shared_flags, choose_task
 from runtime.report import names_of
-from sample import differences, score
+from sample import log_ratios_of_pairs
 from tasks import held_out_pairs
 
 QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
@@ -34,13 +34,9 @@ QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
 
 def margins_of(policies, reference, items, betas):
     """{name: (P,) margins of all pairs of a list of Encoded}. policies, betas: by name."""
-    row_length = reference.config.block_size
-    ref_logratios = differences(score(reference, items, row_length, "scoring, reference"), items)
-    margins = {}
-    for name, policy in policies.items():
-        logratios = differences(score(policy, items, row_length, f"scoring, {name}"), items)
-        margins[name] = betas[name] * (logratios - ref_logratios)
-    return margins
+    ref_logratios = log_ratios_of_pairs(reference, items, "reference")
+    return {name: betas[name] * (log_ratios_of_pairs(policy, items, name) - ref_logratios)
+            for name, policy in policies.items()}
 
 
 def as_table(margins):

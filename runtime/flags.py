@@ -135,9 +135,14 @@ def flags_for_sft(args):
     """The flags of a run of train_dpo.py that its SFT run shares."""
     names = ["task", "data", "data_dir", "labeller", "out", "seed", "device", "precision",
              "compile", "init", "tokenizer", "row_length", "save_every"]
-    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names
-             if getattr(args, name) is not None]
-    return flags + [f"--{name}" for name in ("resume", "strict") if getattr(args, name)]
+    return as_flags(args, names) + [f"--{name}" for name in ("resume", "strict")
+                                    if getattr(args, name)]
+
+
+def as_flags(args, names):
+    """These of the parsed flags, those that have a value, as they would be typed."""
+    return [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names
+            if getattr(args, name) is not None]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from runtime.errors import UserError
 from runtime.files import cache_folder, download, fingerprint, load_tensors, reading, replacing
 from runtime.parallel import choose_device
 from runtime.rows import read_and_report
-from tasks import own_file, sentiment
+from tasks import reviews as written_reviews, sentiment
 from tasks.prefixes import draw_prefixes
 
 ARCHIVE = "aclImdb_v1.tar.gz"
@@ -43,6 +43,8 @@ PREFIX_FROM = 200               # characters of a review, which have far more th
 # consecutive numbers, and so have the unfavourable ones.
 Review = namedtuple("Review", "text favourable number")
 
+preferences, held_out = written_reviews.preferences, written_reviews.held_out
+name, as_prompt = written_reviews.name, written_reviews.as_prompt
 answers_must_end = False        # most are cut
 JUDGE_LR = {"imdb": 5e-5, "imdb-small": 1e-3}
 HELD_OUT = 128                  # test reviews on which SFT is evaluated
@@ -148,16 +150,16 @@ def open_judge(reference, tokenizer, args):
     path = args.out / "judge.pt"
     key = f"{fingerprint(reference)} {reference.precision} {digest(args)}"
     judge = ScalarGPT.from_gpt(reference)
+
+    def log_odds(texts):
+        return sentiment.log_odds_of_judge(judge, texts, tokenizer)
     if not restore(judge, path, key):
         training = reviews_of("train", args.data_dir, args.strict)
         sentiment.train_judge(judge, training[len(training) // 2:], tokenizer, JUDGE_LR[args.task])
         with replacing(path) as file:
             torch.save({"key": key, "model": judge.state_dict()}, file)
-
-    def log_odds(texts):
-        return sentiment.log_odds_of_judge(judge, texts, tokenizer)
-    print_accuracy("judge", log_odds,
-                   some_of(reviews_of("test", args.data_dir, args.strict), 1000))
+        print_accuracy("judge", log_odds,
+                       some_of(reviews_of("test", args.data_dir, args.strict), 1000))
     return log_odds
 
 
@@ -245,20 +247,3 @@ def prompts(items, tokenizer, args):
     """Prefixes of test reviews; held-out preferences (items) are not needed."""
     return prefixes("test", args.eval_prompts, tokenizer, args.seed + 1, "--eval-prompts", args)
 
-
-
-def preferences(args):
-    """The sampled and ranked answers that train_dpo.py wrote, split in the same way as --data."""
-    return own_file.read_split(name(args), args)
-
-
-def held_out(args):
-    return preferences(args)[1]
-
-
-def name(args):
-    return args.out / "preferences.jsonl"
-
-
-def as_prompt(text):
-    return text
