@@ -1,9 +1,9 @@
 """Two classifiers of film reviews as favourable or not: the labeller, whose log-odds are the
-reward, and the judge, which measures what the labeller's preferences taught.
+reward, and the judge, which measures what a policy has learned from the labeller's preferences.
 
-A policy that is trained on the preferences of a classifier learns to please that classifier, with
-its mistakes. Measured by the same classifier, such a policy looks better than it is. So the judge
-is a model of another kind, trained on other reviews, and no preference depends on it.
+A policy that is trained on the preferences of a classifier learns to please that classifier,
+mistakes included. Measured by the same classifier, such a policy looks better than it is. So the
+judge is a model of another kind, trained on other reviews, and no preference depends on it.
 
     labeller    logistic regression on words and pairs of words. Its weights can be read: `weight`.
                 Or the classifier of the paper, with --labeller siebert
@@ -27,7 +27,7 @@ from runtime.errors import UserError
 
 WORD = re.compile(r"\w+(?:'\w+)?|[^\w\s]")      # or a punctuation mark
 N_WEIGHTS = 2**18
-WORDS, TOKENS = 50, 64          # of a piece of a review: the labeller's, the judge's
+WORDS, TOKENS = 50, 64          # length of a piece of a review: for the labeller, the judge
 SIEBERT = "siebert/sentiment-roberta-large-english"
 
 
@@ -72,14 +72,14 @@ class Labeller:
         self.weights, self.bias = weights, bias                 # (N_WEIGHTS,) and a float
 
     def log_odds(self, texts):
-        """The log-odds that each of a list of texts is favourable, a list."""
+        """A list of the log-odds that each of the texts is favourable."""
         used = [features(words_of(text)) for text in texts]
         return [self.bias + float(self.weights[indices].sum()) / max(1, len(indices)) ** 0.5
                 for indices in used]
 
     def weight(self, n_gram):
         """The weight of a word, or of two with a blank between them: positive if favourable. It
-        contributes this divided by sqrt(n)."""
+        is divided by sqrt(n) before it is added to the log-odds."""
         return float(self.weights[hashed(n_gram.lower())])
 
 
@@ -168,8 +168,8 @@ def train_judge(judge, reviews, tokenizer, lr):
 
 @torch.no_grad()
 def log_odds_of_judge(judge, texts, tokenizer):
-    """The log-odds that each of a list of texts is favourable, a list; of a long text, its
-    beginning."""
+    """A list of the log-odds that each of the texts is favourable. Of a long text, only the
+    beginning is read."""
     room, found = judge.config.block_size - 1, []
     items = [Encoded([tokenizer.eot_token], [tokenizer.encode_ordinary(text)[:room]], [])
              for text in texts]
