@@ -340,19 +340,20 @@ def write_rows(pieces, starts, row_length):
 
 def number_pairs(encoded):
     """The fields of a Batch from `winners` to `ref_logps`, with answers numbered over the batch."""
-    first = np.cumsum([0] + [len(item.answers) for item in encoded])    # answer of each prompt
-    pairs, ref_logps = [], []
-    rankings = torch.full((len(encoded), max(len(item.answers) for item in encoded)), -1)
+    counts = [len(item.answers) for item in encoded]
+    first = np.cumsum([0, *counts]).tolist()            # the first answer of each prompt
+    K = max(counts)
+    pairs, rankings, ref_logps = [], [], []
     for g, item in enumerate(encoded):
         pairs += [(first[g] + w, first[g] + l) for w, l in item.pairs]
         ref_logps += item.ref_logps or [0.0] * len(item.answers)
         # In a ranking of K answers the k-th wins K - k pairs, so the wins give the ranking back.
         wins = Counter(w for w, _ in item.pairs)
         best_first = sorted(range(len(item.answers)), key=lambda i: -wins[i])
-        rankings[g, :len(best_first)] = first[g] + torch.tensor(best_first)
+        rankings.append([first[g] + i for i in best_first] + [-1] * (K - len(best_first)))
     pairs = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
     return {"winners": pairs[:, 0].contiguous(), "losers": pairs[:, 1].contiguous(),
-            "rankings": rankings, "ref_logps": torch.tensor(ref_logps)}
+            "rankings": torch.tensor(rankings), "ref_logps": torch.tensor(ref_logps)}
 
 
 def pack_for_model(items, row_length, model):

@@ -27,8 +27,8 @@ from tasks import encode_splits, evaluated, task_of
 from tasks.tokenizers import get_tokenizer
 
 # Defaults that depend on the initial weights: GPT-2's, or random ones, of the sizes below.
-LR = {"pretrained": 2e-5, "random": 3e-3, "imdb-small": 2e-3}
-SIZES = {"random": {"block_size": 256, "n_layer": 2, "n_head": 4, "n_embd": 128, "init_std": 0.06},
+LR = {"pretrained": 2e-5, "random": 5e-3, "imdb-small": 2e-3}
+SIZES = {"random": {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, "init_std": 0.085},
          "imdb-small": {"block_size": 256, "n_layer": 6, "n_head": 8, "n_embd": 256,
                         "init_std": 0.03}}
 

@@ -55,8 +55,9 @@ def add_model_flags(parser):
         help="torch.compile (default: on CUDA, for models of at least 10M parameters)")
 
 
-def add_training_flags(parser, batch, batch_unit, warmup):
-    """Flags of all training loops, with their default batch and warm-up."""
+def add_training_flags(parser, batch, batch_unit, warmup, more=""):
+    """Flags of all training loops, with their default batch and warm-up. more: what --help adds about
+    the default warm-up."""
     add = parser.add_argument
     add("--batch", type=number_type(int, 1, most=10**6), default=batch,
         help=f"{batch_unit} per step (default {batch})")
@@ -70,7 +71,7 @@ def add_training_flags(parser, batch, batch_unit, warmup):
     add("--steps", type=number_type(int, 1, most=10**9),
         help="optimizer steps, instead of --epochs")
     add("--warmup", type=number_type(int, 0), default=warmup,
-        help=f"steps over which the learning rate rises linearly to --lr (default {warmup})")
+        help=f"steps over which the learning rate rises linearly to --lr (default {warmup}{more})")
     add("--weight-decay", type=number_type(float, 0), default=0.0,
         help="of matrices (default 0: plain Adam)")
     add("--clip", type=number_type(float, 0, above=True), default=1.0,
@@ -160,22 +161,22 @@ def parse_sft_flags(doc, argv, lr, sizes):
     add_evaluation_flag(parser)
     add = parser.add_argument
     add("--lr", type=number_type(float, 0, above=True),
-        help="peak learning rate (default 2e-5 from pretrained weights; 3e-3 from random ones, for "
+        help="peak learning rate (default 2e-5 from pretrained weights; 5e-3 from random ones, for "
              "the small default model; 2e-3 for imdb-small; 124M random parameters need 6e-4)")
-    add("--reviews", type=number_type(int, 1), default=52_000,
-        help="reviews, imdb: how many reviews to train on (default 52,000, written first, or all "
+    add("--reviews", type=number_type(int, 1), default=40_000,
+        help="reviews, imdb: how many reviews to train on (default 40,000, written first, or all "
              "25,000 of imdb)")
     add("--block-size", type=number_type(int, 2, most=2**17),
         help="--init random: longest prompt and answer together, in tokens (default 256)")
     add("--n-layer", type=number_type(int, 1, most=1000),
         help="--init random: blocks (default 2; 6 for imdb-small; GPT-2 124M has 12)")
     add("--n-head", type=number_type(int, 1, most=1000),
-        help="--init random: attention heads (default 4; 8 for imdb-small; GPT-2 124M has 12)")
+        help="--init random: attention heads (default 2; 8 for imdb-small; GPT-2 124M has 12)")
     add("--n-embd", type=number_type(int, 1, most=2**16),
-        help="--init random: channels, a multiple of the heads (default 128; 256 for imdb-small; "
+        help="--init random: channels, a multiple of the heads (default 64; 256 for imdb-small; "
              "GPT-2 124M has 768)")
     add("--init-std", type=number_type(float, 0, above=True),
-        help="--init random: standard deviation of the initial weights (default 0.06 for the 128 "
+        help="--init random: standard deviation of the initial weights (default 0.085 for the 64 "
              "channels of the default, 0.03 for the 256 of imdb-small; GPT-2's 0.02 is for 768)")
     args = parser.parse_args(argv)
     choose_task(args)
@@ -211,13 +212,17 @@ def choose_sizes(args, sizes):
 # train_dpo.py
 # ------------------------------------------------------------------------------------------------
 
+PAPER_WARMUP = 150      # Appendix B
 
-def parse_dpo_flags(doc, argv, lr, beta, prefixes, gap):
-    """The flags of train_dpo.py. lr, beta, prefixes, gap: their defaults, by task."""
+
+def parse_dpo_flags(doc, argv, lr, beta, warmup, prefixes, gap):
+    """The flags of train_dpo.py. lr, beta, warmup, prefixes, gap: their defaults, by task."""
     parser = Parser(doc)
     add_shared_flags(parser)
     add_model_flags(parser)
-    add_training_flags(parser, 64, "pairs (or rankings with plackett_luce)", warmup=150)
+    add_training_flags(parser, 64, "pairs (or rankings with plackett_luce)", PAPER_WARMUP,
+                       more="; 50 for reviews")
+    parser.set_defaults(warmup=None)
     add_evaluation_flag(parser)
     add_measuring_flags(parser)
     add = parser.add_argument
@@ -227,14 +232,13 @@ def parse_dpo_flags(doc, argv, lr, beta, prefixes, gap):
         help="strength of the KL penalty; a larger one stays closer to the reference (default 0.1; "
              "0.5 for tldr, reviews and imdb-small)")
     add("--lr", type=number_type(float, 0, above=True),
-        help="learning rate after warm-up (default 1e-6; 3.5e-5 for reviews, 1e-4 for "
-             "imdb-small)")
+        help="learning rate after warm-up (default 1e-6; 1e-4 for reviews and imdb-small)")
     add("--sft", type=Path,
         help="checkpoint to start from, or a folder as for --init (default: sft.pt of the run, "
              "trained first if there is none)")
     add("--fresh", action="store_true", help="train SFT again even if there is an sft.pt")
     add("--prefixes", type=number_type(int, 10),
-        help="reviews, imdb: prompts to sample answers for (default 4,200 for reviews, 4,000 for "
+        help="reviews, imdb: prompts to sample answers for (default 2,100 for reviews, 4,000 for "
              "imdb-small, 25,000 for imdb, as in C.1)")
     add("--samples", type=number_type(int, 2), default=4,
         help="reviews, imdb: answers sampled for each prompt (default 4)")
@@ -245,6 +249,8 @@ def parse_dpo_flags(doc, argv, lr, beta, prefixes, gap):
     choose_task(args)
     args.lr = args.lr or lr[args.task or "own file"]
     args.beta = args.beta or beta[args.task or "own file"]
+    if args.warmup is None:             # 0 is a choice
+        args.warmup = warmup.get(args.task, PAPER_WARMUP)
     args.prefixes = args.prefixes or prefixes.get(args.task)
     if args.gap is None:
         args.gap = gap.get(args.task)

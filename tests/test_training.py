@@ -746,7 +746,7 @@ def test_defaults_are_those_of_appendix_b():
     assert (args.beta, args.batch, args.lr, args.warmup, args.weight_decay) == (
         0.1, 64, 1e-6, 150, 0)
     args = train_dpo.parse_args([])
-    assert (args.beta, args.batch, args.lr, args.warmup) == (0.5, 64, 3.5e-5, 150)
+    assert (args.beta, args.batch, args.lr, args.warmup) == (0.5, 64, 1e-4, 50)
 
 
 def test_batches_do_not_depend_on_what_was_asked_before():
