@@ -59,19 +59,21 @@ from sample import (
 from tasks import encode_splits, evaluated, task_of
 from train_sft import grad_scaler, update, warmup
 
-# Defaults that depend on the task. Appendix B has beta 0.1 (0.5 for TL;DR), learning rate 1e-6 and a
-# warm-up of 150 steps. The model of the reviews is 900 times smaller than the smallest GPT-2, so its
-# few weights have to move further; with beta 0.1 it writes fewer texts that are grammatical; and its
-# run has only 176 steps.
+# Defaults that depend on the task; all others are in runtime/flags.py. Appendix B has beta 0.1 (0.5
+# for TL;DR), learning rate 1e-6 and 150 steps of warm-up. The model of the reviews is 900 times
+# smaller than the smallest GPT-2, so its few weights have to move further; the run has only 176
+# steps; and with beta 0.1, fewer of its texts would be grammatical.
+# Tasks with a reward sample answers and rank them: `prefixes` is the number of prompts (25,000 in
+# C.1), and two rewards that differ by less than `gap` are a tie.
 PAPER_LR = 1e-6
-BETA = {"reviews": 0.5, "imdb": 0.1, "imdb-small": 0.5, "hh": 0.1, "tldr": 0.5, "own file": 0.1}
-LR = {"reviews": 1e-4, "imdb": PAPER_LR, "imdb-small": 1e-4, "hh": PAPER_LR, "tldr": PAPER_LR,
-      "own file": PAPER_LR}
-WARMUP = {"reviews": 50}                # else the paper's
-# For tasks with a reward, which ranks sampled answers: the number of prompts to sample answers for
-# (25,000 in C.1), and the gap: two rewards that differ by less are a tie.
-PREFIXES = {"reviews": 2100, "imdb": 25_000, "imdb-small": 4000}
-GAP = {"reviews": 0.0, "imdb": 0.5, "imdb-small": 0.5}
+DEFAULTS = {
+    "reviews": dict(beta=0.5, lr=1e-4, warmup=50, prefixes=2100, gap=0.0),
+    "imdb-small": dict(beta=0.5, lr=1e-4, warmup=150, prefixes=4000, gap=0.5),
+    "imdb": dict(beta=0.1, lr=PAPER_LR, warmup=150, prefixes=25_000, gap=0.5),
+    "hh": dict(beta=0.1, lr=PAPER_LR, warmup=150),
+    "tldr": dict(beta=0.5, lr=PAPER_LR, warmup=150),
+    "own file": dict(beta=0.1, lr=PAPER_LR, warmup=150),
+}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -281,9 +283,9 @@ def check_start(logps, batch, args, precision):
         loss_off = 0
     starts_at_reference = largest_reward <= tolerance and loss_off <= tolerance
     if not starts_at_reference:
-        raise UserError(f"step 0: the loss is {losses.mean():.5f}, not {expected.mean():.5f}, and "
-                        f"the largest implicit reward is {largest_reward:.5f}, not 0: the policy "
-                        "does not start at its reference")
+        raise UserError("step 0: the policy does not start at its reference: the largest implicit "
+                        f"reward is {largest_reward:.5f}, not 0, and the loss {losses.mean():.5f} "
+                        f"differs by {loss_off:.5f} from that of equal models")
 
 
 @torch.no_grad()
@@ -412,7 +414,7 @@ def report(policy, reference, prompts, tokenizer, sft_path, args):
 
 
 def parse_args(argv):
-    return parse_dpo_flags(__doc__, argv, LR, BETA, WARMUP, PREFIXES, GAP)
+    return parse_dpo_flags(__doc__, argv, DEFAULTS)
 
 
 if __name__ == "__main__":

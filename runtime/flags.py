@@ -55,9 +55,9 @@ def add_model_flags(parser):
         help="torch.compile (default: on CUDA, for models of at least 10M parameters)")
 
 
-def add_training_flags(parser, batch, batch_unit, warmup, more=""):
-    """Flags of all training loops, with their default batch and warm-up. more: what --help adds about
-    the default warm-up."""
+def add_training_flags(parser, batch, batch_unit, warmup, warmup_help=None, log_every=20):
+    """Flags of all training loops, with their default batch, warm-up and steps between log lines.
+    warmup_help: how --help describes the default warm-up, if that depends on the task."""
     add = parser.add_argument
     add("--batch", type=number_type(int, 1, most=10**6), default=batch,
         help=f"{batch_unit} per step (default {batch})")
@@ -71,7 +71,8 @@ def add_training_flags(parser, batch, batch_unit, warmup, more=""):
     add("--steps", type=number_type(int, 1, most=10**9),
         help="optimizer steps, instead of --epochs")
     add("--warmup", type=number_type(int, 0), default=warmup,
-        help=f"steps over which the learning rate rises linearly to --lr (default {warmup}{more})")
+        help="steps over which the learning rate rises linearly to --lr (default "
+             f"{warmup_help or warmup})")
     add("--weight-decay", type=number_type(float, 0), default=0.0,
         help="of matrices (default 0: plain Adam)")
     add("--clip", type=number_type(float, 0, above=True), default=1.0,
@@ -82,8 +83,8 @@ def add_training_flags(parser, batch, batch_unit, warmup, more=""):
         help="minutes between saves of the training state, for --resume (default 5; 0: every step)")
     add("--strict", action="store_true",
         help="treat rows that are skipped or cut as errors (default: count them)")
-    add("--log-every", type=number_type(int, 1), default=20,
-        help="steps between log lines (default 20)")
+    add("--log-every", type=number_type(int, 1), default=log_every,
+        help=f"steps between log lines (default {log_every})")
 
 
 def add_evaluation_flag(parser):
@@ -212,17 +213,13 @@ def choose_sizes(args, sizes):
 # train_dpo.py
 # ------------------------------------------------------------------------------------------------
 
-PAPER_WARMUP = 150      # Appendix B
-
-
-def parse_dpo_flags(doc, argv, lr, beta, warmup, prefixes, gap):
-    """The flags of train_dpo.py. lr, beta, warmup, prefixes, gap: their defaults, by task."""
+def parse_dpo_flags(doc, argv, defaults):
+    """The flags of train_dpo.py. defaults: those that depend on the task, {task: {flag: value}}."""
     parser = Parser(doc)
     add_shared_flags(parser)
     add_model_flags(parser)
-    add_training_flags(parser, 64, "pairs (or rankings with plackett_luce)", PAPER_WARMUP,
-                       more="; 50 for reviews")
-    parser.set_defaults(warmup=None)
+    add_training_flags(parser, 64, "pairs (or rankings with plackett_luce)", warmup=None,
+                       warmup_help="150; 50 for reviews", log_every=10)
     add_evaluation_flag(parser)
     add_measuring_flags(parser)
     add = parser.add_argument
@@ -247,13 +244,9 @@ def parse_dpo_flags(doc, argv, lr, beta, warmup, prefixes, gap):
              "this; only the best of them is kept (default 0.5 for imdb, 0 for reviews)")
     args = parser.parse_args(argv)
     choose_task(args)
-    args.lr = args.lr or lr[args.task or "own file"]
-    args.beta = args.beta or beta[args.task or "own file"]
-    if args.warmup is None:             # 0 is a choice
-        args.warmup = warmup.get(args.task, PAPER_WARMUP)
-    args.prefixes = args.prefixes or prefixes.get(args.task)
-    if args.gap is None:
-        args.gap = gap.get(args.task)
+    for name, default in defaults[args.task or "own file"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     if args.sft and (args.fresh or args.init):
         raise UserError("--fresh and --init are for a new SFT model, but --sft names an existing "
                         "one: choose one of the two")

@@ -250,11 +250,12 @@ def test_the_learning_rate_of_dpo_warms_up_and_then_stays(tmp_path):
 
 
 def test_the_reference_is_used_and_belongs_to_its_answer(tmp_path):
-    """With one wrong reference log-prob, step 0 is no longer at log 2, and the run stops."""
+    """With a reference log-prob that is off by 0.5 nats, a reward at step 0 is 0.5 beta instead of
+    0, and the run stops."""
     policy = small_gpt()
     items = ranked_items(6, policy)
     items[3].ref_logps[1] += 0.5
-    with pytest.raises(UserError, match="step 0: the loss is .* does not start at its reference"):
+    with pytest.raises(UserError, match="does not start at its reference.* reward is 0.25000"):
         train_dpo.train(policy, items, [], settings(tmp_path, batch=18, steps=1))
 
 
