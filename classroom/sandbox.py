@@ -309,7 +309,9 @@ def child():
     plugins = [Recorder(send, job)]
     if job.get("claim_seconds"):
         plugins.append(limited_calls(job["claim_seconds"]))
-    flags = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={folder}"]
+    # --tb=line still has the lines that start with E, but quotes no code: parsing the test files for
+    # that takes longer than most tests.
+    flags = ["-q", "--tb=line", "-p", "no:cacheprovider", f"--rootdir={folder}"]
     if job.get("stop"):
         flags.append("-x")
     code = pytest.main([*job["tests"], *flags], plugins)
