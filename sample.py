@@ -14,8 +14,8 @@ sampled at temperature 1:
     kl           mean of log pi(y|x) - log pi_ref(y|x) over answers y ~ pi, scored on the sampled
                  ids: an unbiased estimate, in nats, of the KL between the distributions over
                  answers of at most --max-new-tokens tokens
-    win_rate     share of prompts on which the answer has a higher reward than the baseline's; ties
-                 count as half; with Wilson's 95 % interval
+    win_rate     share of prompts on which the answer has a higher reward than the baseline's, which
+                 is sampled independently; ties count as half; with a 95 % interval
     well_formed  reviews: share of texts that the task's grammar accepts
     judge        imdb: mean probability that a text is favourable, by a judge that ranked no answers
     length       mean tokens of an answer, end-of-text included
@@ -123,15 +123,17 @@ def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
 
     grades: {measure: a function from texts to numbers, both lists}, as open_grades of the task
     returns them. baseline: the name of the policy that win_rate compares to, by default the first.
-    Returns ({name: {measure: mean, measure_se:
-    standard error, win_rate_95: (low, high)}}, {name: texts}).
+    Returns ({name: {measure: mean, measure_se: standard error, win_rate_95: (low, high)}},
+    {name: texts}).
     """
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     baseline = baseline or next(iter(policies))
     texts, columns = {}, {}
     for name, model in policies.items():
-        answers = sample(model, encoded, max_new_tokens, seed, tokenizer.eot_token,
-                         progress=f"sampling {name}")
+        # The baseline has random numbers of its own. With the same ones, a similar policy would
+        # often write the same text, and the win rate would not be that of independent answers.
+        answers = sample(model, encoded, max_new_tokens, seed + (name == baseline),
+                         tokenizer.eot_token, progress=f"sampling {name}")
         texts[name] = [decode_answer(answer, tokenizer) for answer in answers]
         whole = [prompt + text for prompt, text in zip(prompts, texts[name])]
         graded = {measure: torch.tensor(grade(whole), dtype=torch.float64)

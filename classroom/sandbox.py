@@ -309,8 +309,8 @@ def child():
     plugins = [Recorder(send, job)]
     if job.get("claim_seconds"):
         plugins.append(limited_calls(job["claim_seconds"]))
-    # --tb=line still has the lines that start with E, but quotes no code: parsing the test files for
-    # that takes longer than most tests.
+    # --tb=line keeps the lines that start with E and quotes no code. Parsing the test files for
+    # quotations takes longer than most tests.
     flags = ["-q", "--tb=line", "-p", "no:cacheprovider", f"--rootdir={folder}"]
     if job.get("stop"):
         flags.append("-x")

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -216,17 +217,34 @@ def test_the_reference_is_sampled_but_never_scored(monkeypatch):
 
 
 def test_the_win_rate_is_against_the_baseline_that_is_named():
+    """By default the first."""
     policies = {"a": small_gpt(0), "b": small_gpt(1)}
     args = policies["a"], ["The plot"] * 50, TOKENIZER, 4, 0
-    first, texts = sample.evaluate(policies, *args, LENGTH)
-    other, _ = sample.evaluate(policies, *args, LENGTH, baseline="b")
-    scores = [(len(b) > len(a)) + (len(b) == len(a)) / 2 for a, b in zip(texts["a"], texts["b"])]
-    wins = sum(scores)
-    assert first["b"]["win_rate"] == pytest.approx(wins / 50) and 0.5 in scores
-    assert other["a"]["win_rate"] == pytest.approx(1 - wins / 50)
-    assert first["a"]["win_rate"] == other["b"]["win_rate"] == 0.5
-    assert first["b"]["win_rate_95"] == sample.wilson(scores)
-    assert "win_rate_95" not in first["a"] and "win_rate_95" not in other["b"]
+    for ours, baseline in ("ba", "ab"):
+        measures, texts = sample.evaluate(policies, *args, LENGTH, baseline=baseline)
+        scores = [(len(x) > len(y)) + (len(x) == len(y)) / 2
+                  for x, y in zip(texts[ours], texts[baseline])]
+        assert measures[ours]["win_rate"] == pytest.approx(sum(scores) / 50) and 0.5 in scores
+        assert measures[baseline]["win_rate"] == 0.5
+        assert measures[ours]["win_rate_95"] == sample.wilson(scores)
+        assert "win_rate_95" not in measures[baseline]
+    default, _ = sample.evaluate(policies, *args, LENGTH)
+    assert default["a"]["win_rate"] == 0.5 and "win_rate_95" in default["b"]
+
+
+def test_the_answers_that_are_compared_are_independent():
+    """Two policies with the same weights, and answers of one token: the chance that both write the
+    same text is the sum of p^2 over texts. With common random numbers it would be 1."""
+    model = small_gpt(0)
+    _, texts = sample.evaluate({"a": model, "b": model}, model, ["The plot"] * 2000, TOKENIZER, 1,
+                               0, LENGTH)
+    same = sum(x == y for x, y in zip(texts["a"], texts["b"])) / 2000
+    ids = torch.tensor([sample.encode_prompt("The plot", TOKENIZER)])
+    p_of = Counter()                            # several tokens are half a letter, of one text
+    for token, p in enumerate(model(ids)[0, -1].softmax(-1).tolist()):
+        p_of[sample.decode_answer([token], TOKENIZER)] += p
+    expected = sum(p**2 for p in p_of.values())
+    assert same == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 2000))
 
 
 def test_finished_is_the_share_of_answers_that_reached_end_of_text(monkeypatch):
