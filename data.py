@@ -103,9 +103,9 @@ def rank_answers(prompt, answers, rewards):
 
 
 def separate(rewards, gap):
-    """The indices of answers whose rewards differ by at least `gap` from one another: of a list of
-    rewards the best, then the next that is lower by `gap` or more, and so on. Nearly equal rewards
-    say little about which answer is better."""
+    """The indices of answers whose rewards differ by at least `gap`: the answer with the highest
+    reward, then the next one whose reward is lower by at least `gap`, and so on. Nearly equal
+    rewards say little about which answer is better. rewards: a list, one per answer."""
     kept = []
     for i in sorted(range(len(rewards)), key=lambda i: -rewards[i]):
         if not kept or rewards[kept[-1]] - rewards[i] >= gap:
@@ -182,7 +182,7 @@ def encode(preference, tokenizer, row_length, skipped=None):
 
 def to_ids(text, tokenizer, where):
     """Encode a text. Raises UserError if the tokenizer gives up, as tiktoken does on a million
-    blanks in a row, with an exception that is not an Exception."""
+    blanks in a row. (Its PanicException is a BaseException, not an Exception.)"""
     try:
         return tokenizer.encode_ordinary(text)
     except BaseException as error:
@@ -193,9 +193,9 @@ def to_ids(text, tokenizer, where):
 
 
 def clear_pairs(item):
-    """Of an Encoded in which some answers are equal, the indices of the pairs that are still clear:
-    one for each two different answers. An answer of which one copy was better than another answer
-    and one copy was worse is dropped."""
+    """The indices of the pairs of an Encoded that are still clear although some of its answers are
+    equal: of several pairs of the same two answers, the first. If one copy of an answer was better
+    than another answer and a second copy was worse, all pairs of both answers are dropped."""
     as_ids = [(tuple(item.answers[w]), tuple(item.answers[l])) for w, l in item.pairs]
     answers = [tuple(answer) for answer in item.answers]
     unclear = {answer for pair in as_ids if pair[0] != pair[1] and pair[::-1] in as_ids
@@ -248,7 +248,8 @@ class Batch:
 
     tokens: torch.Tensor        # (B, T) ids
     positions: torch.Tensor     # (B, T) from 0 in each prompt, continued in each of its answers
-    group: torch.Tensor         # (B, T) one number per prompt with its answers; -1 = padding
+    group: torch.Tensor         # (B, T) one number per prompt with its answers (if a prompt is
+                                # repeated, one per repetition); -1 = padding
     answer: torch.Tensor        # (B, T) 1, 2, ... in each group; 0 = prompt or padding
     source: torch.Tensor        # (S,) flat index of the token whose logits predict a scored token
     target: torch.Tensor        # (S,) id of the scored token
@@ -440,10 +441,10 @@ def deal(items, n):
 
 
 def batches_in_order(items, row_length, model, size=32):
-    """All items in order, at most `size` prompts at a time, packed, on the model's device: fewer if
-    their logits would have more than 2^27 numbers, half a gigabyte. With several processes, each
-    yields every world_size()-th of these batches; runtime.parallel.all_gather puts the results
-    together again."""
+    """Yield all items in order, packed, on the model's device. A batch has at most `size` prompts,
+    and fewer if their logits would have more than 2^27 numbers, half a gigabyte. With several
+    processes, each yields every world_size()-th of these batches; runtime.parallel.all_gather puts
+    the results together again."""
     batches, scored = [], 0
     for item in items:
         n = sum(len(answer) for answer in item.answers)

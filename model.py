@@ -15,6 +15,9 @@ then a final layer norm and the output head, which shares its weights with the t
 Letters used throughout: B rows, T tokens per row, C channels, V vocabulary size, H heads,
 D = C / H channels per head, N answers, S scored tokens.
 
+ScalarGPT, with one number per token in place of logits, is for experiments/: a reward model and
+PPO's critic.
+
 Left out on purpose: dropout. DPO compares the log-probs of the same answer under two models, and
 dropout would add noise to the difference. The data is seen once or a few times, so there is little
 overfitting to prevent.
@@ -130,8 +133,7 @@ class KeyValueCache:
 
 # GPT.generate checks which answers are finished only every CHECK_EVERY tokens, because on a GPU the
 # check waits for all work under way. It drops the rows of finished answers when at most MOST_GOING
-# of all rows are unfinished. Sooner does not pay: dropping copies the caches, at about the cost of
-# a token.
+# of all rows are unfinished: dropping copies the caches, which costs about as much as a token.
 CHECK_EVERY, MOST_GOING = 8, 0.75
 
 
@@ -245,11 +247,11 @@ class GPT(nn.Module):
 
         max_new_tokens: also limited by the block size, for each prompt. temperature: 0 always takes
         the most likely token. top_k: sample from the k most likely tokens. top_p: sample from the
-        fewest most likely tokens whose probabilities add up to at least p.
-        eot: the id that ends an answer. generator: a torch.Generator on the model's device, for
-        answers that can be reproduced. Returns a list of lists: the new ids of
-        each prompt, eot included if it was reached. Equal prompts are computed once and continued
-        independently. Raises ValueError for an empty prompt, or one of block_size tokens or more.
+        fewest most likely tokens whose probabilities add up to at least p. eot: the id that ends an
+        answer. generator: a torch.Generator on the model's device, for answers that can be
+        reproduced. Equal prompts are computed once and continued independently. Returns a list of
+        lists: the new ids of each prompt, eot included if it was reached. Raises ValueError for an
+        empty prompt, or one of block_size tokens or more.
         """
         T, shortest = max(map(len, prompts)), min(map(len, prompts))
         block_size = self.config.block_size

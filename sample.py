@@ -182,14 +182,15 @@ def means(columns):
 def wilson(scores):
     """(low, high): the 95 % interval of the mean of n scores from 0 to 1. A win is 1, a tie 1/2.
 
-    Without ties it is Wilson's: it contains every rate p with |share - p| <= z sqrt(p (1 - p) / n),
-    where z = 1.96. Unlike the share +- 2 standard errors, it stays within 0 and 1 and does not
-    shrink to a point if all were won. Ties vary less than wins and losses do: with them, the mean
-    of score (1 - score) is subtracted from p (1 - p).
+    Without ties it is Wilson's interval, which contains every rate p for which
+    |share - p| <= z sqrt(p (1 - p) / n), where z = 1.96. Unlike the share +- 2 standard errors, it
+    stays within 0 and 1 and does not shrink to a point if all were won. Ties vary less than wins
+    and losses do: with them, the mean of score (1 - score) is subtracted from p (1 - p).
     """
     n = len(scores)
     share, z2 = sum(scores) / n, Z_95**2 / n
-    ties = sum(s * (1 - s) for s in scores) / (n + Z_95**2)     # so all ties do not make a point
+    # Divided by n + z^2 rather than n, so that the interval of ties alone is not a point.
+    ties = sum(s * (1 - s) for s in scores) / (n + Z_95**2)
     half = math.sqrt((share * (1 - share) - ties) * z2 + (1 - 4 * ties) * z2**2 / 4)
     return (max(0.0, (share + z2 / 2 - half) / (1 + z2)),
             min(1.0, (share + z2 / 2 + half) / (1 + z2)))

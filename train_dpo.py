@@ -25,8 +25,8 @@ reward model: it fits the policy itself to the pairs, by maximum likelihood:
 The log-probs under pi_ref never change, so they are computed once, before training.
 
 Writes to out/<task>/: preferences.jsonl (if the task samples its own), reference.json, dpo.pt,
-metrics.csv, results.json. Left out on purpose: the reward model and PPO, which DPO replaces; they
-are in experiments/.
+metrics.csv, results.json. Not needed here: the reward model and PPO, which DPO replaces;
+experiments/ has them.
 Equations, sections and appendices named here are those of the paper, arXiv 2305.18290. The paper
 writes preferred and dispreferred, or w and l (winner and loser); files say chosen and rejected.
 """
@@ -59,12 +59,12 @@ from sample import (
 from tasks import encode_splits, evaluated, task_of
 from train_sft import grad_scaler, update, warmup
 
-# Defaults that depend on the task; all others are in runtime/flags.py. Appendix B has beta 0.1 (0.5
-# for TL;DR), learning rate 1e-6 and 150 steps of warm-up. The model of the reviews is 900 times
-# smaller than the smallest GPT-2, so its few weights have to move further; the run has only 176
-# steps; and with beta 0.1, fewer of its texts would be grammatical.
+# Defaults that depend on the task; all others are in runtime/flags.py. Appendix B has Adam with
+# learning rate 1e-6, 150 steps of warm-up and beta 0.1 (0.5 for TL;DR). The model of the reviews is
+# 900 times smaller than the smallest GPT-2, so its few weights have to move further; the run has
+# only 176 steps; and with beta 0.1, fewer of its texts would be well-formed.
 # Tasks with a reward sample answers and rank them: `prefixes` is the number of prompts (25,000 in
-# C.1), and two rewards that differ by less than `gap` are a tie.
+# C.1). If the rewards of two answers differ by less than `gap`, only the better one is kept.
 PAPER_LR = 1e-6
 DEFAULTS = {
     "reviews": dict(beta=0.5, lr=1e-4, warmup=50, prefixes=2100, gap=0.0),
@@ -83,7 +83,7 @@ DEFAULTS = {
 
 def bradley_terry(r_w, r_l):
     """Eq. 16: log p(y_w > y_l | x) = log sigma(r_w - r_l), the log-probability that y_w is
-    preferred. Exact also where sigma itself underflows to 0: it is -1000 for r_w - r_l = -1000.
+    preferred. It is also exact where sigma underflows to 0: -1000 for r_w - r_l = -1000.
 
     r_w, r_l: rewards of the winner and the loser, of any shapes that broadcast.
     """
@@ -200,16 +200,16 @@ def train(policy, preferences, held_out, args):
 
     The loss of a step is the sum of the losses of `objective` over all its micro-batches, divided
     by args.batch, the number of pairs (for plackett_luce, of whole rankings). The optimizer is that
-    of GPT.optimizer, at a rate that warms up and then stays at args.lr. At step 0, every
-    micro-batch goes through check_start before the first update. Logs the losses and what
+    of GPT.optimizer, at a rate that warms up and then stays at args.lr. At step 0, the rewards of
+    every micro-batch go through check_start before the first update. Logs the losses and what
     `describe` returns to args.out/metrics.csv; the state for --resume is args.out/dpo_state.pt.
     """
     batches = Batches(preferences, args.batch, args.seed, whole=args.loss == "plackett_luce")
     n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
     optimizer = policy.optimizer(args.lr, args.weight_decay)
     scaler = grad_scaler(policy)
-    # The log needs batches and scaler to judge a gradient that is not finite; the state is what
-    # --resume goes on with, and refuses to go on with other data.
+    # The log needs batches and scaler to report a gradient that is not finite. The state is saved
+    # for --resume, which needs the data to check that it is still the same.
     log = Log(args.out / "metrics.csv", COLUMNS, batches, scaler)
     state = TrainingState(args.out / "dpo_state.pt", args, policy, optimizer, scaler, log, batches,
                           held_out)
@@ -231,7 +231,7 @@ def train(policy, preferences, held_out, args):
             log.add(len(losses), loss=losses.detach().sum())        # a sum, and its count
             log.add(len(micro_batch.winners), **describe(logps.detach(), rewards, micro_batch, tie))
             if step == 0:
-                check_start(logps.detach(), micro_batch, args, policy.precision)
+                check_start(rewards, args, policy.precision)
         # One update.
         sum_gradients(policy)                                       # of all processes
         lr = args.lr * warmup(step, args.warmup)
@@ -255,8 +255,7 @@ def objective(logps, batch, args):
 
 
 def describe(logps, rewards, batch, tie):
-    """Sums over the pairs of a batch, for the log. A margin of at most `tie`, which contains beta
-    as the rewards do, counts as a tie."""
+    """Sums over the pairs of a batch, for the log. A margin of at most `tie` counts as a tie."""
     w, l = batch.winners, batch.losers
     margins = rewards[w] - rewards[l]
     return {"accuracy": ranked_correctly(margins, tie).sum(),
@@ -265,27 +264,19 @@ def describe(logps, rewards, batch, tie):
             "chosen_logp": logps[w].sum(), "rejected_logp": logps[l].sum()}
 
 
-def check_start(logps, batch, args, precision):
-    """Check that before the first update the policy equals the reference: every reward is 0, and
-    the loss is that of equal models (log 2 for DPO). Otherwise the two were computed differently,
-    and every later number would be off. Raises UserError, also if something is NaN."""
-    losses, rewards = objective(logps, batch, args)
-    if not losses.isfinite().all():
-        raise UserError("step 0: the loss is NaN or infinite, because the log-probs of the model "
-                        "that DPO starts from are; start from another one, or use --precision "
-                        "float32")
-    expected, _ = objective(batch.ref_logps, batch, args)
-    # Beta times so many nats: rounding in the longest answer of a batch, with room to spare.
-    tolerance = args.beta * (0.01 if precision is None else 1.0)
-    largest_reward = rewards.abs().max()
-    loss_off = (losses - expected).mean().abs()
-    if args.loss == "unlikelihood":         # in nats, not times beta; the rewards are enough
-        loss_off = 0
-    starts_at_reference = largest_reward <= tolerance and loss_off <= tolerance
-    if not starts_at_reference:
-        raise UserError("step 0: the policy does not start at its reference: the largest implicit "
-                        f"reward is {largest_reward:.5f}, not 0, and the loss {losses.mean():.5f} "
-                        f"differs by {loss_off:.5f} from that of equal models")
+def check_start(rewards, args, precision):
+    """Check that before the first update the policy equals the reference: every implicit reward is
+    0. (The loss is then log 2 for DPO.) Otherwise the two were computed differently, and every
+    later number would be off. Raises UserError."""
+    if not rewards.isfinite().all():
+        raise UserError("step 0: a log-prob of the model that DPO starts from is NaN or infinite; "
+                        "start from another one, or use --precision float32")
+    # What rounding can do to the longest answer of a batch, in nats, with room to spare.
+    nats = 0.01 if precision is None else 1.0
+    largest = rewards.abs().max()
+    if largest > args.beta * nats:
+        raise UserError(f"step 0: the largest implicit reward is {largest:.5f}, not 0: the policy "
+                        "does not start at its reference")
 
 
 @torch.no_grad()

@@ -49,8 +49,8 @@ def train(model, examples, held_out, args):
     # large gradients of its first steps. (DPO, which starts from trained weights, keeps 0.999.)
     optimizer = model.optimizer(args.lr, args.weight_decay, betas=(0.9, 0.99))
     scaler = grad_scaler(model)
-    # The log needs batches and scaler to judge a gradient that is not finite; the state is what
-    # --resume goes on with, and refuses to go on with other data.
+    # The log needs batches and scaler to report a gradient that is not finite. The state is saved
+    # for --resume, which needs the data to check that it is still the same.
     log = Log(args.out / "sft_metrics.csv", COLUMNS, batches, scaler)
     state = TrainingState(args.out / "sft_state.pt", args, model, optimizer, scaler, log, batches,
                           held_out)

@@ -72,7 +72,8 @@ REVIEW = re.compile(rf"(?:{any_of(WHO)} (?:saw|watched) (?:it|this film) {any_of
                     rf"{SENTENCE}{SENTENCE}{any_of(VERDICTS)}\.")
 
 
-# Of each kind of opinion. In "A, but B" the emphasis is on B; a verdict on the film counts most.
+# How much each kind of opinion counts. In "A, but B" the emphasis is on B; a verdict on the film
+# counts most.
 WEIGHTS = {"other": 1.0, "before but": 0.5, "after but": 1.5, "verdict": 2.0}
 
 

@@ -255,17 +255,17 @@ def test_the_reference_is_used_and_belongs_to_its_answer(tmp_path):
     policy = small_gpt()
     items = ranked_items(6, policy)
     items[3].ref_logps[1] += 0.5
-    with pytest.raises(UserError, match="does not start at its reference.* reward is 0.25000"):
+    with pytest.raises(UserError, match="reward is 0.25000, not 0: the policy does not start"):
         train_dpo.train(policy, items, [], settings(tmp_path, batch=18, steps=1))
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_reference_that_is_not_finite_is_said_as_such(tmp_path, value):
-    """Comparing with it would give the sentence that the loss is nan, not nan."""
+    """Comparing with it would give the sentence that the largest reward is nan, not 0."""
     policy = small_gpt()
     items = ranked_items(6, policy)
     items[3].ref_logps[1] = value
-    with pytest.raises(UserError, match="step 0: the loss is NaN or infinite"):
+    with pytest.raises(UserError, match="step 0: a log-prob of the model .* is NaN or infinite"):
         train_dpo.train(policy, items, [], settings(tmp_path, batch=18, steps=1))
 
 
