@@ -47,7 +47,8 @@ from runtime.files import claim_folder, make_folder
 # file that returns those to train on instead.
 Symptom = namedtuple("Symptom", "name group label flags wrong rows", defaults=["", (), None])
 
-HEALTHY = "--beta 0.5 --lr 1e-4 --warmup 30 --log-every 5 --eval-every 40"
+# The defaults of train_dpo.py for the reviews, which are not those of --data, and a denser log.
+HEALTHY = "--beta 0.5 --lr 1e-4 --warmup 50 --log-every 5 --eval-every 40"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -96,8 +97,8 @@ def random_rankings(rows):
 
 SYMPTOMS = [
     Symptom("healthy", "", "nothing"),
-    Symptom("healthy_40", "", "nothing; its first 40 steps", "--steps 40"),
-    Symptom("healthy_80", "", "nothing; its first 80 steps", "--steps 80"),
+    Symptom("healthy_60", "", "nothing; its first 60 steps", "--steps 60"),
+    Symptom("healthy_120", "", "nothing; its first 120 steps", "--steps 120"),
     # The loss stays at log 2.
     Symptom("lr_too_small", "stuck", "learning rate 1e-6", "--lr 1e-6"),
     Symptom("equal_answers", "stuck", "answers equal after the cut", "--row-length 32",
@@ -110,24 +111,24 @@ SYMPTOMS = [
     Symptom("wrong_start", "start", "reference forgotten", "", ("reference_forgotten",)),
     Symptom("wrong_start_unchecked", "start", "reference forgotten, no check", "",
             ("reference_forgotten", "a_wrong_start_goes_unnoticed")),
-    Symptom("overflow", "start", "log(sigmoid(z)), rate 3e-3, beta 20",
-            "--lr 3e-3 --beta 20 --steps 60", ("logarithm_of_a_sigmoid",)),
-    Symptom("no_overflow", "start", "logsigmoid(z), rate 3e-3, beta 20",
-            "--lr 3e-3 --beta 20 --steps 60"),
+    Symptom("overflow", "start", "log(sigmoid(z)), rate 5e-3, beta 20",
+            "--lr 5e-3 --beta 20 --steps 60", ("logarithm_of_a_sigmoid",)),
+    Symptom("no_overflow", "start", "logsigmoid(z), rate 5e-3, beta 20",
+            "--lr 5e-3 --beta 20 --steps 60"),
     # The language.
-    Symptom("lr_of_sft", "language", "learning rate of SFT, 3e-3", "--lr 3e-3"),
+    Symptom("lr_of_sft", "language", "learning rate of SFT, 5e-3", "--lr 5e-3"),
     Symptom("beta_too_small", "language", "beta 0.01", "--beta 0.01"),
     Symptom("beta_too_large", "language", "beta 20", "--beta 20"),
     Symptom("sft_skipped", "language", "SFT skipped", "--sft {out}/untrained/sft.pt"),
-    Symptom("no_sigmoid", "language", "unlikelihood", "--loss unlikelihood --steps 236"),
+    Symptom("no_sigmoid", "language", "unlikelihood", "--loss unlikelihood --steps 351"),
     # The labels.
     Symptom("swapped_labels", "labels", "labels swapped in the file", "",
             ("chosen_and_rejected_swapped",)),
     Symptom("swapped_loss", "labels", "labels swapped in the loss", "",
             ("winner_and_loser_swapped",)),
     Symptom("longer_wins", "labels", "the longer answer wins", "", (), longest_first),
-    Symptom("few_prompts", "labels", "40 prompts, 31 epochs", "--steps 118", (), few_prompts),
-    Symptom("random_labels", "labels", "40 prompts, random labels", "--steps 118", (),
+    Symptom("few_prompts", "labels", "40 prompts, 94 epochs", "--steps 351", (), few_prompts),
+    Symptom("random_labels", "labels", "40 prompts, random labels", "--steps 351", (),
             random_rankings),
     # What is scored.
     Symptom("mean_for_sum", "scored", "mean, not sum", "", ("mean_for_sum",)),
@@ -144,8 +145,7 @@ SYMPTOMS = [
 def prepare(out):
     """Make what all runs share: the SFT model, the preferences, and a model without SFT."""
     if not (out / "preferences.jsonl").exists():
-        train_dpo.main(["--out", str(out), "--prefixes", "1400", "--steps", "1", "--eval-prompts",
-                        "2", "--resume"])
+        train_dpo.main(["--out", str(out), "--steps", "1", "--eval-prompts", "2", "--resume"])
     if not (out / "untrained" / "sft.pt").exists():
         train_sft.main(["--out", str(out / "untrained"), "--reviews", "100", "--steps", "1"])
 
@@ -208,8 +208,8 @@ def measure(out, folder, eval_prompts):
 # The table and the pictures
 # ------------------------------------------------------------------------------------------------
 
-MEASURES = {"reward": ".2f", "kl": ".2f", "win_rate": ".2f", "well_formed": ".2f", "length": ".1f",
-            "finished": ".2f", "distinct_2": ".4f", "accuracy": ".2f"}
+MEASURES = {"reward": "z.2f", "kl": "z.2f", "win_rate": ".2f", "well_formed": ".2f",
+            "length": ".1f", "finished": ".2f", "distinct_2": ".4f", "accuracy": ".2f"}
 # {title: (columns of metrics.csv, what they are multiplied by, where a run starts)}
 PANELS = {"loss": (["loss"], 1, math.log(2)), "accuracy, %": (["accuracy"], 100, 50),
           "implicit reward": (["chosen_reward", "rejected_reward"], 1, 0),
