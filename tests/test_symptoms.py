@@ -115,8 +115,13 @@ def test_a_changed_file_is_one_that_train_dpo_reads(symptom, tmp_path):
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A folder with a tiny SFT model and preferences, and a table of two runs of two steps, one of
-    which is stopped by the check that policy and reference start equal."""
+    """The flags for a folder with a tiny SFT model and preferences, and a table of two runs of two
+    steps, one of which is stopped by the check that policy and reference start equal."""
+    monkeypatch.setattr(symptoms, "HEALTHY", "--steps 2 --max-new-tokens 4 --device cpu")
+    monkeypatch.setattr(symptoms, "SYMPTOMS", [
+        Symptom("healthy", "", "nothing"),
+        Symptom("wrong_start", "start", "reference forgotten", "", ("reference_forgotten",))])
+    monkeypatch.setattr(symptoms, "draw", lambda *_: None)
     torch.manual_seed(0)
     save_checkpoint(tmp_path / "sft.pt", GPT(GPTConfig(64, TOKENIZER.n_vocab, 1, 2, 16), 0.3),
                     tokenizer="reviews", source="reviews")
@@ -124,17 +129,13 @@ def small(tmp_path, monkeypatch):
     (tmp_path / "untrained" / "sft.pt").write_bytes((tmp_path / "sft.pt").read_bytes())
     (tmp_path / "preferences.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows_of(60)))
-    monkeypatch.setattr(symptoms, "HEALTHY", "--steps 2 --max-new-tokens 4 --device cpu")
-    monkeypatch.setattr(symptoms, "SYMPTOMS", [
-        Symptom("healthy", "", "nothing"),
-        Symptom("wrong_start", "start", "reference forgotten", "", ("reference_forgotten",))])
-    monkeypatch.setattr(symptoms, "draw", lambda *_: None)
     return ["--out", str(tmp_path), "--eval-prompts", "2"]
 
 
 @trains_in_a_child
-def test_each_run_is_trained_with_its_mistake_and_measured_without(small, tmp_path):
-    """The wrong answer stays in the process of its run: the loss of this one is still right."""
+def test_each_run_is_trained_with_its_mistake_and_measured_without(small, tmp_path, monkeypatch):
+    """The wrong answer stays in the process of its run: the loss of this one is still right. A
+    second start trains nothing, and trains again what is changed in the table."""
     symptoms.main(small)
     results = {name: json.loads((tmp_path / name / "result.json").read_text())["result"]
                for name in ("healthy", "wrong_start")}
@@ -143,13 +144,8 @@ def test_each_run_is_trained_with_its_mistake_and_measured_without(small, tmp_pa
     zero = torch.zeros(2)
     losses, _ = train_dpo.dpo_loss(zero, zero + 5, torch.tensor([0]), torch.tensor([1]), 0.1)
     assert losses.item() == pytest.approx(0.6931, abs=1e-4)
-    table = (tmp_path / "symptoms.md").read_text()
-    assert "| `wrong_start` | stopped |" in table
+    assert "| `wrong_start` | stopped |" in (tmp_path / "symptoms.md").read_text()
 
-
-@trains_in_a_child
-def test_a_second_start_trains_nothing_and_a_changed_line_is_trained_again(small, monkeypatch):
-    symptoms.main(small)
     trained = []
     monkeypatch.setattr(symptoms, "run", lambda symptom, *_: trained.append(symptom.name)
                         or {"stopped": ""})
