@@ -55,9 +55,9 @@ def add_model_flags(parser):
         help="torch.compile (default: on CUDA, for models of at least 10M parameters)")
 
 
-def add_training_flags(parser, batch, batch_unit, warmup, warmup_help=None, log_every=20):
-    """Flags of all training loops, with their default batch, warm-up and steps between log lines.
-    warmup_help: how --help describes the default warm-up, if that depends on the task."""
+def add_training_flags(parser, batch, batch_unit, warmup, warmup_help=None):
+    """Flags of all training loops, with their default batch and warm-up. warmup_help: how --help
+    describes the default warm-up, if that depends on the task."""
     add = parser.add_argument
     add("--batch", type=number_type(int, 1, most=10**6), default=batch,
         help=f"{batch_unit} per step (default {batch})")
@@ -83,8 +83,8 @@ def add_training_flags(parser, batch, batch_unit, warmup, warmup_help=None, log_
         help="minutes between saves of the training state, for --resume (default 5; 0: every step)")
     add("--strict", action="store_true",
         help="treat rows that are skipped or cut as errors (default: count them)")
-    add("--log-every", type=number_type(int, 1), default=log_every,
-        help=f"steps between log lines (default {log_every})")
+    add("--log-every", type=number_type(int, 1), default=20,
+        help="steps between log lines (default 20)")
 
 
 def add_evaluation_flag(parser):
@@ -219,7 +219,7 @@ def parse_dpo_flags(doc, argv, defaults):
     add_shared_flags(parser)
     add_model_flags(parser)
     add_training_flags(parser, 64, "pairs (or rankings with plackett_luce)", warmup=None,
-                       warmup_help="150; 50 for reviews", log_every=10)
+                       warmup_help="150; 50 for reviews")
     add_evaluation_flag(parser)
     add_measuring_flags(parser)
     add = parser.add_argument
