@@ -65,7 +65,7 @@ from tasks import encode_splits, evaluated, task_of
 from train_dpo import bradley_terry
 from train_sft import cosine, grad_scaler, update, warmup
 
-LR = {"reviews": 3e-4, "imdb-small": 3e-4}      # the peak; it decays to a tenth
+LR = {"reviews": 3e-3, "imdb-small": 3e-4}      # the peak; it decays to a tenth
 PRETRAINED_LR = 1e-5                            # of other tasks
 N_NORMALISE = 1024          # answers of the SFT model on which the rewards have mean 0, deviation 1
 
@@ -291,7 +291,7 @@ def parse_args(argv):
     add = parser.add_argument
     add_answer_length_flag(parser)          # of the answers that normalise the rewards
     add("--lr", type=number_type(float, 0, above=True),
-        help="peak learning rate (default 1e-5; 3e-4 for reviews and imdb-small)")
+        help="peak learning rate (default 1e-5; 3e-3 for reviews, 3e-4 for imdb-small)")
     add("--sft", type=Path, help="checkpoint to start from (default: sft.pt of the run)")
     parser.set_defaults(epochs=3.0, init=None, tokenizer=None)      # C.1: three epochs
     args = parser.parse_args(argv)
