@@ -195,7 +195,7 @@ def to_ids(text, tokenizer, where):
 def clear_pairs(item):
     """The indices of the pairs of an Encoded that are still clear although some of its answers are
     equal: of several pairs of the same two answers, the first. If one copy of an answer was better
-    than another answer and a second copy was worse, all pairs of both answers are dropped."""
+    than another answer and a second copy was worse, all pairs of that answer are dropped."""
     as_ids = [(tuple(item.answers[w]), tuple(item.answers[l])) for w, l in item.pairs]
     answers = [tuple(answer) for answer in item.answers]
     unclear = {answer for pair in as_ids if pair[0] != pair[1] and pair[::-1] in as_ids

@@ -122,7 +122,8 @@ def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
     """Measure policies ({name: model}) on prompts (texts); see the top of this file.
 
     grades: {measure: a function from texts to numbers, both lists}, as open_grades of the task
-    returns them. baseline: the name of the policy that win_rate compares to, by default the first.
+    returns them. baseline: the name of the policy that win_rate compares to, by default the first;
+    it is sampled with seed + 1, and all others with seed.
     Returns ({name: {measure: mean, measure_se: standard error, win_rate_95: (low, high)}},
     {name: texts}).
     """

@@ -60,9 +60,9 @@ from tasks import encode_splits, evaluated, task_of
 from train_sft import grad_scaler, update, warmup
 
 # Defaults that depend on the task; all others are in runtime/flags.py. Appendix B has Adam with
-# learning rate 1e-6, 150 steps of warm-up and beta 0.1 (0.5 for TL;DR). The model of the reviews is
-# 900 times smaller than the smallest GPT-2, so its few weights have to move further; the run has
-# only 176 steps; and with beta 0.1, fewer of its texts would be well-formed.
+# learning rate 1e-6, 150 steps of warm-up and beta 0.1 (0.5 for TL;DR). The reviews need others:
+# their model is 900 times smaller than the smallest GPT-2, so its few weights have to move further;
+# the run has only 176 steps; and with beta 0.1, fewer of the texts would be well-formed.
 # Tasks with a reward sample answers and rank them: `prefixes` is the number of prompts (25,000 in
 # C.1). If the rewards of two answers differ by less than `gap`, only the better one is kept.
 PAPER_LR = 1e-6
@@ -265,9 +265,9 @@ def describe(logps, rewards, batch, tie):
 
 
 def check_start(rewards, args, precision):
-    """Check that before the first update the policy equals the reference: every implicit reward is
-    0. (The loss is then log 2 for DPO.) Otherwise the two were computed differently, and every
-    later number would be off. Raises UserError."""
+    """Check that the policy equals the reference before the first update, so that every implicit
+    reward is 0 (and the loss of DPO is log 2). If it does not, the two were computed differently,
+    and every later number would be wrong. Raises UserError."""
     if not rewards.isfinite().all():
         raise UserError("step 0: a log-prob of the model that DPO starts from is NaN or infinite; "
                         "start from another one, or use --precision float32")

@@ -213,9 +213,13 @@ def limited_calls(seconds):
 
 
 def details(report):
-    """What pytest says went wrong, without the code around it: the lines that it marks with E."""
-    lines = report.longreprtext.splitlines()
-    errors = [line[1:].strip() for line in lines if line.startswith("E")]
+    """What pytest says went wrong, without the code around it: the lines that it marks with E, and
+    the indented ones that follow them."""
+    lines, errors, in_error = report.longreprtext.splitlines(), [], False
+    for line in lines:
+        in_error = line.startswith("E") or in_error and line.startswith("    ")
+        if in_error:
+            errors.append(line.removeprefix("E").strip())
     shown = errors or lines[-6:]
     return "\n".join(line[:160] for line in shown if line)[:1500]
 
@@ -309,8 +313,8 @@ def child():
     plugins = [Recorder(send, job)]
     if job.get("claim_seconds"):
         plugins.append(limited_calls(job["claim_seconds"]))
-    # --tb=line keeps the lines that start with E and quotes no code. Parsing the test files for
-    # quotations takes longer than most tests.
+    # --tb=line shows the error and quotes no code. Parsing the test files for quotations takes
+    # longer than most tests.
     flags = ["-q", "--tb=line", "-p", "no:cacheprovider", f"--rootdir={folder}"]
     if job.get("stop"):
         flags.append("-x")

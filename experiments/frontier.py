@@ -64,7 +64,7 @@ from tasks import encode_splits, task_of
 LOSSES = ["dpo", "plackett_luce", "unlikelihood"]       # of train_dpo.py
 # Settings were tuned on the reviews task, seed 100 and, for DPO, two more. DPO has the default
 # learning rate of train_dpo.py; twice that rate gains more reward at a KL of 5 nats, but in some
-# runs the KL doubles. PPO needs twice its default number of epochs to reach a target.
+# runs the KL doubles. PPO needs twice the number of epochs of its preset to reach a target.
 SFT_LR, PPO_EPOCHS = "5e-4", "4"
 BETAS = [0.15, 0.25, 0.5, 1.5, 5]
 STEPS = [90, 120, 135, 176, 300]        # of unlikelihood; an epoch of pairs has about 176
@@ -422,7 +422,8 @@ def main(argv=None):
     only_one_process("the frontier")
     make_folder(args.out)
     start = prepare(args)
-    shared = {"start": start.key, "prompts": args.eval_prompts, "flags": rest}
+    shared = {"start": start.key, "prompts": args.eval_prompts, "flags": rest,
+              "defaults": train_dpo.DEFAULTS[args.task]}
     reference = cached(args.out / "reference", {**shared, "numbers": NUMBERS},
                        measure_reference, start, args, NUMBERS)
     learned = None

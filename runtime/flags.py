@@ -213,6 +213,7 @@ def choose_sizes(args, sizes):
 # train_dpo.py
 # ------------------------------------------------------------------------------------------------
 
+
 def parse_dpo_flags(doc, argv, defaults):
     """The flags of train_dpo.py. defaults: those that depend on the task, {task: {flag: value}}."""
     parser = Parser(doc)
@@ -283,7 +284,8 @@ def parse_sample_flags(doc, argv):
     add("--reference", type=Path,
         help="--evaluate: the reference of KL and implicit reward (default sft.pt of the run)")
     add("--baseline", type=Path,
-        help="--evaluate: what the win rate compares to (default: the first checkpoint)")
+        help="--evaluate: what the win rate compares to, sampled with random numbers of its own "
+             "(default: the first checkpoint)")
     parser.set_defaults(strict=False)       # rows that teach nothing are counted
     args = parser.parse_args(argv)
     choose_task(args)

@@ -11,6 +11,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -219,7 +220,9 @@ def test_a_checkpoint_is_loaded_by_hand_as_it_says(tmp_path, monkeypatch, capsys
 def test_the_defaults_that_are_quoted_are_the_defaults():
     """Sentences with the numbers of the code filled in; line breaks do not count."""
     def plain(value):
-        return f"{value:.0e}".replace("e-0", "e-") if value < 1e-3 else f"{value:g}"
+        if value < 1e-3:
+            return np.format_float_scientific(value, trim="-", exp_digits=1)
+        return f"{value:g}"
     reviews, own = train_dpo.parse_args([]), train_dpo.parse_args(["--data", "pairs.jsonl"])
     sft = train_sft.parse_args([])
     text = " ".join(" ".join(PAGES.values()).split())
@@ -235,6 +238,25 @@ def test_the_defaults_that_are_quoted_are_the_defaults():
             f"written every {plain(reviews.save_every)} minutes (`--save-every`)"]:
         assert sentence in text, sentence
     assert reviews.samples == 4
+
+
+@pytest.mark.parametrize("script, sentences", [
+    (train_dpo, ["default 150; {warmup} for reviews", "default 0.1; {beta} for tldr, reviews",
+                 "default 1e-6; {lr} for reviews", "default {prefixes:,} for reviews",
+                 "default 0.5 for imdb, {gap:g} for reviews"]),
+    (train_sft, ["default {reviews:,}, written first", "{lr} from random ones",
+                 "default {n_layer}; 6 for imdb-small", "default {n_head}; 8 for imdb-small",
+                 "default {n_embd}; 256 for imdb-small",
+                 "default {init_std} for the {n_embd} channels"])])
+def test_help_names_the_defaults_of_the_reviews(script, sentences, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10000")      # argparse also breaks lines at hyphens
+    defaults = vars(script.parse_args([]))
+    defaults["lr"] = np.format_float_scientific(defaults["lr"], trim="-", exp_digits=1)
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for sentence in sentences:
+        assert sentence.format(**defaults) in shown, sentence
 
 
 def test_settings_that_are_called_the_defaults_are_the_defaults():
