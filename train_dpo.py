@@ -226,7 +226,7 @@ def train(policy, preferences, held_out, args):
                                          policy):
             logps = logps_of(micro_batch)                           # (N,) log pi(y|x)
             losses, rewards = objective(logps, micro_batch, args)   # per pair (ranking), per answer
-            loss = losses.sum() / args.batch                        # mean over the whole batch
+            loss = losses.sum() / args.batch                        # its share of the batch mean
             scaler.scale(loss).backward()
             log.add(len(losses), loss=losses.detach().sum())        # a sum, and its count
             log.add(len(micro_batch.winners), **describe(logps.detach(), rewards, micro_batch, tie))

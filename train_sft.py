@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (SFT): maximum likelihood on good answers. DPO starts from the resulting
+"""Supervised fine-tuning (SFT): maximum likelihood on given answers. DPO starts from the resulting
 model; train_dpo.py has the same loop with a different loss and no learning rate decay.
 
     python train_sft.py                                # reviews, written by the task's own grammar
@@ -41,9 +41,10 @@ COLUMNS = {"loss": ".4f", "grad_norm": ".2f", "lr": ".1e", "held_out_loss": ".4f
 
 
 def train(model, examples, held_out, args):
-    """Maximise the likelihood of examples, a list of Encoded with one answer each. Trains the model
-    in place. held_out: more examples, for evaluation only. args: the flags of parse_args."""
-    batches = Batches(examples, args.batch, args.seed, whole=True)
+    """Maximise the likelihood of examples, a list of Encoded (the token ids of a prompt and its
+    answers; see data.py) with one answer each. Trains the model in place. held_out: more examples,
+    for evaluation only. args: the flags of parse_args."""
+    batches = Batches(examples, args.batch, args.seed, whole=True)  # batches of texts, not of pairs
     n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
     # beta2 0.99 instead of Adam's 0.999, because a run from random weights must soon forget the
     # large gradients of its first steps. (DPO, which starts from trained weights, keeps 0.999.)
@@ -66,7 +67,7 @@ def train(model, examples, held_out, args):
         n_tokens = sum(len(item.answers[0]) for item in batch)
         for micro_batch in micro_batches(batch, state.n_micro_batches, args.row_length, model):
             logps = logps_of(micro_batch)                           # (N,) log pi(y|x)
-            loss = -logps.sum() / n_tokens                          # mean over the whole batch
+            loss = -logps.sum() / n_tokens                          # its share of the batch mean
             scaler.scale(loss).backward()
             log.add(len(micro_batch.target), loss=-logps.detach().sum())    # a sum, and its count
         # One update.
