@@ -911,6 +911,23 @@ def ties_counted_for_the_policy(right, policies, reference, prompts, tokenizer, 
     return right(policies, reference, prompts, tokenizer, max_new_tokens, seed, biased, *more)
 
 
+@replaces("sample.evaluate", "test_the_answers_that_are_compared_are_independent")
+def common_random_numbers(right, policies, reference, prompts, tokenizer, max_new_tokens, seed,
+                          *more):
+    """Policy and baseline are sampled with the same random numbers, so similar policies write
+    similar texts, and the win rate is not that of independent answers."""
+    module = sys.modules["sample"]
+    sample = module.sample
+
+    def with_one_seed(model, ids, n_tokens, _, *rest, **named):
+        return sample(model, ids, n_tokens, seed, *rest, **named)
+    module.sample = with_one_seed
+    try:
+        return right(policies, reference, prompts, tokenizer, max_new_tokens, seed, *more)
+    finally:
+        module.sample = sample
+
+
 # ------------------------------------------------------------------------------------------------
 # experiments/: the reward model and PPO
 # ------------------------------------------------------------------------------------------------
