@@ -133,8 +133,9 @@ def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
     for name, model in policies.items():
         # The baseline has random numbers of its own. With the same ones, a similar policy would
         # often write the same text, and the win rate would not be that of independent answers.
-        answers = sample(model, encoded, max_new_tokens, seed + (name == baseline),
-                         tokenizer.eot_token, progress=f"sampling {name}")
+        own_seed = seed + 1 if name == baseline else seed
+        answers = sample(model, encoded, max_new_tokens, own_seed, tokenizer.eot_token,
+                         progress=f"sampling {name}")
         texts[name] = [decode_answer(answer, tokenizer) for answer in answers]
         whole = [prompt + text for prompt, text in zip(prompts, texts[name])]
         graded = {measure: torch.tensor(grade(whole), dtype=torch.float64)

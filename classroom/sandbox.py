@@ -215,9 +215,11 @@ def limited_calls(seconds):
 def details(report):
     """What pytest says went wrong, without the code around it: the lines that it marks with E, and
     the indented ones that follow them."""
-    lines, errors, in_error = report.longreprtext.splitlines(), [], False
+    lines = report.longreprtext.splitlines()
+    errors, in_error = [], False
     for line in lines:
-        in_error = line.startswith("E") or in_error and line.startswith("    ")
+        if not line.startswith("    "):         # an indented line belongs to the one before it
+            in_error = line.startswith("E")
         if in_error:
             errors.append(line.removeprefix("E").strip())
     shown = errors or lines[-6:]

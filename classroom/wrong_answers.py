@@ -916,16 +916,12 @@ def common_random_numbers(right, policies, reference, prompts, tokenizer, max_ne
                           *more):
     """Policy and baseline are sampled with the same random numbers, so similar policies write
     similar texts, and the win rate is not that of independent answers."""
-    module = sys.modules["sample"]
-    sample = module.sample
+    sample = sys.modules["sample"].sample
 
     def with_one_seed(model, ids, n_tokens, _, *rest, **named):
         return sample(model, ids, n_tokens, seed, *rest, **named)
-    module.sample = with_one_seed
-    try:
+    with mock.patch.object(sys.modules["sample"], "sample", with_one_seed):
         return right(policies, reference, prompts, tokenizer, max_new_tokens, seed, *more)
-    finally:
-        module.sample = sample
 
 
 # ------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from experiments.plot import BLUE, GREY, ORANGE, pyplot, save
 from runtime.cli import Parser, command, number_type, only_one_process
 from runtime.errors import UserError
 from runtime.files import claim_folder, make_folder
+from runtime.flags import as_flags
 
 # group: the picture. label: what was changed, in words. flags: of train_dpo.py, for this run; {out}
 # stands for --out. wrong: names of wrong answers. rows: a function of the rows of the preferences
@@ -48,7 +49,8 @@ from runtime.files import claim_folder, make_folder
 Symptom = namedtuple("Symptom", "name group label flags wrong rows", defaults=["", (), None])
 
 # The defaults of train_dpo.py for the reviews, which are not those of --data, and a denser log.
-HEALTHY = "--beta 0.5 --lr 1e-4 --warmup 50 --log-every 5 --eval-every 40"
+HEALTHY = (" ".join(as_flags(train_dpo.parse_args([]), ["beta", "lr", "warmup"]))
+           + " --log-every 5 --eval-every 40")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -217,12 +217,15 @@ def test_a_checkpoint_is_loaded_by_hand_as_it_says(tmp_path, monkeypatch, capsys
 # ------------------------------------------------------------------------------------------------
 
 
+def plain(value):
+    """A number as the pages and --help write it: 5e-3 and 1e-6, but 0.1 and 50."""
+    if value < 1e-2:
+        return np.format_float_scientific(value, trim="-", exp_digits=1)
+    return f"{value:g}"
+
+
 def test_the_defaults_that_are_quoted_are_the_defaults():
     """Sentences with the numbers of the code filled in; line breaks do not count."""
-    def plain(value):
-        if value < 1e-3:
-            return np.format_float_scientific(value, trim="-", exp_digits=1)
-        return f"{value:g}"
     reviews, own = train_dpo.parse_args([]), train_dpo.parse_args(["--data", "pairs.jsonl"])
     sft = train_sft.parse_args([])
     text = " ".join(" ".join(PAGES.values()).split())
@@ -251,7 +254,7 @@ def test_the_defaults_that_are_quoted_are_the_defaults():
 def test_help_names_the_defaults_of_the_reviews(script, sentences, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "10000")      # argparse also breaks lines at hyphens
     defaults = vars(script.parse_args([]))
-    defaults["lr"] = np.format_float_scientific(defaults["lr"], trim="-", exp_digits=1)
+    defaults["lr"] = plain(defaults["lr"])
     with pytest.raises(SystemExit):
         script.parse_args(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
