@@ -92,7 +92,7 @@ def bradley_terry(r_w, r_l):
 
 def implicit_reward(pi_logps, ref_logps, beta):
     """Eq. 17 without beta log Z(x): rhat(x, y) = beta log(pi(y|x) / pi_ref(y|x)). pi_logps,
-    ref_logps: the two logarithms, of one shape, which is also that of the result.
+    ref_logps: the two log-probs, of the same shape; the result has that shape too.
 
     The language model is secretly a reward model: pi is the optimum for the reward rhat(x, y) +
     beta log Z(x). The second term is the same for all answers to a prompt, so no preference depends
@@ -161,7 +161,7 @@ def unlikelihood_loss(pi_logps, yw_idxs, yl_idxs):
 
 def log_partition(ref_logps, rewards, beta):
     """A.1: log Z(x) = log sum_y pi_ref(y|x) exp(r(x, y) / beta). The sum is over the last
-    dimension, which must contain every possible answer y. Returns the shape without it."""
+    dimension, which must contain every possible answer y; the result lacks that dimension."""
     return (ref_logps + rewards / beta).logsumexp(-1)
 
 
@@ -200,7 +200,7 @@ def train(policy, preferences, held_out, args):
 
     The loss of a step is the sum of the losses of `objective` over all its micro-batches, divided
     by args.batch, the number of pairs (for plackett_luce, of whole rankings). The optimizer is that
-    of GPT.optimizer, at a rate that warms up and then stays at args.lr. At step 0, the rewards of
+    of GPT.optimizer; its rate warms up to args.lr and then stays there. At step 0, the rewards of
     every micro-batch go through check_start before the first update. Logs the losses and what
     `describe` returns to args.out/metrics.csv; the state for --resume is args.out/dpo_state.pt.
     """
