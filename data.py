@@ -42,9 +42,9 @@ from runtime.rows import Skipped, parse_preference, read_rows
 # Preferences: text
 # ------------------------------------------------------------------------------------------------
 
-# A prompt, its answers, and which answer is better than which: pairs of (winner, loser) indices.
-# Pairs that the best answer won come first. A text for SFT is one answer without pairs. unfinished:
-# indices of answers that were cut, so that no end-of-text follows them.
+# A prompt, its answers, and which answer is better than which: pairs of (chosen, rejected)
+# indices. Pairs of which the best answer is the chosen one come first. A text for SFT is one answer
+# without pairs. unfinished: indices of answers that were cut, so that no end-of-text follows them.
 Preference = namedtuple("Preference", "prompt answers pairs unfinished", defaults=[()])
 
 
@@ -79,8 +79,8 @@ def to_preference(prompt, answers, ranking, unfinished=()):
 
 
 def ranking_to_pairs(ranking):
-    """All (winner, loser) pairs of a ranking, which lists indices of answers, best first: [2, 0, 1]
-    becomes [(2, 0), (2, 1), (0, 1)]."""
+    """All (chosen, rejected) pairs of a ranking, which lists indices of answers, best first:
+    [2, 0, 1] becomes [(2, 0), (2, 1), (0, 1)]."""
     return [(w, l) for i, w in enumerate(ranking) for l in ranking[i + 1:]]
 
 
@@ -200,9 +200,9 @@ def clear_pairs(item):
     answers = [tuple(answer) for answer in item.answers]
     unclear = {answer for pair in as_ids if pair[0] != pair[1] and pair[::-1] in as_ids
                for answer in pair if answers.count(answer) > 1}
-    return [i for i, (winner, loser) in enumerate(as_ids)
-            if winner != loser and not {winner, loser} & unclear
-            and (winner, loser) not in as_ids[:i]]
+    return [i for i, (chosen, rejected) in enumerate(as_ids)
+            if chosen != rejected and not {chosen, rejected} & unclear
+            and (chosen, rejected) not in as_ids[:i]]
 
 
 def encode_all(preferences, tokenizer, row_length, skipped):
@@ -255,8 +255,8 @@ class Batch:
     target: torch.Tensor        # (S,) id of the scored token
     owner: torch.Tensor         # (S,) answer it belongs to, in [0, N - 1]
     last: torch.Tensor          # (N,) flat index of each answer's last token
-    winners: torch.Tensor       # (P,) answers in [0, N - 1]
-    losers: torch.Tensor        # (P,)
+    chosen: torch.Tensor        # (P,) answers in [0, N - 1]
+    rejected: torch.Tensor      # (P,)
     rankings: torch.Tensor      # (G, K) each prompt's answers, best first, padded with -1; valid
                                 # if all pairs of a ranking are there, as with Batches(whole=True)
     ref_logps: torch.Tensor     # (N,) float32, zeros until they have been computed
@@ -340,7 +340,7 @@ def write_rows(pieces, starts, row_length):
 
 
 def number_pairs(encoded):
-    """The fields of a Batch from `winners` to `ref_logps`, with answers numbered over the batch."""
+    """The fields of a Batch from `chosen` to `ref_logps`, with answers numbered over the batch."""
     counts = [len(item.answers) for item in encoded]
     first = np.cumsum([0, *counts]).tolist()            # the first answer of each prompt
     K = max(counts)
@@ -353,7 +353,7 @@ def number_pairs(encoded):
         best_first = sorted(range(len(item.answers)), key=lambda i: -wins[i])
         rankings.append([first[g] + i for i in best_first] + [-1] * (K - len(best_first)))
     pairs = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
-    return {"winners": pairs[:, 0].contiguous(), "losers": pairs[:, 1].contiguous(),
+    return {"chosen": pairs[:, 0].contiguous(), "rejected": pairs[:, 1].contiguous(),
             "rankings": torch.tensor(rankings), "ref_logps": torch.tensor(ref_logps)}
 
 

@@ -247,8 +247,8 @@ def log_ratios_of_pairs(model, items, name):
 
 
 def differences(numbers, items):
-    """(P,) the winner's number minus the loser's, for all pairs of a list of Encoded. numbers: one
-    of each answer, as `score` returns them."""
+    """(P,) the chosen answer's number minus the rejected one's, for all pairs of a list of
+    Encoded. numbers: one of each answer, as `score` returns them."""
     return torch.tensor([of_item[w] - of_item[l] for of_item, item in zip(numbers, items)
                          for w, l in item.pairs], dtype=torch.float64)
 

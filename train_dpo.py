@@ -28,7 +28,7 @@ Writes to out/<task>/: preferences.jsonl (if the task samples its own), referenc
 metrics.csv, results.json. Not needed here: the reward model and PPO, which DPO replaces;
 experiments/ has them.
 Equations, sections and appendices named here are those of the paper, arXiv 2305.18290. The paper
-writes preferred and dispreferred, or w and l (winner and loser); files say chosen and rejected.
+writes y_w and y_l (winner and loser) for what is called the chosen and the rejected answer here.
 """
 
 import json
@@ -85,7 +85,7 @@ def bradley_terry(r_w, r_l):
     """Eq. 16: log p(y_w > y_l | x) = log sigma(r_w - r_l), the log-probability that y_w is
     preferred. It is also exact where sigma underflows to 0: -1000 for r_w - r_l = -1000.
 
-    r_w, r_l: rewards of the winner and the loser, of any shapes that broadcast.
+    r_w, r_l: rewards of the chosen and the rejected answer, of any shapes that broadcast.
     """
     return F.logsigmoid(r_w - r_l)
 
@@ -106,7 +106,7 @@ def dpo_loss(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
     of the implicit rewards, -log sigma(rhat_w - rhat_l).
 
     pi_logps, ref_logps: (N,) log pi(y|x) of each answer under policy and reference.
-    yw_idxs, yl_idxs: (P,) indices of the preferred and the dispreferred answer of each pair.
+    yw_idxs, yl_idxs: (P,) indices of the chosen and the rejected answer of each pair.
     beta: strength of the KL penalty; a larger one keeps the policy closer to the reference.
     Returns (losses (P,), rewards (N,)); the rewards are detached. (Appendix B writes B for N and T
     for P; they are not the rows B and tokens T of a batch.)
@@ -175,8 +175,8 @@ def optimal_policy(ref_logps, rewards, beta):
 def dpo_gradient(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
     """A.4: d(sum of dpo_loss) / d pi_logps in closed form, (N,).
 
-    Each pair adds -beta sigma(rhat_l - rhat_w) to its winner and +beta sigma(rhat_l - rhat_w) to
-    its loser. Sigma is near 1 if the pair is ranked wrongly and near 0 if it is ranked correctly.
+    Each pair adds -beta sigma(rhat_l - rhat_w) to its chosen answer and the opposite to its
+    rejected one. Sigma is near 1 if the pair is ranked wrongly and near 0 if correctly.
     (A.4 prints it with w and l swapped.)
     """
     rewards = implicit_reward(pi_logps, ref_logps, beta)
@@ -229,7 +229,7 @@ def train(policy, preferences, held_out, args):
             loss = losses.sum() / args.batch                        # its share of the batch mean
             scaler.scale(loss).backward()
             log.add(len(losses), loss=losses.detach().sum())        # a sum, and its count
-            log.add(len(micro_batch.winners), **describe(logps.detach(), rewards, micro_batch, tie))
+            log.add(len(micro_batch.chosen), **describe(logps.detach(), rewards, micro_batch, tie))
             if step == 0:
                 check_start(rewards, args, policy.precision)
         # One update.
@@ -250,13 +250,13 @@ def objective(logps, batch, args):
         return plackett_luce_loss(logps, batch.ref_logps, batch.rankings, args.beta)
     if args.loss == "unlikelihood":
         rewards = implicit_reward(logps, batch.ref_logps, args.beta).detach()
-        return unlikelihood_loss(logps, batch.winners, batch.losers), rewards
-    return dpo_loss(logps, batch.ref_logps, batch.winners, batch.losers, args.beta)
+        return unlikelihood_loss(logps, batch.chosen, batch.rejected), rewards
+    return dpo_loss(logps, batch.ref_logps, batch.chosen, batch.rejected, args.beta)
 
 
 def describe(logps, rewards, batch, tie):
     """Sums over the pairs of a batch, for the log. A margin of at most `tie` counts as a tie."""
-    w, l = batch.winners, batch.losers
+    w, l = batch.chosen, batch.rejected
     margins = rewards[w] - rewards[l]
     return {"accuracy": ranked_correctly(margins, tie).sum(),
             "margin": margins.sum(),
@@ -288,7 +288,7 @@ def evaluate_preferences(policy, held_out, args, log):
         losses, rewards = objective(logps, batch, args)
         log.add(len(losses), held_out_loss=losses.sum())
         described = describe(logps, rewards, batch, tie)
-        log.add(len(batch.winners), held_out_accuracy=described["accuracy"])
+        log.add(len(batch.chosen), held_out_accuracy=described["accuracy"])
 
 
 # ------------------------------------------------------------------------------------------------

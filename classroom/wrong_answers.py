@@ -536,8 +536,8 @@ def pairs_not_renumbered(right, encoded, row_length):
     prompt."""
     pairs = [pair for item in encoded for pair in item.pairs]
     batch = right(encoded, row_length)
-    return replace(batch, winners=batch.winners.new_tensor([w for w, _ in pairs]),
-                   losers=batch.losers.new_tensor([l for _, l in pairs]))
+    return replace(batch, chosen=batch.chosen.new_tensor([w for w, _ in pairs]),
+                   rejected=batch.rejected.new_tensor([l for _, l in pairs]))
 
 
 @replaces("data.select_pairs", "test_taking_one_pair_of_a_ranking_takes_its_two_answers")
@@ -679,7 +679,7 @@ def beta_squared(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
 
 @replaces("train_dpo.dpo_loss",
           "test_erratum_equation_21_prints_the_loss_of_the_reversed_preference")
-def winner_and_loser_swapped(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
+def swapped_in_the_loss(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
     """Equation 21 as the paper prints it: -log sigma(rhat_l - rhat_w)."""
     return right(pi_logps, ref_logps, yl_idxs, yw_idxs, beta)
 
@@ -850,7 +850,7 @@ def a_wrong_start_goes_unnoticed(right, *arguments):
 @replaces("train_dpo.describe", "test_a_tie_is_half_right")
 def ties_as_wrong(right, logps, rewards, batch, *more, **named):
     """rewards_w > rewards_l: before the first step, the accuracy is 0."""
-    wins = (rewards[batch.winners] > rewards[batch.losers]).sum()
+    wins = (rewards[batch.chosen] > rewards[batch.rejected]).sum()
     return right(logps, rewards, batch, *more, **named) | {"accuracy": wins}
 
 
@@ -930,15 +930,15 @@ def common_random_numbers(right, policies, reference, prompts, tokenizer, max_ne
 
 
 @replaces("experiments.reward_model.reward_loss", "test_reward_loss_is_equation_2_written_out")
-def reward_of_the_loser_first(right, rewards, yw_idxs, yl_idxs):
+def reward_of_the_rejected_answer_first(right, rewards, yw_idxs, yl_idxs):
     """The difference has the wrong sign, so the model learns to prefer what people did not."""
     return right(rewards, yl_idxs, yw_idxs)
 
 
 @replaces("experiments.reward_model.reward_loss", "test_reward_loss_is_equation_2_written_out")
 def rewards_regressed(right, rewards, yw_idxs, yl_idxs):
-    """Rewards of 1 for winners and 0 for losers, by least squares: the preferences say nothing
-    about single answers, and a shift by f(x) now costs something."""
+    """Rewards of 1 for chosen answers and 0 for rejected ones, by least squares: the preferences
+    say nothing about single answers, and a shift by f(x) now costs something."""
     return (rewards[yw_idxs] - 1) ** 2 + rewards[yl_idxs] ** 2
 
 

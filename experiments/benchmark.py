@@ -209,7 +209,7 @@ def pad(encoded):
                  source=torch.from_numpy(np.concatenate(source)),
                  target=torch.from_numpy(np.concatenate(target)),
                  owner=torch.from_numpy(np.concatenate(owner)), last=None,
-                 winners=None, losers=None, rankings=None, ref_logps=torch.tensor(ref_logps))
+                 chosen=None, rejected=None, rankings=None, ref_logps=torch.tensor(ref_logps))
 
 
 def collate(items, rung, config, row_length=None, accumulate=1):
@@ -227,8 +227,8 @@ def collate(items, rung, config, row_length=None, accumulate=1):
             length = row_length or best_row_length(encoded, config.block_size, config.n_embd)
             batch = pack(encoded, length)
         if rung.layout != "shared":     # the chosen and the rejected answers take turns
-            batch.winners = torch.arange(0, len(encoded), 2)
-            batch.losers = torch.arange(1, len(encoded), 2)
+            batch.chosen = torch.arange(0, len(encoded), 2)
+            batch.rejected = torch.arange(1, len(encoded), 2)
         yield batch
 
 
@@ -258,7 +258,7 @@ def gradients(model, reference, items, rung, row_length=None, accumulate=1):
             with torch.no_grad():
                 batch.ref_logps = log_probs(reference, batch, rung)
         logps = log_probs(model, batch, rung)
-        losses, rewards = dpo_loss(logps, batch.ref_logps, batch.winners, batch.losers, BETA)
+        losses, rewards = dpo_loss(logps, batch.ref_logps, batch.chosen, batch.rejected, BETA)
         (losses.sum() / n_pairs).backward()
         describe(logps.detach(), rewards, batch, tie=0.0)        # what train_dpo.py logs
         total = total + losses.detach().sum() / n_pairs
@@ -459,7 +459,7 @@ def first_logps(model, items):
     [batch] = collate(items, Rung("shared"), model.config)
     with torch.no_grad():
         logps = model.logps(batch.to(model.device)).cpu()
-    return logps[batch.winners].mean().item(), logps[batch.losers].mean().item()
+    return logps[batch.chosen].mean().item(), logps[batch.rejected].mean().item()
 
 
 def check_same(name, theirs, ours, device):

@@ -81,8 +81,8 @@ COLUMNS = {"loss": ".4f", "accuracy": ".3f", "grad_norm": ".2f", "lr": ".1e",
 def reward_loss(rewards, yw_idxs, yl_idxs):
     """Eq. 2: -log p(y_w > y_l | x) under the Bradley-Terry model of the rewards.
 
-    rewards: (N,) r(x, y) of each answer. yw_idxs, yl_idxs: (P,) indices of the preferred and the
-    dispreferred answer of each pair. Returns losses (P,).
+    rewards: (N,) r(x, y) of each answer. yw_idxs, yl_idxs: (P,) indices of the chosen and the
+    rejected answer of each pair. Returns losses (P,).
     """
     return -bradley_terry(rewards[yw_idxs], rewards[yl_idxs])
 
@@ -108,9 +108,9 @@ def train(model, preferences, held_out, args):
         for micro_batch in micro_batches(batches[step], state.n_micro_batches, args.row_length,
                                          model):
             rewards = model.rewards(micro_batch)                            # (N,)
-            losses = reward_loss(rewards, micro_batch.winners, micro_batch.losers)      # (P,)
+            losses = reward_loss(rewards, micro_batch.chosen, micro_batch.rejected)      # (P,)
             scaler.scale(losses.sum() / args.batch).backward()
-            margins = (rewards[micro_batch.winners] - rewards[micro_batch.losers]).detach()
+            margins = (rewards[micro_batch.chosen] - rewards[micro_batch.rejected]).detach()
             log.add(len(losses), loss=losses.detach().sum(),
                     accuracy=ranked_correctly(margins, 0.0).sum())
         # One update.
@@ -158,7 +158,8 @@ def accuracy_of(model, items, args, log):
 
 
 def margins_of(model, items, row_length):
-    """(P,) reward of the winner minus that of the loser, for all pairs of a list of Encoded."""
+    """(P,) reward of the chosen minus that of the rejected answer, for all pairs of a list of
+    Encoded."""
     rewards = score(model, items, row_length, progress="rewards", number_of=model.rewards)
     return differences(rewards, items)
 

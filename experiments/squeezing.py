@@ -47,8 +47,8 @@ def dpo_step(ref_logps, chosen, rejected, beta, lr):
     elsewhere = logits.new_zeros(1)                             # log-prob of such an answer
     logps = torch.cat([logits.log_softmax(0), elsewhere])
     before = torch.cat([ref_logps, elsewhere])
-    winner = len(logits) if chosen is None else chosen
-    losses, _ = dpo_loss(logps, before, torch.tensor([winner]), torch.tensor([rejected]), beta)
+    chosen = len(logits) if chosen is None else chosen
+    losses, _ = dpo_loss(logps, before, torch.tensor([chosen]), torch.tensor([rejected]), beta)
     losses.sum().backward()
     return (logits - lr * logits.grad).detach().log_softmax(0)
 

@@ -127,7 +127,7 @@ SYMPTOMS = [
     Symptom("swapped_labels", "labels", "labels swapped in the file", "",
             ("chosen_and_rejected_swapped",)),
     Symptom("swapped_loss", "labels", "labels swapped in the loss", "",
-            ("winner_and_loser_swapped",)),
+            ("swapped_in_the_loss",)),
     Symptom("longer_wins", "labels", "the longer answer wins", "", (), longest_first),
     Symptom("few_prompts", "labels", "40 prompts, 94 epochs", "--steps 351", (), few_prompts),
     Symptom("random_labels", "labels", "40 prompts, random labels", "--steps 351", (),

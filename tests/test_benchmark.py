@@ -113,7 +113,7 @@ def step_by_hand(policy, reference, items):
     batch = pack(items, 32)
     with torch.no_grad():
         ref_logps = reference.logps(batch)
-    return dpo_loss(policy.logps(batch), ref_logps, batch.winners, batch.losers, 0.1)[0].mean()
+    return dpo_loss(policy.logps(batch), ref_logps, batch.chosen, batch.rejected, 0.1)[0].mean()
 
 
 @pytest.mark.parametrize("name", [name for name in rungs("cpu") if name != "compile"])

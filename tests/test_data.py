@@ -934,8 +934,8 @@ def test_the_example_at_the_top_of_the_module_down_to_every_number():
     same(batch.source, [3, 4, 5, 3, 7, 8, 11, 12, 13])
     same(batch.target, [great, mark, EOT, dull, stop, EOT, saw, it, EOT])
     same(batch.owner, [0, 0, 0, 1, 1, 1, 2, 2, 2])
-    same(batch.winners, [0])
-    same(batch.losers, [1])
+    same(batch.chosen, [0])
+    same(batch.rejected, [1])
     same(batch.rankings, [[0, 1], [2, -1]])
     assert batch.ref_logps.dtype == torch.float32 and batch.ref_logps.tolist() == [0, 0, 0]
     assert batch.n_answers == 3
@@ -1064,7 +1064,7 @@ def test_a_longer_row_changes_nothing_but_padding(case, more):
     encoded, _, row_length = case
     short, long = pack(encoded, row_length), pack(encoded, row_length + more)
     assert read_back(short) == read_back(long)
-    for name in ("winners", "losers", "rankings", "ref_logps"):
+    for name in ("chosen", "rejected", "rankings", "ref_logps"):
         assert torch.equal(getattr(short, name), getattr(long, name))
 
 
@@ -1079,8 +1079,8 @@ def test_a_prompt_is_repeated_when_its_answers_do_not_fit_in_a_row_together():
     same(batch.group, [[0, 0, 0, 0, 0, 0, -1], [1, 1, 1, 1, -1, -1, -1]])
     same(batch.source, [1, 2, 1, 4, 7 + 1, 7 + 2])
     same(batch.owner, [0, 0, 1, 1, 2, 2])
-    same(batch.winners, [2, 2, 0])
-    same(batch.losers, [0, 1, 1])
+    same(batch.chosen, [2, 2, 0])
+    same(batch.rejected, [0, 1, 1])
     same(batch.rankings, [[2, 0, 1]])
 
 
@@ -1178,18 +1178,18 @@ def test_pairs_rankings_and_reference_follow_the_numbers_of_the_answers(case):
     """Answers are numbered in the order given, wherever pack has put them."""
     encoded, orders, row_length = case
     batch = pack(encoded, row_length)
-    winners, losers, rankings, ref_logps, n = [], [], [], [], 0
+    chosen, rejected, rankings, ref_logps, n = [], [], [], [], 0
     for item, order in zip(encoded, orders):
         for w, l in item.pairs:
-            winners.append(n + w)
-            losers.append(n + l)
+            chosen.append(n + w)
+            rejected.append(n + l)
         rankings.append([n + i for i in order])
         for i in range(len(item.answers)):
             ref_logps.append(item.ref_logps[i] if item.ref_logps else 0.0)
         n += len(item.answers)
     most = max(map(len, rankings))
-    same(batch.winners, winners)
-    same(batch.losers, losers)
+    same(batch.chosen, chosen)
+    same(batch.rejected, rejected)
     same(batch.rankings, [order + [-1] * (most - len(order)) for order in rankings])
     assert batch.ref_logps.dtype == torch.float32 and batch.ref_logps.tolist() == ref_logps
     assert batch.n_answers == n
@@ -1198,8 +1198,8 @@ def test_pairs_rankings_and_reference_follow_the_numbers_of_the_answers(case):
 def test_a_batch_without_pairs_has_no_pairs():
     """Text for SFT is packed the same way, with one answer and no pairs."""
     batch = pack([Encoded([9], [[1, 2]], []), Encoded([9], [[3]], [])], 8)
-    same(batch.winners, [])
-    same(batch.losers, [])
+    same(batch.chosen, [])
+    same(batch.rejected, [])
     same(batch.rankings, [[0], [1]])
 
 
@@ -1332,4 +1332,4 @@ def test_a_batch_larger_than_the_data_goes_through_it_again():
     found = all_names(Batches(encoded, 5, seed=0)[0])
     assert sorted(found[:2]) == sorted(found[2:4]) == sorted(pairs) and found[4] in pairs
     packed = pack(Batches(encoded, 5, seed=0)[0], 16)
-    assert packed.winners.numel() == 5 and packed.n_answers == 10
+    assert packed.chosen.numel() == 5 and packed.n_answers == 10

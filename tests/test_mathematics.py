@@ -86,8 +86,9 @@ def ranked_answers(draw):
 
 @st.composite
 def paired_answers(draw):
-    """Log-probs of N = 2 to 5 answers under policy and reference, each (N,), and winners and losers
-    of P pairs, each (P,). An answer may be in many pairs, and win some and lose others."""
+    """Log-probs of N = 2 to 5 answers under policy and reference, each (N,), and indices of the
+    chosen and rejected answers of P pairs, each (P,). An answer may be in many pairs, and be
+    chosen in some and rejected in others."""
     n = draw(st.integers(2, 5))
     pair = st.sampled_from(list(permutations(range(n), 2)))
     pairs = torch.tensor(draw(st.lists(pair, min_size=1, max_size=8)))
@@ -295,8 +296,8 @@ def test_the_partition_cancels_in_every_preference(prompt, beta):
     """Eq. 17 in Eq. 16: the DPO loss at pi* is -log p*(y_w > y_l) of the true reward."""
     _, ref, rewards = prompt
     pairs = torch.tensor(list(permutations(range(rewards.numel()), 2)))
-    winners, losers = pairs[:, 0], pairs[:, 1]
-    losses, _ = dpo_loss(optimal_policy(ref, rewards, beta), ref, winners, losers, beta)
+    chosen, rejected = pairs[:, 0], pairs[:, 1]
+    losses, _ = dpo_loss(optimal_policy(ref, rewards, beta), ref, chosen, rejected, beta)
     expected = [-math.log(plackett_luce_by_hand(rewards, pair)) for pair in pairs.tolist()]
     same(losses, expected)
 
@@ -400,14 +401,14 @@ def test_ranking_loss_is_plackett_luce_of_the_implicit_rewards(ranked, beta):
 @given(paired=paired_answers(), beta=betas)
 def test_ranking_loss_of_two_answers_is_the_dpo_loss(paired, beta):
     """Eq. 20 at K = 2: the same losses, rewards and gradient as Appendix B."""
-    pi, ref, winners, losers = paired
-    pairs = torch.stack([winners, losers], dim=1)                       # (P, 2), best first
+    pi, ref, chosen, rejected = paired
+    pairs = torch.stack([chosen, rejected], dim=1)                       # (P, 2), best first
     losses, rewards = plackett_luce_loss(pi, ref, pairs, beta)
-    dpo_losses, dpo_rewards = dpo_loss(pi, ref, winners, losers, beta)
+    dpo_losses, dpo_rewards = dpo_loss(pi, ref, chosen, rejected, beta)
     same(losses, dpo_losses)
     same(rewards, dpo_rewards)
     same(gradient(plackett_luce_loss, pi, ref, pairs, beta),
-         gradient(dpo_loss, pi, ref, winners, losers, beta))
+         gradient(dpo_loss, pi, ref, chosen, rejected, beta))
 
 
 @for_all
@@ -458,24 +459,25 @@ def test_ranking_gradient_is_the_share_in_each_draw_minus_one(ranked, beta):
 @for_all
 @given(paired=paired_answers(), beta=betas)
 def test_closed_form_gradient_is_the_one_autograd_finds(paired, beta):
-    """A.4: a pair adds -beta sigma(rhat_l - rhat_w) to its winner, the opposite to its loser."""
-    pi, ref, winners, losers = paired
-    same(dpo_gradient(pi, ref, winners, losers, beta),
-         gradient(dpo_loss, pi, ref, winners, losers, beta))
+    """A.4: a pair adds -beta sigma(rhat_l - rhat_w) to its chosen answer, the opposite to the
+    rejected one."""
+    pi, ref, chosen, rejected = paired
+    same(dpo_gradient(pi, ref, chosen, rejected, beta),
+         gradient(dpo_loss, pi, ref, chosen, rejected, beta))
 
 
 def test_closed_form_gradient_is_the_slope_of_the_loss():
     """Central differences, (L(pi + h) - L(pi - h)) / 2h per answer, need no derivative rule."""
     pi, ref = float64([-2.0, -3.5, -1.0]), float64([-2.5, -3.0, -1.5])
-    winners, losers, beta, h = torch.tensor([0, 0, 2]), torch.tensor([1, 2, 1]), 0.7, 1e-5
+    chosen, rejected, beta, h = torch.tensor([0, 0, 2]), torch.tensor([1, 2, 1]), 0.7, 1e-5
     slopes = []
     for i in range(3):
         step = torch.zeros_like(pi)
         step[i] = h
-        above = dpo_loss(pi + step, ref, winners, losers, beta)[0].sum()
-        below = dpo_loss(pi - step, ref, winners, losers, beta)[0].sum()
+        above = dpo_loss(pi + step, ref, chosen, rejected, beta)[0].sum()
+        below = dpo_loss(pi - step, ref, chosen, rejected, beta)[0].sum()
         slopes.append((above - below).item() / (2 * h))
-    same(dpo_gradient(pi, ref, winners, losers, beta), slopes, tolerance=1e-8)
+    same(dpo_gradient(pi, ref, chosen, rejected, beta), slopes, tolerance=1e-8)
 
 
 def test_closed_form_gradient_is_the_one_autograd_finds_through_a_transformer():
@@ -485,7 +487,7 @@ def test_closed_form_gradient_is_the_one_autograd_finds_through_a_transformer():
     gpt = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)).double()
     tokens = torch.randint(11, (4, 8))                                  # (B, T), 4 answers
     ref, beta = float64([-15.0, -16.0, -17.0, -18.0]), 0.5
-    winners, losers = torch.tensor([0, 0, 2, 3]), torch.tensor([1, 2, 3, 1])
+    chosen, rejected = torch.tensor([0, 0, 2, 3]), torch.tensor([1, 2, 3, 1])
 
     def parameter_gradients(scalar_of):
         logits = gpt(tokens)[:, :-1].log_softmax(-1)                    # (B, T - 1, V)
@@ -493,9 +495,9 @@ def test_closed_form_gradient_is_the_one_autograd_finds_through_a_transformer():
         return torch.autograd.grad(scalar_of(pi), list(gpt.parameters()))
 
     by_autograd = parameter_gradients(
-        lambda pi: dpo_loss(pi, ref, winners, losers, beta)[0].sum())
+        lambda pi: dpo_loss(pi, ref, chosen, rejected, beta)[0].sum())
     by_hand = parameter_gradients(
-        lambda pi: (dpo_gradient(pi.detach(), ref, winners, losers, beta) * pi).sum())
+        lambda pi: (dpo_gradient(pi.detach(), ref, chosen, rejected, beta) * pi).sum())
     assert any(g.abs().max() > 1e-3 for g in by_autograd)
     for got, expected in zip(by_hand, by_autograd):
         same(got, expected, tolerance=1e-12)
@@ -504,11 +506,11 @@ def test_closed_form_gradient_is_the_one_autograd_finds_through_a_transformer():
 def test_the_first_gradient_is_half_of_beta():
     """At pi = pi_ref the gradient is -beta/2 (grad log pi_w - grad log pi_l). It is not zero
     although the models are equal, and with a small beta it is small."""
-    logps, winner, loser = float64([-3.0, -40.0]), torch.tensor([0]), torch.tensor([1])
+    logps, chosen, rejected = float64([-3.0, -40.0]), torch.tensor([0]), torch.tensor([1])
     for beta in (0.1, 0.5):
         # sigma(0) = 1/2.
-        same(dpo_gradient(logps, logps, winner, loser, beta), [-beta / 2, beta / 2])
-        same(gradient(dpo_loss, logps, logps, winner, loser, beta), [-beta / 2, beta / 2])
+        same(dpo_gradient(logps, logps, chosen, rejected, beta), [-beta / 2, beta / 2])
+        same(gradient(dpo_loss, logps, logps, chosen, rejected, beta), [-beta / 2, beta / 2])
 
 
 def test_gradients_of_the_pairs_of_four_ranked_answers_add_up():
@@ -522,16 +524,16 @@ def test_gradients_of_the_pairs_of_four_ranked_answers_add_up():
 
 def test_a_wrongly_ranked_pair_pulls_harder_than_a_rightly_ranked_one():
     """The weight sigma(rhat_l - rhat_w) is the model's error, so DPO comes to rest."""
-    ref, winner, loser = float64([-5.0, -5.0]), torch.tensor([0]), torch.tensor([1])
-    wrong = dpo_gradient(float64([-8.0, -5.0]), ref, winner, loser, 1.0)    # rhat_w - rhat_l = -3
-    right = dpo_gradient(float64([-5.0, -8.0]), ref, winner, loser, 1.0)    # rhat_w - rhat_l = +3
+    ref, chosen, rejected = float64([-5.0, -5.0]), torch.tensor([0]), torch.tensor([1])
+    wrong = dpo_gradient(float64([-8.0, -5.0]), ref, chosen, rejected, 1.0)   # rhat_w - rhat_l = -3
+    right = dpo_gradient(float64([-5.0, -8.0]), ref, chosen, rejected, 1.0)   # rhat_w - rhat_l = +3
     same(wrong, [-sigma(3), sigma(3)])                                      # 0.953
     same(right, [-sigma(-3), sigma(-3)])                                    # 0.047
 
 
 @for_all
 @given(paired=paired_answers(), beta=betas)
-def test_gradient_moves_winner_and_loser_by_opposite_amounts(paired, beta):
+def test_gradient_moves_chosen_and_rejected_by_opposite_amounts(paired, beta):
     """The gradient sums to zero: the loss depends on differences, not on a level."""
     same(dpo_gradient(*paired, beta).sum(), 0.0)
 
@@ -558,11 +560,11 @@ def test_lemma_1_loss_does_not_see_a_level_shared_by_the_answers_of_a_prompt(pi,
     the rejected one falls with it."""
     shifted = pi + f.repeat_interleave(3)               # two prompts, answers 0-2 and 3-5
     pairs = torch.tensor([[0, 1], [0, 2], [2, 1], [3, 4], [5, 3]])
-    winners, losers = pairs[:, 0], pairs[:, 1]
-    same(dpo_loss(shifted, ref, winners, losers, beta)[0],
-         dpo_loss(pi, ref, winners, losers, beta)[0])
-    same(dpo_gradient(shifted, ref, winners, losers, beta),
-         dpo_gradient(pi, ref, winners, losers, beta))
+    chosen, rejected = pairs[:, 0], pairs[:, 1]
+    same(dpo_loss(shifted, ref, chosen, rejected, beta)[0],
+         dpo_loss(pi, ref, chosen, rejected, beta)[0])
+    same(dpo_gradient(shifted, ref, chosen, rejected, beta),
+         dpo_gradient(pi, ref, chosen, rejected, beta))
     orders = torch.tensor([[1, 0, 2], [5, 3, 4]])
     same(plackett_luce_loss(shifted, ref, orders, beta)[0],
          plackett_luce_loss(pi, ref, orders, beta)[0])
@@ -658,10 +660,10 @@ def test_dpo_loss_takes_the_arguments_of_appendix_b_by_name():
 @given(paired=paired_answers(), beta=betas)
 def test_dpo_loss_is_appendix_b_written_out(paired, beta):
     """-log(1 / (1 + exp(-beta ((log pi_w - log pi_l) - (log ref_w - log ref_l))))), per pair."""
-    pi, ref, winners, losers = paired
-    losses, _ = dpo_loss(pi, ref, winners, losers, beta)
+    pi, ref, chosen, rejected = paired
+    losses, _ = dpo_loss(pi, ref, chosen, rejected, beta)
     expected = []
-    for w, l in zip(winners.tolist(), losers.tolist()):
+    for w, l in zip(chosen.tolist(), rejected.tolist()):
         margin = beta * ((pi[w] - pi[l]) - (ref[w] - ref[l])).item()
         expected.append(-math.log(1 / (1 + math.exp(-margin))))
     same(losses, expected)
@@ -671,9 +673,9 @@ def test_dpo_loss_is_appendix_b_written_out(paired, beta):
 @given(paired=paired_answers(), beta=betas)
 def test_each_pair_has_its_own_loss_whatever_else_is_in_the_batch(paired, beta):
     """(P,) losses, neither summed nor averaged: the caller knows how many pairs a batch has."""
-    pi, ref, winners, losers = paired
-    together = dpo_loss(pi, ref, winners, losers, beta)[0]
-    one_by_one = [dpo_loss(pi, ref, w, l, beta)[0] for w, l in zip(winners, losers)]
+    pi, ref, chosen, rejected = paired
+    together = dpo_loss(pi, ref, chosen, rejected, beta)[0]
+    one_by_one = [dpo_loss(pi, ref, w, l, beta)[0] for w, l in zip(chosen, rejected)]
     same(together, torch.stack(one_by_one))
 
 
@@ -681,19 +683,19 @@ def test_each_pair_has_its_own_loss_whatever_else_is_in_the_batch(paired, beta):
 @given(paired=paired_answers(), beta=betas)
 def test_dpo_loss_is_bradley_terry_of_the_implicit_rewards(paired, beta):
     """-log sigma(rhat_w - rhat_l): DPO fits a reward model, and the reward model is the policy."""
-    pi, ref, winners, losers = paired
-    losses, rewards = dpo_loss(pi, ref, winners, losers, beta)
-    same(losses, -bradley_terry(rewards[winners], rewards[losers]))
+    pi, ref, chosen, rejected = paired
+    losses, rewards = dpo_loss(pi, ref, chosen, rejected, beta)
+    same(losses, -bradley_terry(rewards[chosen], rewards[rejected]))
 
 
 @for_all
 @given(paired=paired_answers(), beta=betas)
 def test_rewards_are_beta_times_the_log_ratio_of_every_answer(paired, beta):
     """rhat = beta (log pi - log pi_ref), also for answers in no pair. (beta is often forgotten.)"""
-    pi, ref, winners, losers = paired
+    pi, ref, chosen, rejected = paired
     expected = [beta * (a - b) for a, b in zip(pi.tolist(), ref.tolist())]
     same(implicit_reward(pi, ref, beta), expected)
-    same(dpo_loss(pi, ref, winners, losers, beta)[1], expected)
+    same(dpo_loss(pi, ref, chosen, rejected, beta)[1], expected)
 
 
 def test_rewards_carry_no_gradient_and_losses_do():
@@ -710,8 +712,8 @@ def test_loss_starts_at_exactly_log_two_and_rewards_at_zero(dtype):
     """At pi = pi_ref the loss is -log sigma(0) = log 2 = 0.6931, whatever the log-probs. Any other
     first loss means that the two models were scored differently."""
     logps = torch.tensor([-1.0, -123.456, -9876.5], dtype=dtype)
-    winners, losers = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
-    losses, rewards = dpo_loss(logps, logps, winners, losers, 0.1)
+    chosen, rejected = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
+    losses, rewards = dpo_loss(logps, logps, chosen, rejected, 0.1)
     assert losses.dtype == rewards.dtype == dtype
     assert losses.tolist() == [torch.tensor(math.log(2), dtype=dtype).item()] * 3
     assert rewards.tolist() == [0.0] * 3
@@ -722,10 +724,10 @@ def test_loss_starts_at_exactly_log_two_and_rewards_at_zero(dtype):
 def test_only_the_ratio_of_policy_to_reference_counts(paired, level, beta):
     """Adding the same number to log pi(y) and log pi_ref(y) changes nothing: the reference alone
     has no influence, and an answer is not rewarded for being likely under both."""
-    pi, ref, winners, losers = paired
+    pi, ref, chosen, rejected = paired
     level = level[:pi.numel()]                          # one number per answer
-    losses, rewards = dpo_loss(pi + level, ref + level, winners, losers, beta)
-    expected_losses, expected_rewards = dpo_loss(pi, ref, winners, losers, beta)
+    losses, rewards = dpo_loss(pi + level, ref + level, chosen, rejected, beta)
+    expected_losses, expected_rewards = dpo_loss(pi, ref, chosen, rejected, beta)
     same(losses, expected_losses)
     same(rewards, expected_rewards)
 
@@ -735,9 +737,9 @@ def test_only_the_ratio_of_policy_to_reference_counts(paired, level, beta):
 def test_log_probs_are_taken_as_they_come(paired, beta):
     """Doubling all log-ratios is the same as doubling beta. The loss divides by no length or
     spread, so the caller decides that log pi(y|x) is a sum over tokens."""
-    pi, ref, winners, losers = paired
-    doubled = dpo_loss(2 * pi, 2 * ref, winners, losers, beta)[0]
-    same(doubled, dpo_loss(pi, ref, winners, losers, 2 * beta)[0])
+    pi, ref, chosen, rejected = paired
+    doubled = dpo_loss(2 * pi, 2 * ref, chosen, rejected, beta)[0]
+    same(doubled, dpo_loss(pi, ref, chosen, rejected, 2 * beta)[0])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -749,37 +751,37 @@ def test_log_probs_are_taken_as_they_come(paired, beta):
 @given(paired=paired_answers())
 def test_unlikelihood_is_minus_the_difference_of_log_probs(paired):
     """-(log pi_w - log pi_l) for each pair."""
-    pi, _, winners, losers = paired
-    expected = [-(pi[w] - pi[l]).item() for w, l in zip(winners.tolist(), losers.tolist())]
-    same(unlikelihood_loss(pi, winners, losers), expected)
+    pi, _, chosen, rejected = paired
+    expected = [-(pi[w] - pi[l]).item() for w, l in zip(chosen.tolist(), rejected.tolist())]
+    same(unlikelihood_loss(pi, chosen, rejected), expected)
 
 
 @for_all
 @given(pi=vectors(2, -1e6, 0))
 def test_unlikelihood_pulls_just_as_hard_whatever_the_log_probs(pi):
-    """The gradient is -1 for the winner, +1 for the loser: no pair is ever ranked well enough."""
+    """It is -1 for the chosen answer, +1 for the rejected one: no pair is ranked well enough."""
     same(gradient(unlikelihood_loss, pi, torch.tensor([0]), torch.tensor([1])), [-1.0, 1.0])
 
 
 def test_unlikelihood_is_unbounded_below_where_dpo_stops_at_zero():
     """As log pi_l falls, unlikelihood falls without bound; DPO's loss and gradient go to 0."""
-    ref, winner, loser = float64([-5.0, -5.0]), torch.tensor([0]), torch.tensor([1])
-    for rejected in (-1e2, -1e4, -1e6):
-        pi = float64([0.0, rejected])
-        same(unlikelihood_loss(pi, winner, loser), [rejected])
-        losses, _ = dpo_loss(pi, ref, winner, loser, 0.5)
+    ref, chosen, rejected = float64([-5.0, -5.0]), torch.tensor([0]), torch.tensor([1])
+    for logp in (-1e2, -1e4, -1e6):
+        pi = float64([0.0, logp])
+        same(unlikelihood_loss(pi, chosen, rejected), [logp])
+        losses, _ = dpo_loss(pi, ref, chosen, rejected, 0.5)
         assert 0 <= losses.item() < 1e-20
-        assert dpo_gradient(pi, ref, winner, loser, 0.5).abs().max() < 1e-20
+        assert dpo_gradient(pi, ref, chosen, rejected, 0.5).abs().max() < 1e-20
 
 
 def test_unlikelihood_is_blind_to_the_reference():
     """Its gradient stays at 1 even for a margin that the reference already had; DPO's depends only
     on the margin gained since."""
-    pi, winner, loser = float64([-1.0, -5.0]), torch.tensor([0]), torch.tensor([1])
+    pi, chosen, rejected = float64([-1.0, -5.0]), torch.tensor([0]), torch.tensor([1])
     # DPO, beta 1: rhat_w - rhat_l = 4 - (reference's margin).
     for ref, margin in ((float64([-1.0, -5.0]), 0), (float64([-3.0, -3.0]), 4)):
-        same(dpo_gradient(pi, ref, winner, loser, 1.0), [-sigma(-margin), sigma(-margin)])
-    same(gradient(unlikelihood_loss, pi, winner, loser), [-1.0, 1.0])
+        same(dpo_gradient(pi, ref, chosen, rejected, 1.0), [-sigma(-margin), sigma(-margin)])
+    same(gradient(unlikelihood_loss, pi, chosen, rejected), [-1.0, 1.0])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -817,18 +819,18 @@ def test_erratum_last_line_of_a2_needs_a_sigmoid():
 
 def test_erratum_equation_21_prints_the_loss_of_the_reversed_preference():
     """The loss is -log sigma(rhat_w - rhat_l); Eq. 21 prints -log sigma(rhat_l - rhat_w)."""
-    ref, winner, loser, beta = float64([-5.0, -5.0]), torch.tensor([0]), torch.tensor([1]), 1.0
+    ref, chosen, rejected, beta = float64([-5.0, -5.0]), torch.tensor([0]), torch.tensor([1]), 1.0
     right, wrong = float64([-4.0, -6.0]), float64([-6.0, -4.0])         # rhat_w - rhat_l = +-2
 
     def printed(pi):
         rhat = implicit_reward(pi, ref, beta)
-        return -bradley_terry(rhat[loser], rhat[winner])
+        return -bradley_terry(rhat[rejected], rhat[chosen])
 
     def corrected(pi):
-        return dpo_loss(pi, ref, winner, loser, beta)[0]
+        return dpo_loss(pi, ref, chosen, rejected, beta)[0]
 
     assert corrected(right) < corrected(wrong) and printed(right) > printed(wrong)
-    # A step against the gradient must raise the winner.
+    # A step against the gradient must raise the chosen answer.
     assert gradient(corrected, ref)[0] < 0 and gradient(printed, ref)[0] > 0
     # Corrected, it is -log of Eq. 16 with the implicit rewards 1 and -1.
     same(corrected(right), [-math.log(math.exp(1) / (math.exp(1) + math.exp(-1)))])
@@ -838,12 +840,12 @@ def test_erratum_equation_21_prints_the_loss_of_the_reversed_preference():
 @given(paired=paired_answers(), beta=betas)
 def test_erratum_equation_22_has_the_wrong_sign_of_u(paired, beta):
     """The gradient is -(sigma'(u) / sigma(u)) du with u = rhat_w - rhat_l; Eq. 22 prints
-    u = rhat_l - rhat_w, which favours the loser."""
-    pi, ref, winners, losers = paired
-    winner, loser = winners[:1], losers[:1]
+    u = rhat_l - rhat_w, which favours the rejected answer."""
+    pi, ref, chosen, rejected = paired
+    chosen, rejected = chosen[:1], rejected[:1]
     r = implicit_reward(pi, ref, beta)
-    truth = gradient(dpo_loss, pi, ref, winner, loser, beta)[winner]
-    u = r[winner] - r[loser]
+    truth = gradient(dpo_loss, pi, ref, chosen, rejected, beta)[chosen]
+    u = r[chosen] - r[rejected]
     # sigma'(u) / sigma(u) = 1 - sigma(u); d u / d log pi_w = +beta, and -beta as printed.
     same(truth, -(1 - torch.sigmoid(u)) * beta)                                     # corrected
     printed = -(1 - torch.sigmoid(-u)) * -beta
@@ -852,17 +854,17 @@ def test_erratum_equation_22_has_the_wrong_sign_of_u(paired, beta):
 
 @for_all
 @given(margin=st.floats(0.1, 20.0), beta=betas)
-def test_erratum_final_gradient_of_a4_has_winner_and_loser_swapped(margin, beta):
+def test_erratum_final_gradient_of_a4_has_chosen_and_rejected_swapped(margin, beta):
     """The weight is beta sigma(rhat_l - rhat_w), the model's error; A.4 prints
     beta sigma(rhat_w - rhat_l), which is largest for pairs that are ranked correctly."""
-    ref, winner, loser = float64([-30.0, -30.0]), torch.tensor([0]), torch.tensor([1])
+    ref, chosen, rejected = float64([-30.0, -30.0]), torch.tensor([0]), torch.tensor([1])
     weights = {}
     for name, m in (("right", margin), ("wrong", -margin)):             # m = rhat_w - rhat_l
         pi = ref + float64([m / beta, 0.0])
-        truth = -gradient(dpo_loss, pi, ref, winner, loser, beta)[0].item()
+        truth = -gradient(dpo_loss, pi, ref, chosen, rejected, beta)[0].item()
         assert truth == pytest.approx(beta * sigma(-m))                             # corrected
         assert truth != pytest.approx(beta * sigma(m), rel=0.01)                    # printed
-        weights[name] = -dpo_gradient(pi, ref, winner, loser, beta)[0].item()
+        weights[name] = -dpo_gradient(pi, ref, chosen, rejected, beta)[0].item()
         assert weights[name] == pytest.approx(truth)
     assert weights["wrong"] > weights["right"]                          # as printed: smaller
     assert sigma(-margin) < sigma(margin)

@@ -91,9 +91,9 @@ def encoded(draw, most_answers=3):
 @given(vectors(4), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1))
 def test_reward_loss_is_equation_2_written_out(rewards, pairs):
     """-log of the probability that the Bradley-Terry model gives to what was preferred."""
-    winners, losers = torch.tensor(pairs).T
+    chosen, rejected = torch.tensor(pairs).T
     expected = [-math.log(1 / (1 + math.exp(rewards[l] - rewards[w]))) for w, l in pairs]
-    torch.testing.assert_close(reward_loss(rewards, winners, losers), float64(expected))
+    torch.testing.assert_close(reward_loss(rewards, chosen, rejected), float64(expected))
 
 
 @for_all
@@ -299,7 +299,7 @@ def test_a_reward_model_starts_with_reward_0_for_every_answer():
     items = [Encoded([1, 2], [[3, EOT], [4, 5, EOT]], [(0, 1)])]
     batch = pack(items, 32)
     assert model.rewards(batch).tolist() == [0, 0]
-    assert reward_loss(model.rewards(batch), batch.winners, batch.losers).item() == \
+    assert reward_loss(model.rewards(batch), batch.chosen, batch.rejected).item() == \
         pytest.approx(math.log(2))
     torch.testing.assert_close(model.wte.weight, gpt(seed=3).wte.weight.float())
 
@@ -533,12 +533,12 @@ def test_ppo_comes_to_the_optimal_policy_of_equation_15(tmp_path):
 
 
 def pairs_by_a_rule(n):
-    """n prompts with a winner that contains token 7 and a loser that does not."""
+    """n prompts with a chosen answer that contains token 7 and a rejected one that does not."""
     numbers = torch.randint(8, 20, (n, 6), generator=torch.Generator().manual_seed(1)).tolist()
     return [Encoded(draw[:2], [[draw[2], 7, EOT], [*draw[3:], EOT]], [(0, 1)]) for draw in numbers]
 
 
-def test_a_reward_model_learns_what_winners_have_in_common(tmp_path):
+def test_a_reward_model_learns_what_chosen_answers_have_in_common(tmp_path):
     args = flags(tmp_path, reward_model, lr=1e-2, warmup=1, batch=16, steps=30, eval_every=10)
     model, held_out = ScalarGPT.from_gpt(gpt()), pairs_by_a_rule(60)[40:]
     reward_model.train(model, pairs_by_a_rule(40), held_out, args)

@@ -379,7 +379,7 @@ def test_the_first_step_of_training_moves_the_policy(tmp_path):
     train_dpo.train(policy, items, [], settings(tmp_path, batch=12, steps=1, lr=1e-3))
     batch = pack(items, 32)
     ratios = (policy.logps(batch) - batch.ref_logps).detach()
-    assert (ratios[batch.winners] - ratios[batch.losers]).mean() > 1e-3
+    assert (ratios[batch.chosen] - ratios[batch.rejected]).mean() > 1e-3
 
 
 def test_each_number_on_the_screen_is_the_sum_of_its_column():
@@ -397,7 +397,7 @@ def test_each_number_on_the_screen_is_the_sum_of_its_column():
 def test_micro_batches_hold_every_prompt_once():
     batches = list(micro_batches(ranked_items(7), 3, 32, small_gpt()))
     assert [batch.n_answers for batch in batches] == [9, 6, 6]      # 3, 2 and 2 prompts
-    assert sum(len(batch.winners) for batch in batches) == 21
+    assert sum(len(batch.chosen) for batch in batches) == 21
 
 
 def test_rows_are_as_long_as_costs_least_but_of_one_length_where_they_are_compiled():
