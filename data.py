@@ -84,35 +84,6 @@ def ranking_to_pairs(ranking):
     return [(w, l) for i, w in enumerate(ranking) for l in ranking[i + 1:]]
 
 
-def rank_answers(prompt, answers, rewards):
-    """C.1: rank sampled answers by their rewards, best first. Returns a row for a preferences file
-    (a dict), or None if all rewards are equal.
-
-    If several answers have the same reward, the first is kept and the others are dropped. K answers
-    make K (K - 1) / 2 pairs (six for C.1's four) unless some of them tie.
-    """
-    first = {}
-    for answer, reward in zip(answers, rewards):
-        first.setdefault(reward, answer)
-    if len(first) < 2:
-        return None
-    distinct = list(first)
-    return {"prompt": prompt, "answers": [first[reward] for reward in distinct],
-            "ranking": sorted(range(len(distinct)), key=lambda i: -distinct[i]),
-            "rewards": distinct}
-
-
-def separate(rewards, gap):
-    """The indices of answers whose rewards differ by at least `gap`: the answer with the highest
-    reward, then the next one whose reward is lower by at least `gap`, and so on. Nearly equal
-    rewards say little about which answer is better. rewards: a list, one per answer."""
-    kept = []
-    for i in sorted(range(len(rewards)), key=lambda i: -rewards[i]):
-        if not kept or rewards[kept[-1]] - rewards[i] >= gap:
-            kept.append(i)
-    return sorted(kept)
-
-
 def best_answers(preferences):
     """What SFT learns from: each prompt with its best answer, as a Preference without pairs."""
     found = []
@@ -180,6 +151,16 @@ def encode(preference, tokenizer, row_length, skipped=None):
     return item if item.pairs else None
 
 
+def encode_prompt(prompt, tokenizer):
+    """The ids of a prompt alone, a list that begins with end-of-text."""
+    return [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)
+
+
+def decode_answer(ids, tokenizer):
+    """The text of an answer, without end-of-text."""
+    return tokenizer.decode([i for i in ids if i != tokenizer.eot_token])
+
+
 def to_ids(text, tokenizer, where):
     """Encode a text. Raises UserError if the tokenizer gives up, as tiktoken does on a million
     blanks in a row. (Its PanicException is a BaseException, not an Exception.)"""
@@ -209,7 +190,7 @@ def encode_all(preferences, tokenizer, row_length, skipped):
     """Encode a list of Preference, without those that have no comparison left. Ids are kept in
     arrays, which take 4 bytes per id; lists take 38."""
     encoded = []
-    for preference in tqdm(preferences, "encoding", delay=1):
+    for preference in tqdm(preferences, "encoding", delay=1, disable=None):
         item = encode(preference, tokenizer, row_length, skipped)
         if item is not None:
             item.prompt = array("i", item.prompt)
@@ -410,6 +391,10 @@ class Batches:
         if self.whole:
             return [self.encoded[i] for _, i in units]
         return [select_pairs(self.encoded[i], chosen) for (_, i), chosen in units.items()]
+
+    def micro_batches(self, step, n, row_length, model):
+        """The batch of a step in packed micro-batches; see the function of that name."""
+        return micro_batches(self[step], n, row_length, model)
 
     def first_epoch(self):
         """The batches of the first epoch, a list."""

@@ -15,9 +15,6 @@ then a final layer norm and the output head, which shares its weights with the t
 Letters used throughout: B rows, T tokens per row, C channels, V vocabulary size, H heads,
 D = C / H channels per head, N answers, S scored tokens.
 
-ScalarGPT, with one number per token in place of logits, is for experiments/: a reward model and
-PPO's critic.
-
 Left out on purpose: dropout. DPO compares the log-probs of the same answer under two models, and
 dropout would add noise to the difference. The data is seen once or a few times, so there is little
 overfitting to prevent.
@@ -32,6 +29,7 @@ import torch.nn.functional as F
 
 from runtime import hub
 from runtime.errors import UserError
+from runtime.parallel import compilable
 
 
 @dataclass
@@ -147,7 +145,7 @@ class GPT(nn.Module):
         # Set by runtime.parallel.set_precision and set_compiled:
         self.precision = None       # autocast to torch.bfloat16 or torch.float16; None is float32
         self.vocab_multiple = 1     # logps pads the vocabulary to a multiple of this; see head
-        self.compiled = False       # training compiles logps, so all packed rows have one length
+        self.compiled = False       # logps is compiled, so all packed rows have one length
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -214,6 +212,7 @@ class GPT(nn.Module):
         """
         return self.head(self.hidden(tokens, positions, mask))
 
+    @compilable
     def logps(self, batch):
         """log pi(y|x) = sum over the tokens of y of log pi(token | all before it), for each answer.
 
@@ -354,39 +353,6 @@ class GPT(nn.Module):
         GPT2LMHeadModel. The end-of-text id is taken to be the last of the vocabulary, as in GPT-2.
         """
         hub.write_pretrained(folder, self.config, self.state_dict())
-
-
-class ScalarGPT(GPT):
-    """GPT-2 with one number per token in place of logits: a reward model, or PPO's critic. Its
-    scalar head starts at zero."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.scalar = nn.Linear(config.n_embd, 1)
-        nn.init.zeros_(self.scalar.weight)
-        nn.init.zeros_(self.scalar.bias)
-
-    @classmethod
-    def from_gpt(cls, model):
-        """A ScalarGPT with the weights, on the device and in the precision of a GPT."""
-        scalar_model = cls(model.config).to(model.device)
-        scalar_model.load_state_dict(model.state_dict(), strict=False)
-        scalar_model.precision = model.precision
-        return scalar_model
-
-    def rewards(self, batch):
-        """(N,) one number per answer of a packed data.Batch, read at the answer's last token."""
-        return self.scalars_at(batch.last, batch)
-
-    def values(self, batch):
-        """(S,) one number per scored token, read at the token before it: the reward that the critic
-        expects from the scored token on, before that token is chosen."""
-        return self.scalars_at(batch.source, batch)
-
-    def scalars_at(self, places, batch):
-        """The scalar head at flat indices into the B * T tokens; the shape of `places`."""
-        hidden = self.hidden(batch.tokens, batch.positions, batch.mask()).flatten(0, 1)
-        return self.scalar(hidden.index_select(0, places).to(self.scalar.weight.dtype))[:, 0]
 
 
 def choose(logits, temperature, top_k, top_p, generator):

@@ -35,32 +35,31 @@ Left out on purpose: beam search. DPO trains a distribution, so we look at sampl
 """
 
 import itertools
+import json
 import math
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Encoded, batches_in_order
-from runtime.checkpoint import common_block_size, open_checkpoint, open_policies
+from data import Encoded, batches_in_order, decode_answer, encode_prompt
 from runtime.cli import command, only_one_process, set_up
 from runtime.errors import UserError
-from runtime.files import make_folder, write_json
-from runtime.flags import parse_sample_flags
-from runtime.parallel import all_gather, compiled_logps, process_rank, world_size
+from runtime.files import cache_key, cached, make_folder, write_json
+from runtime.parallel import all_gather, process_rank, world_size
 from runtime.report import final_report, names_of, side_by_side
+from runtime.statistics import clustered_means, means, wilson
 from tasks import held_out_pairs, held_out_prompts, task_of
-
-Z_95 = 1.959964     # 95 % of a normal distribution lie within this many standard deviations
-
+from tasks.checkpoint import open_checkpoint, open_policies, open_with_reference
+from tasks.flags import parse_sample_flags
 
 # ------------------------------------------------------------------------------------------------
 # Sampling and scoring
 # ------------------------------------------------------------------------------------------------
 
 
-def sample(model, prompts, max_new_tokens, seed, eot, temperature=1.0, top_k=None, top_p=None,
-           progress="sampling"):
+def sample_answers(model, prompts, max_new_tokens, seed, eot, temperature=1.0, top_k=None,
+                   top_p=None, progress="sampling"):
     """Sample one answer (a list of ids) to each of a list of prompts (lists of ids).
 
     Prompts of similar length are sampled together, in batches of at most 2^16 tokens, and fewer if
@@ -74,7 +73,8 @@ def sample(model, prompts, max_new_tokens, seed, eot, temperature=1.0, top_k=Non
     batches = [order[start:start + size] for start in range(0, len(order), size)]
     mine = range(process_rank(), len(batches), world_size())
     sampled = []
-    with tqdm(total=sum(len(batches[k]) for k in mine), desc=progress, delay=1) as bar:
+    total = sum(len(batches[k]) for k in mine)
+    with tqdm(total=total, desc=progress, delay=1, disable=None) as bar:
         for k in mine:
             seed_of_k = np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)
             generator = torch.Generator(model.device).manual_seed(int(seed_of_k[0]))
@@ -88,28 +88,38 @@ def sample(model, prompts, max_new_tokens, seed, eot, temperature=1.0, top_k=Non
     return answers
 
 
+def logps_of(model, items, row_length, progress="scoring"):
+    """log pi(y|x) of every answer: a list of floats for each of a list of Encoded."""
+    return numbers_of(model, model.logps, items, row_length, progress)
+
+
+def add_reference(reference, items, args):
+    """Set ref_logps of a list of Encoded, their log-probs under the reference. They are kept in
+    reference.json. Raises UserError if one is NaN or infinite."""
+    key = cache_key(reference, items, args.row_length, reference.device.type, reference.precision,
+                    reference.compiled)
+    logps = json.loads(cached(args.out / "reference.json", key, lambda: json.dumps(
+        logps_of(reference, items, args.row_length, "reference log-probs"))))
+    if not all(math.isfinite(logp) for of_item in logps for logp in of_item):
+        raise UserError("a log-prob of the model that DPO starts from is NaN or infinite; start "
+                        "from another one, or use --precision float32")
+    for item, ref_logps in zip(items, logps):
+        item.ref_logps = ref_logps
+
+
 @torch.no_grad()
-def score(model, items, row_length, progress="scoring", number_of=None):
-    """log pi(y|x) of every answer: a list of floats for each of a list of Encoded. number_of: a
-    function of a Batch that returns another number of each answer, (N,), instead."""
-    number_of = number_of or compiled_logps(model)
+def numbers_of(model, of_batch, items, row_length, progress):
+    """A number of every answer: a list of floats for each of a list of Encoded. of_batch: a
+    function from a packed Batch to the numbers of its answers, (N,)."""
     most_answers = max((len(item.answers) for item in items), default=1)
     size = min(32, max(1, 128 // most_answers))
-    numbers = []
-    with tqdm(total=sum(len(item.answers) for item in items), desc=progress, delay=1) as bar:
+    numbers, n_answers = [], sum(len(item.answers) for item in items)
+    with tqdm(total=n_answers, desc=progress, delay=1, disable=None) as bar:
         for batch in batches_in_order(items, row_length, model, size):
-            numbers.append(number_of(batch).tolist())
+            numbers.append(of_batch(batch).tolist())
             bar.update(batch.n_answers * world_size())
     flat = itertools.chain.from_iterable(all_gather(numbers))       # of all answers, in order
     return [list(itertools.islice(flat, len(item.answers))) for item in items]
-
-
-def encode_prompt(prompt, tokenizer):
-    return [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)
-
-
-def decode_answer(ids, tokenizer):
-    return tokenizer.decode([i for i in ids if i != tokenizer.eot_token])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -121,8 +131,8 @@ def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
              grades=None, baseline=None):
     """Measure policies ({name: model}) on prompts (texts); see the top of this file.
 
-    grades: {measure: a function from texts to numbers, both lists}, as open_grades of the task
-    returns them. baseline: the name of the policy that win_rate compares to, by default the first;
+    grades: {measure: a function from texts to numbers, both lists}, as Task.grades returns them.
+    baseline: the name of the policy that win_rate compares to, by default the first;
     it is sampled with seed + 1, and all others with seed.
     Returns ({name: {measure: mean, measure_se: standard error, win_rate_95: (low, high)}},
     {name: texts}).
@@ -134,8 +144,8 @@ def evaluate(policies, reference, prompts, tokenizer, max_new_tokens, seed,
         # The baseline has random numbers of its own. With the same ones, a similar policy would
         # often write the same text, and the win rate would not be that of independent answers.
         own_seed = seed + 1 if name == baseline else seed
-        answers = sample(model, encoded, max_new_tokens, own_seed, tokenizer.eot_token,
-                         progress=f"sampling {name}")
+        answers = sample_answers(model, encoded, max_new_tokens, own_seed, tokenizer.eot_token,
+                                 progress=f"sampling {name}")
         texts[name] = [decode_answer(answer, tokenizer) for answer in answers]
         whole = [prompt + text for prompt, text in zip(prompts, texts[name])]
         graded = {measure: torch.tensor(grade(whole), dtype=torch.float64)
@@ -167,35 +177,9 @@ def log_ratios(model, reference, prompts, answers, name):
         return torch.zeros(len(answers), dtype=torch.float64)
     items = [Encoded(prompt, [answer], []) for prompt, answer in zip(prompts, answers)]
     row_length, progress = reference.config.block_size, f"scoring {name}"
-    pi_logps = torch.tensor(score(model, items, row_length, progress)).flatten()
-    ref_logps = torch.tensor(score(reference, items, row_length, progress)).flatten()
+    pi_logps = torch.tensor(logps_of(model, items, row_length, progress)).flatten()
+    ref_logps = torch.tensor(logps_of(reference, items, row_length, progress)).flatten()
     return pi_logps.double() - ref_logps.double()
-
-
-def means(columns):
-    """{measure: values, one per prompt} to {measure: mean, measure_se: its standard error}."""
-    found = {}
-    for measure, values in columns.items():
-        found[measure] = values.double().mean().item()
-        found[f"{measure}_se"] = (values.double().std() / len(values) ** 0.5).item()
-    return found
-
-
-def wilson(scores):
-    """(low, high): the 95 % interval of the mean of n scores from 0 to 1. A win is 1, a tie 1/2.
-
-    Without ties it is Wilson's interval, which contains every rate p for which
-    |share - p| <= z sqrt(p (1 - p) / n), where z = 1.96. Unlike the share +- 2 standard errors, it
-    stays within 0 and 1 and does not shrink to a point if all were won. Ties vary less than wins
-    and losses do: with them, the mean of score (1 - score) is subtracted from p (1 - p).
-    """
-    n = len(scores)
-    share, z2 = sum(scores) / n, Z_95**2 / n
-    # Divided by n + z^2 rather than n, so that the interval of ties alone is not a point.
-    ties = sum(s * (1 - s) for s in scores) / (n + Z_95**2)
-    half = math.sqrt((share * (1 - share) - ties) * z2 + (1 - 4 * ties) * z2**2 / 4)
-    return (max(0.0, (share + z2 / 2 - half) / (1 + z2)),
-            min(1.0, (share + z2 / 2 + half) / (1 + z2)))
 
 
 def distinct(texts, tokenizer, n):
@@ -242,13 +226,13 @@ def rate_pairs(policies, reference, items, betas):
 
 def log_ratios_of_pairs(model, items, name):
     """(P,) log pi(y_w|x) - log pi(y_l|x) of all pairs of a list of Encoded."""
-    logps = score(model, items, model.config.block_size, f"scoring pairs, {name}")
+    logps = logps_of(model, items, model.config.block_size, f"scoring pairs, {name}")
     return differences(logps, items)
 
 
 def differences(numbers, items):
     """(P,) the chosen answer's number minus the rejected one's, for all pairs of a list of
-    Encoded. numbers: one of each answer, as `score` returns them."""
+    Encoded. numbers: one of each answer, as numbers_of returns them."""
     return torch.tensor([of_item[w] - of_item[l] for of_item, item in zip(numbers, items)
                          for w, l in item.pairs], dtype=torch.float64)
 
@@ -256,17 +240,28 @@ def differences(numbers, items):
 def means_over_pairs(columns, items):
     """{measure: values, one per pair of a list of Encoded} to {measure: mean, measure_se: its
     standard error, clustered by prompt}."""
-    clusters = {}                                       # {prompt: its index}
-    cluster_of = [clusters.setdefault(tuple(item.prompt), len(clusters)) for item in items]
-    cluster_of = torch.tensor([c for c, item in zip(cluster_of, items) for _ in item.pairs])
-    found = {}
-    for measure, values in columns.items():
-        # Pairs of one prompt are not independent, so their deviations are added up first.
-        deviations = torch.zeros(len(clusters), dtype=torch.float64)
-        deviations.index_add_(0, cluster_of, (values - values.mean()).double())
-        found[measure] = values.mean().item()
-        found[f"{measure}_se"] = deviations.norm().item() / len(values)
-    return found
+    return clustered_means(columns, [tuple(item.prompt) for item in items for _ in item.pairs])
+
+
+def measure(path, policies, reference, prompts, tokenizer, args, **facts):
+    """Evaluate policies on held-out prompts (texts) and report the result; facts go to the file."""
+    if len(prompts) < 2:
+        print("fewer than two held-out prompts, so nothing is measured")
+        return
+    grades = task_of(args).grades(args, reference, tokenizer)
+    measures, texts = evaluate(policies, reference, prompts, tokenizer, args.max_new_tokens,
+                               args.seed + 1, grades)
+    report(path, prompts, texts, measures, grades, "", args, **facts)
+
+
+def report(path, prompts, texts, measures, grades, note, args, **facts):
+    """Print the answers to the first four prompts (not picked) and the table, and write the
+    measures to `path`. texts, measures: what evaluate returned. note: a line about the measures."""
+    note += "; win rate with its 95 % interval" if "reward" in grades else ""
+    print(final_report(prompts, texts, measures, grades.get("reward"), note))
+    write_json(path, {"task": args.task or args.data.name, "seed": args.seed,
+                      "prompts": len(prompts), **facts, "policies": measures})
+    print(f"\nwrote {path}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -281,7 +276,7 @@ def main(argv=None):
     sft, dpo = args.out / "sft.pt", args.out / "dpo.pt"
     policy = args.checkpoint or (dpo if dpo.exists() else sft)
     if args.evaluate is not None:
-        measure(args.evaluate or [sft, dpo], device, args)
+        evaluate_checkpoints(args.evaluate or [sft, dpo], device, args)
     elif args.export:
         model, _, _ = open_checkpoint(policy, device, args)
         model.save_pretrained(args.export)
@@ -318,38 +313,32 @@ def answer(policies, tokenizer, prompt, args):
         raise UserError(f"a prompt of {len(ids)} tokens; the model reads at most {block_size - 1}")
     texts = {}
     for name, model in policies.items():
-        answers = sample(model, [ids] * args.n, args.max_new_tokens, args.seed,
-                         tokenizer.eot_token, args.temperature, args.top_k, args.top_p)
+        answers = sample_answers(model, [ids] * args.n, args.max_new_tokens, args.seed,
+                                 tokenizer.eot_token, args.temperature, args.top_k, args.top_p)
         texts[name] = [decode_answer(answer, tokenizer) for answer in answers]
     return texts
 
 
-def measure(paths, device, args):
+def evaluate_checkpoints(paths, device, args):
     """--evaluate: print the table, write evaluation.json."""
-    task, reference = task_of(args), args.reference or args.out / "sft.pt"
+    reference_path = args.reference or args.out / "sft.pt"
     paths = paths + ([args.baseline] if args.baseline else [])
-    models, tokenizer, betas = open_policies([*paths, reference], device, args)
-    names = names_of([*paths, reference])
-    policies = {names[path]: models[names[path]] for path in paths}
-    baseline, pi_ref = names[args.baseline or paths[0]], models[names[reference]]
-    items = held_out_pairs(tokenizer, common_block_size(models), args)
+    policies, reference, tokenizer, betas = open_with_reference(paths, reference_path, device, args)
+    baseline = names_of([*paths, reference_path])[args.baseline or paths[0]]
+    items = held_out_pairs(tokenizer, reference.config.block_size, args)
     prompts = held_out_prompts(items, tokenizer, args)
-    grades = task.open_grades(args, pi_ref, tokenizer)
-    measures, texts = evaluate(policies, pi_ref, prompts, tokenizer, args.max_new_tokens,
+    grades = task_of(args).grades(args, reference, tokenizer)
+    measures, texts = evaluate(policies, reference, prompts, tokenizer, args.max_new_tokens,
                                args.seed + 1, grades, baseline)
     for name in policies:
         measures[name] |= {f"distinct_{n}": distinct(texts[name], tokenizer, n) for n in (1, 2)}
     if items:
-        for name, on_pairs in rate_pairs(policies, pi_ref, items, betas).items():
+        for name, on_pairs in rate_pairs(policies, reference, items, betas).items():
             measures[name] |= on_pairs
-    against = f"; win rate against {baseline}, with its 95 % interval" if grades else ""
-    print(final_report(prompts, texts, measures, grades.get("reward"),
-                       f"\nKL to {reference}{against}"))
     make_folder(args.out)
-    write_json(args.out / "evaluation.json", {
-        "task": args.task or args.data.name, "seed": args.seed, "reference": str(reference),
-        "prompts": len(prompts), "baseline": baseline, "policies": measures})
-    print(f"\nwrote {args.out / 'evaluation.json'}")
+    report(args.out / "evaluation.json", prompts, texts, measures, grades,
+           f"\nKL to {reference_path}; baseline {baseline}", args,
+           reference=str(reference_path), baseline=baseline)
 
 
 def parse_args(argv):

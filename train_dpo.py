@@ -25,55 +25,35 @@ reward model: it fits the policy itself to the pairs, by maximum likelihood:
 The log-probs under pi_ref never change, so they are computed once, before training.
 
 Writes to out/<task>/: preferences.jsonl (if the task samples its own), reference.json, dpo.pt,
-metrics.csv, results.json. Not needed here: the reward model and PPO, which DPO replaces;
+dpo_metrics.csv, results.json. Not needed here: the reward model and PPO, which DPO replaces;
 experiments/ has them.
 Equations, sections and appendices named here are those of the paper, arXiv 2305.18290. The paper
 writes y_w and y_l (winner and loser) for what is called the chosen and the rejected answer here.
 """
 
-import json
+import copy
 import math
 
 import torch
 import torch.nn.functional as F
 
 import train_sft
-from data import Batches, batches_in_order, micro_batches, rank_answers, separate
-from runtime.checkpoint import check_sft_checkpoint, data_source, open_checkpoint, save_checkpoint
-from runtime.cli import choose_row_length, command, set_up, warn_of_large_lr
+from data import Batches, batches_in_order
+from runtime.cli import begin_run, command
 from runtime.errors import UserError
-from runtime.files import cache_key, cached, claim_folder, write_json
-from runtime.flags import flags_for_sft, needs_sft, parse_dpo_flags
-from runtime.parallel import compiled_logps, sum_gradients
-from runtime.report import final_report
-from runtime.run import Log, TrainingState, is_due
-from sample import (
-    decode_answer,
-    encode_prompt,
-    evaluate,
-    ranked_correctly,
-    sample,
-    score,
-    tie_in_nats,
-)
-from tasks import encode_splits, evaluated, task_of
+from runtime.run import Run
+from sample import add_reference, measure, ranked_correctly, sample_answers, tie_in_nats
+from tasks import task_of
+from tasks.checkpoint import open_start, plan_sft, save_checkpoint
+from tasks.flags import parse_dpo_flags
 from train_sft import grad_scaler, update, warmup
 
-# Defaults that depend on the task; all others are in runtime/flags.py. Appendix B has Adam with
-# learning rate 1e-6, 150 steps of warm-up and beta 0.1 (0.5 for TL;DR). The reviews need others:
-# their model is 900 times smaller than the smallest GPT-2, so its few weights have to move further;
-# the run has only 176 steps; and with beta 0.1, fewer of the texts would be well-formed.
-# Tasks with a reward sample answers and rank them: `prefixes` is the number of prompts (25,000 in
-# C.1). If the rewards of two answers differ by less than `gap`, only the better one is kept.
-PAPER_LR = 1e-6
-DEFAULTS = {
-    "reviews": dict(beta=0.5, lr=1e-4, warmup=50, prefixes=2100, gap=0.0),
-    "imdb-small": dict(beta=0.5, lr=1e-4, warmup=150, prefixes=4000, gap=0.5),
-    "imdb": dict(beta=0.1, lr=PAPER_LR, warmup=150, prefixes=25_000, gap=0.5),
-    "hh": dict(beta=0.1, lr=PAPER_LR, warmup=150),
-    "tldr": dict(beta=0.5, lr=PAPER_LR, warmup=150),
-    "own file": dict(beta=0.1, lr=PAPER_LR, warmup=150),
-}
+# The numbers that decide the result, those of Appendix B. It does not mention clipping; 10 is the
+# value in the authors' code. Tasks with a reward sample four answers to each prompt, as in C.1. A
+# task may have other numbers: its attribute `dpo`.
+DEFAULTS = {"batch": 64, "epochs": 1.0, "lr": 1e-6, "warmup": 150, "beta": 0.1, "clip": 10.0,
+            "weight_decay": 0.0, "samples": 4}
+LOSSES = ["dpo", "plackett_luce", "unlikelihood"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -189,58 +169,35 @@ def dpo_gradient(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
 # The loop
 # ------------------------------------------------------------------------------------------------
 
-COLUMNS = {"loss": ".4f", "accuracy": ".1%", "margin": "+.3f", "chosen_reward": "+.3f",
-           "rejected_reward": "+.3f", "chosen_logp": ".1f", "rejected_logp": ".1f",
-           "grad_norm": ".2f", "lr": ".1e", "held_out_loss": ".4f", "held_out_accuracy": ".1%"}
-
-
 def train(policy, preferences, held_out, args):
     """DPO on preferences, a list of Encoded with their ref_logps. Trains the policy in place.
     held_out: more of them, for evaluation only. args: the flags of parse_args.
 
     The loss of a step is the sum of the losses of `objective` over all its micro-batches, divided
-    by args.batch, the number of pairs (for plackett_luce, of whole rankings). The optimizer is that
-    of GPT.optimizer; its rate warms up to args.lr and then stays there. At step 0, the rewards of
-    every micro-batch go through check_start before the first update. Logs the losses and what
-    `describe` returns to args.out/metrics.csv; the state for --resume is args.out/dpo_state.pt.
+    by args.batch, the number of pairs (for plackett_luce, of whole rankings). Adam's rate warms up
+    to args.lr and then stays there. At step 0, the rewards go through check_start.
     """
     batches = Batches(preferences, args.batch, args.seed, whole=args.loss == "plackett_luce")
-    n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
-    optimizer = policy.optimizer(args.lr, args.weight_decay)
-    scaler = grad_scaler(policy)
-    # The log needs batches and scaler to report a gradient that is not finite. The state is saved
-    # for --resume, which needs the data to check that it is still the same.
-    log = Log(args.out / "metrics.csv", COLUMNS, batches, scaler)
-    state = TrainingState(args.out / "dpo_state.pt", args, policy, optimizer, scaler, log, batches,
-                          held_out)
-    logps_of = compiled_logps(policy)                               # policy.logps, perhaps compiled
+    optimizer, scaler = policy.optimizer(args.lr, args.weight_decay), grad_scaler(policy)
+    run = Run("dpo", COLUMNS, args, batches, held_out, model=policy, optimizer=optimizer,
+              scaler=scaler)
     tie = args.beta * tie_in_nats(policy.precision)                 # smaller margins are ties
-    for step in state.steps(n_steps, "DPO"):                        # from 0, or with --resume later
-        # At some steps, evaluate on held-out pairs, with the weights that this step starts from.
-        evaluating = held_out and is_due(step, n_steps, args.eval_every)
-        if evaluating:
-            evaluate_preferences(policy, held_out, args, log)
-        # One batch of args.batch pairs, forward and backward. The gradients of its micro-batches
-        # (state.n_micro_batches of them, --accumulate or as few as fit in memory) add up.
-        for micro_batch in micro_batches(batches[step], state.n_micro_batches, args.row_length,
-                                         policy):
-            logps = logps_of(micro_batch)                           # (N,) log pi(y|x)
-            losses, rewards = objective(logps, micro_batch, args)   # per pair (ranking), per answer
+
+    def evaluate():
+        evaluate_preferences(policy, held_out, args, run.log)
+    for step in run.steps(evaluate):                                # evaluates, logs, saves
+        for batch in run.micro_batches(step):                       # their gradients add up
+            logps = policy.logps(batch)                             # (N,) log pi(y|x)
+            losses, rewards = objective(logps, batch, args)         # per pair (ranking), per answer
             loss = losses.sum() / args.batch                        # its share of the batch mean
             scaler.scale(loss).backward()
-            log.add(len(losses), loss=losses.detach().sum())        # a sum, and its count
-            log.add(len(micro_batch.chosen), **describe(logps.detach(), rewards, micro_batch, tie))
+            run.log.add(len(losses), loss=losses.detach().sum())    # a sum, and its count
+            run.log.add(len(batch.chosen), **describe(logps.detach(), rewards, batch, tie))
             if step == 0:
                 check_start(rewards, args, policy.precision)
-        # One update.
-        sum_gradients(policy)                                       # of all processes
-        lr = args.lr * warmup(step, args.warmup)
+        lr = args.lr * warmup(step, run.n_warmup)
         grad_norm = update(policy, optimizer, scaler, lr, args.clip)
-        log.note_update(step, grad_norm, lr)
-        # At some steps, the same for all processes, write a line of the log or save the state.
-        if evaluating or is_due(step, n_steps, args.log_every):
-            log.write(step)
-        state.save_if_due(step)
+        run.log.note_update(step, grad_norm, lr)
 
 
 def objective(logps, batch, args):
@@ -254,23 +211,20 @@ def objective(logps, batch, args):
     return dpo_loss(logps, batch.ref_logps, batch.chosen, batch.rejected, args.beta)
 
 
-def describe(logps, rewards, batch, tie):
+def describe(logps, rewards, batch, tie, prefix=""):
     """Sums over the pairs of a batch, for the log. A margin of at most `tie` counts as a tie."""
     w, l = batch.chosen, batch.rejected
     margins = rewards[w] - rewards[l]
-    return {"accuracy": ranked_correctly(margins, tie).sum(),
-            "margin": margins.sum(),
+    sums = {"accuracy": ranked_correctly(margins, tie).sum(), "margin": margins.sum(),
             "chosen_reward": rewards[w].sum(), "rejected_reward": rewards[l].sum(),
             "chosen_logp": logps[w].sum(), "rejected_logp": logps[l].sum()}
+    return {prefix + name: total for name, total in sums.items()}
 
 
 def check_start(rewards, args, precision):
     """Check that the policy equals the reference before the first update, so that every implicit
     reward is 0 (and the loss of DPO is log 2). If it does not, the two were computed differently,
     and every later number would be wrong. Raises UserError."""
-    if not rewards.isfinite().all():
-        raise UserError("step 0: a log-prob of the model that DPO starts from is NaN or infinite; "
-                        "start from another one, or use --precision float32")
     # What rounding can do to the longest answer of a batch, in nats, with room to spare.
     nats = 0.01 if precision is None else 1.0
     largest = rewards.abs().max()
@@ -281,131 +235,73 @@ def check_start(rewards, args, precision):
 
 @torch.no_grad()
 def evaluate_preferences(policy, held_out, args, log):
-    """Log the loss and the accuracy over all held-out preferences."""
-    logps_of, tie = compiled_logps(policy), args.beta * tie_in_nats(policy.precision)
+    """Log the loss and what `describe` returns for all held-out preferences."""
+    tie = args.beta * tie_in_nats(policy.precision)
     for batch in batches_in_order(held_out, args.row_length, policy):
-        logps = logps_of(batch)
+        logps = policy.logps(batch)
         losses, rewards = objective(logps, batch, args)
         log.add(len(losses), held_out_loss=losses.sum())
-        described = describe(logps, rewards, batch, tie)
-        log.add(len(batch.chosen), held_out_accuracy=described["accuracy"])
+        log.add(len(batch.chosen), **describe(logps, rewards, batch, tie, "held_out_"))
+
+
+# {column of dpo_metrics.csv: (header, format) on the screen, or None}
+COLUMNS = {"loss": ("loss", ".4f"), "accuracy": ("accuracy", ".1%"), "margin": ("margin", "+z.3f"),
+           "chosen_reward": ("chosen", "+z.3f"), "rejected_reward": ("rejected", "+z.3f"),
+           "chosen_logp": None, "rejected_logp": None, "grad_norm": ("grad norm", ".2f"),
+           "lr": None, "held_out_loss": ("held out:", ".4f"),
+           "held_out_accuracy": ("accuracy", ".1%"), "held_out_margin": ("margin", "+z.3f"),
+           "held_out_chosen_reward": None, "held_out_rejected_reward": None,
+           "held_out_chosen_logp": None, "held_out_rejected_logp": None}
+LEGEND = """\
+Means since the line above. chosen, rejected: implicit rewards of these answers; margin: the first
+minus the second; accuracy: share of pairs with a margin above 0; held out: pairs not trained on."""
 
 
 # ------------------------------------------------------------------------------------------------
 # The experiment of C.1: an SFT model, sampled and ranked answers, reference log-probs, DPO, a table
 # ------------------------------------------------------------------------------------------------
 
+WRITES = ["dpo.pt", "dpo_metrics.csv", "reference.json", "preferences.jsonl", "results.json"]
+
 
 @command
 def main(argv=None):
     args = parse_args(argv)
-    device = set_up(args)                                   # also sets args.out
-    claim_folder(args.out)
-    task, source = task_of(args), data_source(args)
-    if task.open_reward:
-        task.open_reward(args)                              # if it is missing, say so before SFT
-    sft_path = args.sft or args.out / "sft.pt"
-    if needs_sft(sft_path, args):
-        train_sft.main(flags_for_sft(args))
-    policy, tokenizer, facts = open_checkpoint(sft_path, device, args)
-    check_sft_checkpoint(sft_path, policy, facts, source, args)
-    choose_row_length(args, policy.config.block_size)
+    device = begin_run(args, reads=["sft", "data"], writes=WRITES)
+    task = task_of(args)
+    task.check(args)                                        # before SFT: files may be missing
+    sft_flags, plan = plan_sft(args)
+    print(f"1 of 5: {plan}")
+    if sft_flags:
+        train_sft.main(sft_flags)
+    policy, tokenizer, facts = open_start(args, device, DEFAULTS["lr"])
+    reference = copy.deepcopy(policy)                       # it stays as it is
 
-    if task.open_reward:                                    # a task without preferences
-        sample_preferences(policy, tokenizer, args)
-    preferences, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
+    print("\n2 of 5: preferences" + (", sampled from the SFT model and ranked by the reward"
+                                     if task.has_reward else f" of {task.source(args)}"))
+    task.sample_preferences(reference, tokenizer, sample_answers, args)
+    preferences, held_out = task.encoded_preferences(tokenizer, args)
     prompts = task.prompts(held_out, tokenizer, args)       # for the table at the end
-    add_reference(policy, preferences + held_out, args)
-    warn_of_large_lr(args, PAPER_LR, facts.get("init", "random"))
-    print(f"DPO of {sft_path} on {sum(len(item.pairs) for item in preferences):,} pairs of "
-          f"{len(preferences):,} prompts, {args.loss}, beta {args.beta:g}, on {device}")
-    train(policy, preferences, evaluated(held_out), args)
-    save_checkpoint(args.out / "dpo.pt", policy, tokenizer=facts["tokenizer"], stage="dpo",
-                    init=facts.get("init", "random"), seed=args.seed, beta=args.beta,
-                    loss=args.loss, **source)
+
+    print("\n3 of 5: the log-probs of all answers under the reference, computed once")
+    add_reference(reference, preferences + held_out, args)
+
+    print(f"\n4 of 5: DPO on {sum(len(item.pairs) for item in preferences):,} pairs of "
+          f"{len(preferences):,} prompts, {args.loss}, beta {args.beta:g}, on {device}\n{LEGEND}\n")
+    train(policy, preferences, held_out, args)
+    save_checkpoint(args.out / "dpo.pt", policy, reference, **facts, stage="dpo", beta=args.beta,
+                    loss=args.loss)
     print(f"wrote {args.out / 'dpo.pt'}")
-    reference, _, _ = open_checkpoint(sft_path, device, args)
-    report(policy, reference, prompts, tokenizer, sft_path, args)
+
+    print("\n5 of 5: both models measured on held-out prompts")
+    measure(args.out / "results.json", {"sft": reference, "dpo": policy}, reference, prompts,
+            tokenizer, args, beta=args.beta)
+    print(f"try: python sample.py --compare {args.sft} {args.out / 'dpo.pt'}")
     (args.out / "dpo_state.pt").unlink(missing_ok=True)     # the run has finished
 
 
-def sample_preferences(sft, tokenizer, args):
-    """Sample --samples answers to each of --prefixes prefixes from the SFT model, rank them by the
-    ground-truth reward, and write them to preferences.jsonl. One prefix in ten is held out."""
-    key = cache_key(sft, sft.device.type, sft.precision, task_of(args).digest(args), args.seed,
-                    args.prefixes, args.samples, args.max_new_tokens, args.gap)
-    cached(args.out / "preferences.jsonl", key, lambda: ranked_samples(sft, tokenizer, args))
-
-
-def ranked_samples(sft, tokenizer, args):
-    """The content of preferences.jsonl: a JSON object per prompt, as rank_answers makes it, and
-    which of its answers are unfinished."""
-    task = task_of(args)
-    prompts = task.sampling_prompts(tokenizer, args)
-    repeated = [prompt for prompt in prompts for _ in range(args.samples)]
-    sampled = sample(sft, [encode_prompt(prompt, tokenizer) for prompt in repeated],
-                     args.max_new_tokens, args.seed, tokenizer.eot_token,
-                     progress="sampling answers")
-    texts = [decode_answer(ids, tokenizer) for ids in sampled]
-    ended = [ids[-1] == tokenizer.eot_token for ids in sampled]
-    usable = [text.strip() != "" and (end or not task.answers_must_end)
-              for text, end in zip(texts, ended)]
-    rewards = task.open_reward(args)([prompt + text for prompt, text in zip(repeated, texts)])
-    ranked, n_near_ties = [], 0
-    for k, prompt in enumerate(prompts):
-        mine = [i for i in range(k * args.samples, (k + 1) * args.samples) if usable[i]]
-        kept = [mine[j] for j in separate([rewards[i] for i in mine], args.gap)]
-        n_near_ties += len(mine) - len(kept)
-        row = rank_answers(prompt, [texts[i] for i in kept], [rewards[i] for i in kept])
-        unfinished = {texts[i] for i in kept if not ended[i]}
-        if row and unfinished:
-            row["unfinished"] = [j for j, text in enumerate(row["answers"]) if text in unfinished]
-        if row:
-            ranked.append(row)
-    if not ranked:
-        raise UserError("no prompt got two usable answers of different reward: train SFT for "
-                        "longer, lower --gap, or raise --max-new-tokens")
-    left_out = [f"{len(prompts) - len(ranked)} prompts (fewer than two rewards)",
-                f"{len(usable) - sum(usable)} answers (empty or unfinished)"]
-    if args.gap:
-        left_out.append(f"{n_near_ties} answers (within {args.gap:g} of a better one)")
-    print(f"sampled and ranked the answers to {len(ranked):,} prompts; left out "
-          + ", ".join(left_out))
-    return "".join(json.dumps(row) + "\n" for row in ranked)
-
-
-def add_reference(policy, items, args):
-    """Set ref_logps of a list of Encoded to the log-probs under the reference, which is the policy
-    before its first update. They are kept in reference.json."""
-    key = cache_key(policy, items, args.row_length, policy.device.type, policy.precision,
-                    policy.compiled)
-    logps = cached(args.out / "reference.json", key, lambda: json.dumps(
-        score(policy, items, args.row_length, "reference log-probs")))
-    for item, ref_logps in zip(items, json.loads(logps)):
-        item.ref_logps = ref_logps
-
-
-def report(policy, reference, prompts, tokenizer, sft_path, args):
-    """Measure both models on held-out prompts (texts), print samples and the table, write
-    results.json."""
-    task = task_of(args)
-    if len(prompts) < 2:
-        print(f"{task.name(args)}: fewer than two held-out prompts, so no samples are measured")
-        return
-    grades = task.open_grades(args, reference, tokenizer)
-    measures, texts = evaluate({"sft": reference, "dpo": policy}, reference, prompts, tokenizer,
-                               args.max_new_tokens, args.seed + 1, grades)
-    write_json(args.out / "results.json", {
-        "task": args.task or args.data.name, "beta": args.beta, "prompts": len(prompts),
-        "policies": measures})
-    print(final_report(prompts, texts, measures, grades.get("reward"),
-                       "; win rate with its 95 % interval" if grades else ""))
-    print(f"\nwrote {args.out / 'results.json'}; try: "
-          f"python sample.py --compare {sft_path} {args.out / 'dpo.pt'}")
-
-
 def parse_args(argv):
-    return parse_dpo_flags(__doc__, argv, DEFAULTS)
+    return parse_dpo_flags(__doc__, argv, DEFAULTS, LOSSES)
 
 
 if __name__ == "__main__":

@@ -16,23 +16,24 @@ import math
 
 import torch
 
-from data import Batches, batches_in_order, micro_batches
-from runtime.checkpoint import data_source, initial_model, save_checkpoint
-from runtime.cli import choose_row_length, command, set_up, warn_of_large_lr
-from runtime.files import claim_folder
-from runtime.flags import parse_sft_flags
-from runtime.parallel import compiled_logps, sum_gradients
-from runtime.run import Log, TrainingState, is_due
-from tasks import encode_splits, evaluated, task_of
+from data import Batches, batches_in_order
+from runtime.cli import begin_run, choose_row_length, command, warn_of_large_lr
+from runtime.parallel import sum_gradients
+from runtime.run import Run
+from tasks import task_of
+from tasks.checkpoint import data_source, initial_model, save_checkpoint
+from tasks.flags import parse_sft_flags
 from tasks.tokenizers import get_tokenizer
 
-# Defaults that depend on the initial weights: GPT-2's, or random ones, of the sizes below.
-LR = {"pretrained": 2e-5, "random": 5e-3, "imdb-small": 2e-3}
-SIZES = {"random": {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, "init_std": 0.085},
-         "imdb-small": {"block_size": 256, "n_layer": 6, "n_head": 8, "n_embd": 256,
-                        "init_std": 0.03}}
+# The numbers that decide the result. lr is the peak rate for GPT-2's weights. RANDOM has what
+# differs from random weights, the default for reviews; a task may have other ones (`random`).
+DEFAULTS = {"batch": 32, "epochs": 1.0, "lr": 2e-5, "warmup": 30, "clip": 1.0, "weight_decay": 0.0}
+RANDOM = {"lr": 5e-3, "block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, "init_std": 0.085}
+BETAS = (0.9, 0.99)     # of Adam. Not 0.999: a run from random weights must soon forget the large
+                        # gradients of its first steps
 
-COLUMNS = {"loss": ".4f", "grad_norm": ".2f", "lr": ".1e", "held_out_loss": ".4f"}
+COLUMNS = {"loss": ("loss", ".4f"), "held_out_loss": ("held out", ".4f"),
+           "grad_norm": ("grad norm", ".2f"), "lr": ("lr", ".1e")}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -45,48 +46,29 @@ def train(model, examples, held_out, args):
     answers; see data.py) with one answer each. Trains the model in place. held_out: more examples,
     for evaluation only. args: the flags of parse_args."""
     batches = Batches(examples, args.batch, args.seed, whole=True)  # batches of texts, not of pairs
-    n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
-    # beta2 0.99 instead of Adam's 0.999, because a run from random weights must soon forget the
-    # large gradients of its first steps. (DPO, which starts from trained weights, keeps 0.999.)
-    optimizer = model.optimizer(args.lr, args.weight_decay, betas=(0.9, 0.99))
-    scaler = grad_scaler(model)
-    # The log needs batches and scaler to report a gradient that is not finite. The state is saved
-    # for --resume, which needs the data to check that it is still the same.
-    log = Log(args.out / "sft_metrics.csv", COLUMNS, batches, scaler)
-    state = TrainingState(args.out / "sft_state.pt", args, model, optimizer, scaler, log, batches,
-                          held_out)
-    logps_of = compiled_logps(model)                                # model.logps, perhaps compiled
-    for step in state.steps(n_steps, "SFT"):                        # from 0, or with --resume later
-        # At some steps, evaluate on held-out texts, with the weights that this step starts from.
-        evaluating = held_out and is_due(step, n_steps, args.eval_every)
-        if evaluating:
-            evaluate_examples(model, held_out, args, log)
-        # One batch of args.batch answers, forward and backward. The gradients of its micro-batches
-        # (state.n_micro_batches of them, --accumulate or as few as fit in memory) add up.
-        batch = batches[step]                                       # a list of Encoded
-        n_tokens = sum(len(item.answers[0]) for item in batch)
-        for micro_batch in micro_batches(batch, state.n_micro_batches, args.row_length, model):
-            logps = logps_of(micro_batch)                           # (N,) log pi(y|x)
+    optimizer, scaler = model.optimizer(args.lr, args.weight_decay, BETAS), grad_scaler(model)
+    run = Run("sft", COLUMNS, args, batches, held_out, model=model, optimizer=optimizer,
+              scaler=scaler)
+
+    def evaluate():
+        evaluate_examples(model, held_out, args, run.log)
+    for step in run.steps(evaluate):                                # evaluates, logs, saves
+        n_tokens = sum(len(item.answers[0]) for item in batches[step])
+        for batch in run.micro_batches(step):                       # their gradients add up
+            logps = model.logps(batch)                              # (N,) log pi(y|x)
             loss = -logps.sum() / n_tokens                          # its share of the batch mean
             scaler.scale(loss).backward()
-            log.add(len(micro_batch.target), loss=-logps.detach().sum())    # a sum, and its count
-        # One update.
-        sum_gradients(model)                                        # of all processes
-        lr = args.lr * min(warmup(step, args.warmup), cosine(step, n_steps))    # the lower one
+            run.log.add(len(batch.target), loss=-logps.detach().sum())      # a sum, and its count
+        lr = args.lr * min(warmup(step, run.n_warmup), cosine(step, run.n_steps))
         grad_norm = update(model, optimizer, scaler, lr, args.clip)
-        log.note_update(step, grad_norm, lr)
-        # At some steps, the same for all processes, write a line of the log or save the state.
-        if evaluating or is_due(step, n_steps, args.log_every):
-            log.write(step)
-        state.save_if_due(step)
+        run.log.note_update(step, grad_norm, lr)
 
 
 @torch.no_grad()
 def evaluate_examples(model, held_out, args, log):
     """Log the loss per token of all held-out answers."""
-    logps_of = compiled_logps(model)
     for batch in batches_in_order(held_out, args.row_length, model):
-        log.add(len(batch.target), held_out_loss=-logps_of(batch).sum())
+        log.add(len(batch.target), held_out_loss=-model.logps(batch).sum())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -95,7 +77,8 @@ def evaluate_examples(model, held_out, args, log):
 
 
 def warmup(step, n_warmup):
-    """The factor of a linear warm-up: 1 / n_warmup at step 0, and 1 from step n_warmup - 1 on."""
+    """The factor of a linear warm-up: 1 / n_warmup at step 0, and 1 from step n_warmup - 1 on. With
+    n_warmup = 0 it is always 1."""
     return min(1.0, (step + 1) / max(1, n_warmup))
 
 
@@ -105,8 +88,11 @@ def cosine(step, n_steps):
 
 
 def update(model, optimizer, scaler, lr, clip):
-    """One optimizer step with the accumulated gradients. Returns their norm before clipping, a
-    tensor. If float16 overflowed, the norm is not finite and the scaler skips the step."""
+    """One optimizer step at learning rate lr, with the gradients that backward() accumulated; they
+    are summed over all processes and clipped to the norm `clip` first, and cleared afterwards.
+    Returns their norm before clipping, a tensor. If float16 overflowed, the norm is not finite, the
+    scaler skips the step and lowers its scale."""
+    sum_gradients(model)
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)          # gradients must have their true size before clipping
@@ -130,18 +116,17 @@ def grad_scaler(model):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    device = set_up(args)
-    claim_folder(args.out)
+    device = begin_run(args, reads=["data"], writes=["sft.pt", "sft_metrics.csv"])
+    task, source = task_of(args), data_source(args)
+    splits = task.sft_examples(args)                        # before the weights: it may be missing
     tokenizer = get_tokenizer(args.tokenizer)
     model = initial_model(args, tokenizer, device)
     choose_row_length(args, model.config.block_size)
-    source = data_source(args)              # before training: the file may change meanwhile
-    splits = task_of(args).sft_examples(args)
-    examples, held_out = encode_splits(splits, args.data or args.task, tokenizer, args)
-    warn_of_large_lr(args, LR["pretrained"], args.init)
+    examples, held_out = task.encoded(splits, args.data or args.task, tokenizer, args)
+    warn_of_large_lr(args, DEFAULTS["lr"], args.init)
     print(f"SFT of {sum(p.numel() for p in model.parameters()):,} parameters ({args.init}) on "
-          f"{device}")
-    train(model, examples, evaluated(held_out), args)
+          f"{len(examples):,} texts, {device}")
+    train(model, examples, held_out, args)
     save_checkpoint(args.out / "sft.pt", model, tokenizer=args.tokenizer, stage="sft",
                     init=args.init, seed=args.seed, **source)
     (args.out / "sft_state.pt").unlink(missing_ok=True)     # the run has finished
@@ -149,7 +134,7 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    return parse_sft_flags(__doc__, argv, LR, SIZES)
+    return parse_sft_flags(__doc__, argv, DEFAULTS, RANDOM)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ EXERCISES = {exercise.number: exercise for exercise in [
          "test_a_longer_row_changes_nothing_but_padding"]),
     Exercise(
         8, "from sampled answers to ranked pairs", "C.1: K answers make K (K - 1) / 2 pairs",
-        ["data.rank_answers", "data.ranking_to_pairs"], [],
+        ["tasks.sampled.rank_answers", "data.ranking_to_pairs"], [],
         "C.1 of the paper; the forms of a preference that data.load_preferences reads",
         ["test_a_ranking_of_three_is_three_pairs",
          "test_four_answers_with_four_rewards_make_six_pairs_best_first",

@@ -286,7 +286,7 @@ def decay_on_everything(right, self, lr, weight_decay=0.0, **named):
     return optimizer
 
 
-@replaces("runtime.checkpoint.save_checkpoint",
+@replaces("tasks.checkpoint.save_checkpoint",
           "test_a_checkpoint_brings_back_sizes_weights_and_facts")
 def compiled_names_in_the_checkpoint(right, path, model, **facts):
     """nanoGPT #325: keys that begin with _orig_mod. cannot be loaded anywhere else."""
@@ -412,7 +412,7 @@ def held_out_prompts_trained_on(right, *arguments):
 # ------------------------------------------------------------------------------------------------
 
 
-@replaces("data.rank_answers", "test_of_answers_that_tie_the_first_stands_for_all")
+@replaces("tasks.sampled.rank_answers", "test_of_answers_that_tie_the_first_stands_for_all")
 def ties_as_wins(right, prompt, answers, rewards):
     """sorted() puts tied answers in an arbitrary order, and the policy learns this order."""
     if len(set(rewards)) < 2:
@@ -421,7 +421,8 @@ def ties_as_wins(right, prompt, answers, rewards):
             "ranking": sorted(range(len(answers)), key=lambda i: -rewards[i])}
 
 
-@replaces("data.rank_answers", "test_four_answers_with_four_rewards_make_six_pairs_best_first")
+@replaces("tasks.sampled.rank_answers",
+          "test_four_answers_with_four_rewards_make_six_pairs_best_first")
 def worst_first(right, prompt, answers, rewards):
     """sorted() without the minus sign: the policy learns what people like least."""
     row = right(prompt, answers, rewards)
@@ -942,13 +943,15 @@ def rewards_regressed(right, rewards, yw_idxs, yl_idxs):
     return (rewards[yw_idxs] - 1) ** 2 + rewards[yl_idxs] ** 2
 
 
-@replaces("model.ScalarGPT.rewards", "test_packed_rewards_are_those_of_one_row_a_sequence")
+@replaces("tasks.scalar_gpt.ScalarGPT.rewards",
+          "test_packed_rewards_are_those_of_one_row_a_sequence")
 def reward_before_the_end(right, self, batch):
     """Read one token early, at the last word: the model never sees that the answer ends."""
     return self.scalars_at((batch.last - 1).clamp(min=0), batch)
 
 
-@replaces("model.ScalarGPT.rewards", "test_packed_rewards_are_those_of_one_row_a_sequence")
+@replaces("tasks.scalar_gpt.ScalarGPT.rewards",
+          "test_packed_rewards_are_those_of_one_row_a_sequence")
 def reward_at_the_end_of_the_row(right, self, batch):
     """Read at the last column, which with padding on the right is padding for all but the longest
     answer."""
@@ -956,7 +959,7 @@ def reward_at_the_end_of_the_row(right, self, batch):
     return self.scalars_at(batch.last // T * T + T - 1, batch)
 
 
-@replaces("model.ScalarGPT.values", "test_the_value_of_a_token_is_read_before_it")
+@replaces("tasks.scalar_gpt.ScalarGPT.values", "test_the_value_of_a_token_is_read_before_it")
 def value_after_the_token(right, self, batch):
     """The critic already knows the token whose outcome it is to predict."""
     after = torch.where(batch.source + 1 < batch.tokens.numel(), batch.source + 1, batch.source)

@@ -72,7 +72,7 @@ from runtime.cli import Parser, command, number_type, only_one_process
 from runtime.errors import UserError
 from runtime.files import write_json
 from runtime.packing import best_row_length
-from runtime.parallel import allow_any_size, compiled_logps, set_precision
+from runtime.parallel import allow_any_size, set_precision
 from runtime.rows import Skipped
 from tasks.tokenizers import get_tokenizer
 from train_dpo import describe, dpo_loss
@@ -237,7 +237,7 @@ def log_probs(model, batch, rung):
     if rung.layout != "padded":
         if model.compiled:
             allow_any_size(batch)
-        return compiled_logps(model)(batch)
+        return model.logps(batch)
     if rung.logits == "all":
         logits = model(batch.tokens).flatten(0, 1)                              # (B T, V)
         token_logps = logits.log_softmax(-1)[batch.source, batch.target]        # (S,)

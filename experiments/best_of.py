@@ -19,15 +19,16 @@ from pathlib import Path
 
 import torch
 
-from data import Encoded
-from runtime.checkpoint import common_block_size, open_policies
+from data import Encoded, decode_answer, encode_prompt
 from runtime.cli import Parser, command, set_up
 from runtime.errors import UserError
 from runtime.files import make_folder, write_json
-from runtime.flags import add_measuring_flags, add_shared_flags, choose_task
-from runtime.report import names_of, table
-from sample import decode_answer, encode_prompt, means, sample, score
+from runtime.report import table
+from runtime.statistics import means
+from sample import logps_of, sample_answers
 from tasks import held_out_pairs, held_out_prompts, task_of
+from tasks.checkpoint import open_with_reference
+from tasks.flags import add_measuring_flags, add_task_flags, choose_task
 
 
 def draw_answers(model, prompts, tokenizer, count, max_new_tokens, seed,
@@ -36,8 +37,9 @@ def draw_answers(model, prompts, tokenizer, count, max_new_tokens, seed,
     {measure: (G, count)}. grades: as for sample.evaluate. judge: a policy trained from this model;
     its implicit reward is beta (log judge - log model)."""
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    answers = sample(model, [ids for ids in encoded for _ in range(count)], max_new_tokens, seed,
-                     tokenizer.eot_token, progress=f"sampling {count} answers to each prompt")
+    repeated = [ids for ids in encoded for _ in range(count)]
+    answers = sample_answers(model, repeated, max_new_tokens, seed, tokenizer.eot_token,
+                             progress=f"sampling {count} answers to each prompt")
     whole = [prompts[i // count] + decode_answer(answer, tokenizer)
              for i, answer in enumerate(answers)]
     columns = {}
@@ -45,8 +47,8 @@ def draw_answers(model, prompts, tokenizer, count, max_new_tokens, seed,
         items = [Encoded(ids, answers[i * count:(i + 1) * count], [])
                  for i, ids in enumerate(encoded)]
         row_length = model.config.block_size
-        pi_logps = torch.tensor(score(judge, items, row_length, "judging"))
-        ref_logps = torch.tensor(score(model, items, row_length, "judging"))
+        pi_logps = torch.tensor(logps_of(judge, items, row_length, "judging"))
+        ref_logps = torch.tensor(logps_of(model, items, row_length, "judging"))
         columns["implicit_reward"] = beta * (pi_logps - ref_logps)
     for measure, grade in (grades or {}).items():
         columns[measure] = torch.tensor(grade(whole), dtype=torch.float64)
@@ -90,7 +92,7 @@ def list_of_counts(text):
 
 def parse_args(argv):
     parser = Parser(__doc__)
-    add_shared_flags(parser)
+    add_task_flags(parser)
     add_measuring_flags(parser)
     add = parser.add_argument
     add("--numbers", type=list_of_counts, default=[1, 4, 16, 64, 128], metavar="N,N,...",
@@ -103,7 +105,7 @@ def parse_args(argv):
     parser.set_defaults(strict=False)       # rows that teach nothing are counted
     args = parser.parse_args(argv)
     choose_task(args)
-    has_reward = task_of(args).open_reward is not None
+    has_reward = task_of(args).has_reward
     if args.judge == "reward" and not has_reward:
         raise UserError("--judge reward: only reviews and imdb have one; use --judge implicit")
     args.judge = args.judge or ("reward" if has_reward else "implicit")
@@ -118,19 +120,17 @@ def main(argv=None):
     device, task = set_up(args), task_of(args)
     reference = args.reference or args.out / "sft.pt"
     checkpoint = args.checkpoint or args.out / "dpo.pt"
-    paths = [reference, checkpoint] if args.judge == "implicit" else [reference]
-    models, tokenizer, betas = open_policies(paths, device, args)
-    names = names_of(paths)
-    pi_ref = models[names[reference]]
+    paths = [checkpoint] if args.judge == "implicit" else []
+    policies, pi_ref, tokenizer, betas = open_with_reference(paths, reference, device, args)
     judge, by, measure = {}, "the task's reward", "reward"
-    if args.judge == "implicit":
-        judge = {"judge": models[names[checkpoint]], "beta": betas.get(names[checkpoint], 1.0)}
+    for name, policy in policies.items():                   # the one of --judge implicit
+        judge = {"judge": policy, "beta": betas.get(name, 1.0)}
         by, measure = f"the implicit reward of {checkpoint}", "implicit_reward"
-    row_length = common_block_size(models)
-    items = [] if task.open_reward else held_out_pairs(tokenizer, row_length, args)
+    row_length = pi_ref.config.block_size
+    items = [] if task.has_reward else held_out_pairs(tokenizer, row_length, args)
     prompts = held_out_prompts(items, tokenizer, args)
     columns = draw_answers(pi_ref, prompts, tokenizer, max(args.numbers), args.max_new_tokens,
-                           args.seed + 1, task.open_grades(args, pi_ref, tokenizer), **judge)
+                           args.seed + 1, task.grades(args, pi_ref, tokenizer), **judge)
     measures = best_of(columns, args.numbers, measure)
     print(f"\n{len(prompts):,} held-out prompts, the best of N answers of {reference} by {by}\n"
           f"{table(measures)}")

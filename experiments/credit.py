@@ -32,17 +32,17 @@ from string import Template
 
 import torch
 
-from data import Encoded, Preference, encode
+from data import Encoded, Preference, decode_answer, encode
 from experiments.ppo import by_token
-from runtime.checkpoint import common_block_size, open_policies
 from runtime.cli import Parser, command, number_type, only_one_process, printable, set_up
 from runtime.errors import UserError
 from runtime.files import replacing
-from runtime.flags import add_shared_flags, choose_task
 from runtime.report import names_of
 from runtime.rows import Skipped, unusable
-from sample import decode_answer, score, tie_in_nats
+from sample import logps_of, tie_in_nats
 from tasks import held_out_pairs, reviews, task_of
+from tasks.checkpoint import open_with_reference
+from tasks.flags import add_task_flags, choose_task
 from train_dpo import implicit_reward
 
 # A token of an answer: its text, as it can be printed; its log-probs, given all before it, under
@@ -117,8 +117,8 @@ def choose_pairs(items, n, order, policy, reference, row_length):
     if order == "file":
         return [alone(item, item.pairs[0]) for item in items[:n]]
     found = []
-    pi_logps = score(policy, items, row_length, "scoring pairs")
-    ref_logps = score(reference, items, row_length, "scoring pairs, reference")
+    pi_logps = logps_of(policy, items, row_length, "scoring pairs")
+    ref_logps = logps_of(reference, items, row_length, "scoring pairs, reference")
     for item, pi, ref in zip(items, pi_logps, ref_logps):
         margins = [(pi[w] - ref[w]) - (pi[l] - ref[l]) for w, l in item.pairs]      # in nats
         margin = max(margins) if order == "margin" else min(margins)
@@ -358,7 +358,7 @@ def compare_with_truth(items, answers, tokenizer):
 
 def parse_args(argv):
     parser = Parser(__doc__)
-    add_shared_flags(parser)
+    add_task_flags(parser)
     add = parser.add_argument
     add("--checkpoint", type=Path, action="append", metavar="FILE",
         help="the policy (default dpo.pt of the run); several of them are for --html")
@@ -406,16 +406,16 @@ def main(argv=None):
     device = set_up(args)
     paths, reference_path = args.checkpoint or [args.out / "dpo.pt"], args.reference
     reference_path = reference_path or args.out / "sft.pt"
-    models, tokenizer, betas = open_policies([*paths, reference_path], device, args)
-    names = names_of([*paths, reference_path])
-    reference, policy = models[names[reference_path]], models[names[paths[-1]]]
-    row_length = common_block_size(models)
+    policies, reference, tokenizer, betas = open_with_reference(paths, reference_path, device, args)
+    policy = list(policies.values())[-1]
+    reference_name = names_of([*paths, reference_path])[reference_path]
+    row_length = reference.config.block_size
     if args.prompt is not None:
         pairs = [typed_pair(args, tokenizer, row_length)]
     else:
         items = held_out_pairs(tokenizer, row_length, args)
         if not items:
-            raise UserError(f"{task_of(args).name(args)}: no held-out pair to show")
+            raise UserError(f"{task_of(args).source(args)}: no held-out pair to show")
         if args.truth and policy is reference:
             raise UserError("--truth: a policy that is its own reference has no implicit reward")
         if args.truth:
@@ -425,16 +425,16 @@ def main(argv=None):
         if not pairs:
             raise UserError("no held-out pair is ranked wrongly")
     shown = []
-    for name in dict.fromkeys(names[path] for path in paths):
+    for name, model in policies.items():
         beta = betas.get(name, 1.0)             # without a beta, rewards are in nats
-        views = views_of(models[name], reference, pairs, tokenizer, beta)
+        views = views_of(model, reference, pairs, tokenizer, beta)
         shown.append((name, beta, views))
     if args.html:
         with replacing(args.html) as file:
-            file.write(page(shown, names[reference_path]).encode())
+            file.write(page(shown, reference_name).encode())
         print(f"wrote {args.html}: open it in a browser")
     else:
-        print_views(*shown[0], names[reference_path])
+        print_views(*shown[0], reference_name)
 
 
 def print_truth(policy, reference, items, tokenizer):

@@ -1,4 +1,4 @@
-"""The training curves of a DPO run, or of two runs: metrics.csv as a picture.
+"""The training curves of a DPO run, or of two runs: dpo_metrics.csv as a picture.
 
     python -m experiments.curves out/reviews               # writes out/reviews/curves.svg
     python -m experiments.curves out/hh --out hh.svg
@@ -34,7 +34,7 @@ GUIDE = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1}
 
 
 def read_metrics(path):
-    """Read a metrics.csv. Returns {column: (steps, values)}, without cells that are empty and
+    """Read a dpo_metrics.csv. Returns {column: (steps, values)}, without cells that are empty and
     without columns that have no values. Raises UserError."""
     metrics = {}
     try:
@@ -46,19 +46,19 @@ def read_metrics(path):
         raise UserError(f"{path}: cannot be read: {error.strerror}; train_dpo.py writes it "
                         "to the folder of its run") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a metrics.csv of train_dpo.py") from error
+        raise UserError(f"{path}: not a dpo_metrics.csv of train_dpo.py") from error
     if not metrics:
         raise UserError(f"{path}: it has no steps yet")
     return metrics
 
 
 def read_row(row, metrics, where):
-    """Add a row of a metrics.csv to metrics. Only the columns of held-out data have empty cells.
+    """Add a row of a dpo_metrics.csv to metrics. Cells of step 0 and of held-out data may be empty.
     where: file and line, for the message. Raises UserError."""
     try:
         step = int(row["step"])
         for name in COLUMNS:
-            if row[name] == "" and name.startswith("held_out"):
+            if row[name] == "" and (step == 0 or name.startswith("held_out")):
                 continue
             value = float(row[name])
             if not math.isfinite(step + value):
@@ -67,7 +67,7 @@ def read_row(row, metrics, where):
             steps.append(step)
             values.append(value)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{where}: not a row of a metrics.csv of train_dpo.py") from error
+        raise UserError(f"{where}: not a row of a dpo_metrics.csv of train_dpo.py") from error
 
 
 # ------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def draw_loss(ax, run):
     draw_line(ax, run, "loss", "training", 0)
     draw_line(ax, run, "held_out_loss", "held out", 1, ":", dots=True)
     ax.set_ylabel("loss, nats per pair or ranking")
-    steps, losses = run.metrics["loss"]
+    steps, losses = run.metrics.get("held_out_loss", run.metrics["loss"])
     if math.isclose(losses[0], math.log(2), abs_tol=0.01) and not ax.texts:
         # Where DPO on pairs starts, once for two runs.
         ax.axhline(math.log(2), **GUIDE)
@@ -169,7 +169,7 @@ def main(argv=None):
     only_one_process("drawing")
     if args.out and args.out.suffix != ".svg":
         raise UserError(f"--out {args.out}: expected a name that ends in .svg")
-    metrics = {str(folder): read_metrics(folder / "metrics.csv") for folder in args.folder}
+    metrics = {str(folder): read_metrics(folder / "dpo_metrics.csv") for folder in args.folder}
     draw(metrics, args.out or args.folder[0] / "curves.svg")
 
 

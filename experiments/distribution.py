@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
+from data import decode_answer, encode_prompt
 from experiments.plot import BLUE, ORANGE, pyplot, save
-from runtime.checkpoint import open_policies
 from runtime.cli import Parser, command, only_one_process, set_up
 from runtime.errors import UserError
-from runtime.flags import add_measuring_flags, add_shared_flags, choose_task
-from runtime.report import names_of
-from sample import decode_answer, encode_prompt, sample
+from sample import sample_answers
 from tasks import held_out_prompts, task_of
+from tasks.checkpoint import open_with_reference
+from tasks.flags import add_measuring_flags, add_task_flags, choose_task
 
 LABELS = {"reward": "reward", "judge": "probability of a favourable text, by the judge"}
 N_BINS = 20
@@ -33,8 +33,8 @@ def graded_answers(policies, prompts, grades, tokenizer, args):
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     found = {measure: {} for measure in grades}
     for name, model in policies.items():
-        answers = sample(model, encoded, args.max_new_tokens, args.seed + 1, tokenizer.eot_token,
-                         progress=f"sampling {name}")
+        answers = sample_answers(model, encoded, args.max_new_tokens, args.seed + 1,
+                                 tokenizer.eot_token, progress=f"sampling {name}")
         texts = [prompt + decode_answer(answer, tokenizer)
                  for prompt, answer in zip(prompts, answers)]
         for measure, grade in grades.items():
@@ -74,14 +74,14 @@ def draw(found, path):
 
 def parse_args(argv):
     parser = Parser(__doc__)
-    add_shared_flags(parser)
+    add_task_flags(parser)
     add_measuring_flags(parser)
     parser.add_argument("--policies", nargs=2, type=Path, metavar="FILE",
                         help="two checkpoints (default sft.pt and dpo.pt of the run)")
     parser.set_defaults(strict=False)       # rows that teach nothing are counted
     args = parser.parse_args(argv)
     choose_task(args)
-    if not task_of(args).open_reward:
+    if not task_of(args).has_reward:
         raise UserError(f"{args.task or args.data}: only reviews and imdb have a reward")
     return args
 
@@ -93,13 +93,11 @@ def main(argv=None):
     device = set_up(args)
     sft = args.out / "sft.pt"
     paths = args.policies or [sft, args.out / "dpo.pt"]
-    models, tokenizer, _ = open_policies([*paths, sft], device, args)
-    names = names_of([*paths, sft])
-    policies = {names[path]: models[names[path]] for path in paths}
+    policies, reference, tokenizer, _ = open_with_reference(paths, sft, device, args)
     if len(policies) < 2:
         raise UserError("--policies needs two different checkpoints")
     prompts = held_out_prompts([], tokenizer, args)
-    grades = task_of(args).open_grades(args, models[names[sft]], tokenizer)
+    grades = task_of(args).grades(args, reference, tokenizer)
     shown = {measure: grade for measure, grade in grades.items() if measure in LABELS}
     draw(graded_answers(policies, prompts, shown, tokenizer, args), args.out / "distribution.svg")
 

@@ -52,14 +52,15 @@ from experiments import ppo, reward_model
 from experiments.best_of import best_of, draw_answers
 from experiments.plot import BLUE, GOLD, GREEN, GREY, ORANGE, PURPLE, pyplot, save
 from model import GPT
-from runtime.checkpoint import open_checkpoint
 from runtime.cli import Parser, command, number_type, only_one_process, set_up
 from runtime.errors import UserError
 from runtime.files import fingerprint, make_folder, write_json
-from runtime.flags import as_flags, flags_for_sft
+from runtime.flags import as_flags
 from runtime.report import side_by_side, table
-from sample import evaluate
-from tasks import encode_splits, task_of
+from sample import add_reference, evaluate, sample_answers
+from tasks import task_of
+from tasks.checkpoint import open_checkpoint
+from tasks.flags import flags_of_sft
 
 LOSSES = ["dpo", "plackett_luce", "unlikelihood"]       # of train_dpo.py
 # Settings were tuned on the reviews task, seed 100 and, for DPO, two more. DPO has the default
@@ -131,16 +132,16 @@ def prepare(args):
     if args.sft is None:
         args.sft = Path("out") / args.task / "sft.pt"
         if not args.sft.exists():
-            train_sft.main([*flags_for_sft(args), f"--out={args.sft.parent}"])
+            train_sft.main([*flags_of_sft(args), f"--out={args.sft.parent}"])
     model, tokenizer, facts = open_checkpoint(args.sft, device, args)
     args.row_length = model.config.block_size
-    train_dpo.sample_preferences(model, tokenizer, args)
     task = task_of(args)
-    training, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
+    task.sample_preferences(model, tokenizer, sample_answers, args)
+    training, held_out = task.encoded_preferences(tokenizer, args)
     key = [fingerprint(model), fingerprint(training + held_out)]
-    train_dpo.add_reference(model, training + held_out, args)
+    add_reference(model, training + held_out, args)
     prompts = task.prompts(held_out, tokenizer, args)
-    grades = task.open_grades(args, model, tokenizer)
+    grades = task.grades(args, model, tokenizer)
     flags = as_flags(args, ["task", "data_dir", "labeller", "device", "precision"])
     return Start(model, tokenizer, facts["tokenizer"], prompts, grades, flags, args.row_length,
                  training, held_out, key)
@@ -423,14 +424,14 @@ def main(argv=None):
     make_folder(args.out)
     start = prepare(args)
     shared = {"start": start.key, "prompts": args.eval_prompts, "flags": rest,
-              "defaults": train_dpo.DEFAULTS[args.task]}
+              "defaults": train_dpo.DEFAULTS | task_of(args).dpo}
     reference = cached(args.out / "reference", {**shared, "numbers": NUMBERS},
                        measure_reference, start, args, NUMBERS)
     learned = None
     if "ppo" in own.only:
         learned = cached(args.out / "reward_model", shared, fit_reward_model, start, args)
     runs = {}
-    for name, method, own_flags in tqdm(list(grid(own.seeds, own.only)), "runs"):
+    for name, method, own_flags in tqdm(list(grid(own.seeds, own.only)), "runs", disable=None):
         folder = args.out / name.replace(", ", "-").replace(" ", "_")
         config = {**shared, "method": method, "own": own_flags}
         flags = [*(rest if method in LOSSES else start.flags), *own_flags]

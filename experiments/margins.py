@@ -7,8 +7,9 @@ The margin of a pair is the difference of its two implicit rewards,
 
     beta log[pi(y_w|x) / pi_ref(y_w|x)] - beta log[pi(y_l|x) / pi_ref(y_l|x)]
 
-and metrics.csv has its mean. The same mean can be that of many pairs that are all a little ahead,
-or of a few that are far ahead while others are ranked wrongly; here is the whole distribution.
+and dpo_metrics.csv has its mean. The same mean can be that of many pairs that are all a little
+ahead, or of a few that are far ahead while others are ranked wrongly; here is the whole
+distribution.
 
 To see it over training, train with several --steps: the learning rate of DPO does not decay, so the
 first 40 steps of a long run are the run of --steps 40. Left out on purpose: logging it during
@@ -20,14 +21,14 @@ from pathlib import Path
 import torch
 
 from experiments.plot import BLUE, GREY, ORANGE, pyplot, save
-from runtime.checkpoint import common_block_size, open_policies
 from runtime.cli import Parser, command, only_one_process, set_up
 from runtime.errors import UserError
 from runtime.files import make_folder
-from runtime.flags import add_shared_flags, choose_task
 from runtime.report import names_of
 from sample import log_ratios_of_pairs
 from tasks import held_out_pairs
+from tasks.checkpoint import open_with_reference
+from tasks.flags import add_task_flags, choose_task
 
 QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
 
@@ -80,7 +81,7 @@ def draw(margins, path):
 
 def parse_args(argv):
     parser = Parser(__doc__)
-    add_shared_flags(parser)
+    add_task_flags(parser)
     add = parser.add_argument
     add("--checkpoint", type=Path, action="append", metavar="FILE",
         help="a policy; may be given several times (default dpo.pt of the run)")
@@ -100,17 +101,16 @@ def main(argv=None):
     only_one_process("drawing")
     device = set_up(args)
     paths = args.checkpoint or [args.out / "dpo.pt"]
-    reference = args.reference or args.out / "sft.pt"
-    models, tokenizer, betas = open_policies([*paths, reference], device, args)
-    names = names_of([*paths, reference])
+    reference_path = args.reference or args.out / "sft.pt"
+    policies, reference, tokenizer, betas = open_with_reference(paths, reference_path, device, args)
+    names = names_of([*paths, reference_path])
     for path in paths:
         if names[path] not in betas:
             raise UserError(f"{path} was not trained by train_dpo.py, so it has no beta")
-    items = held_out_pairs(tokenizer, common_block_size(models), args)
+    items = held_out_pairs(tokenizer, reference.config.block_size, args)
     if not items:
         raise UserError("there are no held-out pairs to measure margins on")
-    policies = {names[path]: models[names[path]] for path in paths}
-    margins = margins_of(policies, models[names[reference]], items, betas)
+    margins = margins_of(policies, reference, items, betas)
     print(as_table(margins))
     make_folder(args.out)
     draw(margins, args.svg or args.out / "margins.svg")

@@ -17,10 +17,10 @@ import torch
 from data import Batches, encode_all, pack
 from runtime.cli import Parser, command, number_type, set_up
 from runtime.errors import UserError
-from runtime.flags import add_shared_flags, choose_task
 from runtime.rows import read_and_report
 from tasks import task_of
-from tasks.tokenizers import TOKENIZER, TOKENIZERS, get_tokenizer
+from tasks.flags import add_task_flags, choose_task
+from tasks.tokenizers import TOKENIZERS, get_tokenizer
 
 DIM, RESET = "\033[2m", "\033[0m"
 BRIGHT = [f"\033[1;{n}m" for n in (36, 33, 35, 32, 34, 31)]
@@ -84,7 +84,7 @@ def show_counts(encoded):
 
 def parse_args(argv):
     parser = Parser(__doc__)
-    add_shared_flags(parser)
+    add_task_flags(parser)
     add = parser.add_argument
     add("--tokenizer", choices=TOKENIZERS, help="default: as for train_sft.py")
     add("--row-length", type=number_type(int, 2),
@@ -92,7 +92,7 @@ def parse_args(argv):
     parser.set_defaults(strict=False, reviews=1000)     # rows that teach nothing are counted
     args = parser.parse_args(argv)
     choose_task(args)
-    args.tokenizer = args.tokenizer or TOKENIZER.get(args.task, "gpt2")
+    args.tokenizer = args.tokenizer or task_of(args).tokenizer
     args.row_length = args.row_length or (256 if args.task in ("reviews", "imdb-small") else 1024)
     return args
 
@@ -102,8 +102,8 @@ def main(argv=None):
     args = parse_args(argv)
     set_up(args)
     task, tokenizer = task_of(args), get_tokenizer(args.tokenizer)
-    name = task.name(args)
-    if task.open_reward and not name.exists():
+    name = task.source(args)
+    if task.has_reward and not name.exists():
         print(f"no {name} yet, which train_dpo.py samples: this is what train_sft.py trains on")
         training, _ = task.sft_examples(args)
     else:

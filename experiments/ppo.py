@@ -39,26 +39,26 @@ policy; torch.compile; a sampling temperature other than 1, which rollout, refer
 would all have to divide their logits by.
 """
 
-import math
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import Batches, Encoded, batches_in_order, deal, pack_for_model
-from experiments.reward_model import open_reward_model, open_run
-from model import ScalarGPT
-from runtime.checkpoint import open_checkpoint, save_checkpoint
-from runtime.cli import Parser, command, number_type, set_up
+from data import Batches, Encoded, batches_in_order, deal, decode_answer, pack_for_model
+from experiments.reward_model import open_reward_model
+from runtime.cli import Parser, begin_run, command, number_type
 from runtime.errors import UserError
-from runtime.files import claim_folder, fingerprint, write_json
-from runtime.flags import add_measuring_flags, add_shared_flags, add_training_flags, choose_task
-from runtime.parallel import all_gather, sum_gradients
-from runtime.report import final_report
-from runtime.run import Log, TrainingState, is_due
-from sample import decode_answer, evaluate, sample, score
+from runtime.files import fingerprint
+from runtime.flags import add_training_flags, fill_in
+from runtime.parallel import all_gather
+from runtime.run import Run
+from sample import measure, numbers_of, sample_answers
 from tasks import held_out_prompts, task_of
+from tasks.checkpoint import open_start, save_checkpoint
+from tasks.flags import add_measuring_flags, add_task_flags, choose_task
+from tasks.scalar_gpt import ScalarGPT
 from train_sft import grad_scaler, update, warmup
 
 # Answers per step and per minibatch, learning rates, the penalty beta, a target for the KL (None:
@@ -66,7 +66,7 @@ from train_sft import grad_scaler, update, warmup
 # passes over the prompts. "small" is for the models of reviews and imdb-small. "trl" has the
 # settings of TRL 0.8 to 0.11, for pretrained models; C.1 compares with TRL, and its own PPO had
 # 1,024 answers per step.
-DEFAULTS = {
+PRESETS = {
     "small": {"batch": 256, "minibatch": 64, "lr": 1e-4, "critic_lr": 1e-3, "beta": 0.2,
                 "target_kl": None, "horizon": 300, "epochs": 2},
     "pretrained": {"batch": 1024, "minibatch": 128, "lr": 1.41e-5, "critic_lr": 1.41e-5,
@@ -74,6 +74,7 @@ DEFAULTS = {
     "trl": {"batch": 128, "minibatch": 128, "lr": 1.41e-5, "critic_lr": 1.41e-5, "beta": 0.2,
             "target_kl": 6.0, "horizon": 10_000, "epochs": 1},
 }
+DEFAULTS = {"warmup": 3, "clip": 1.0, "weight_decay": 0.0}        # of every preset
 PASSES = 4                  # over the answers of a step
 RATIO_CLIP = 0.2            # of ratios of probabilities, and of changes of the critic's values
 GAMMA, LAMBDA = 1.0, 0.95
@@ -82,8 +83,10 @@ UNFINISHED = -1.0           # reward of an answer without end-of-text: the least
 
 # reward, kl, length: means over the sampled answers. clipped: share of tokens without gradient.
 # explained: 1 - Var(returns - values) / Var(returns), at most 1. grad_norm: of the policy.
-COLUMNS = {"reward": ".3f", "kl": ".3f", "beta": ".3f", "length": ".1f", "clipped": ".3f",
-           "value_loss": ".4f", "explained": ".3f", "grad_norm": ".2f"}
+COLUMNS = {"reward": ("reward", ".3f"), "kl": ("kl", ".3f"), "beta": ("beta", ".3f"),
+           "length": ("length", ".1f"), "clipped": ("clipped", ".3f"),
+           "value_loss": ("value loss", ".4f"), "explained": ("explained", ".3f"),
+           "grad_norm": ("grad norm", ".2f")}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -196,7 +199,7 @@ def rollout(policy, value_model, reference, prompts, score_answers, eot, step, a
     """Sample one answer to each of a list of prompts (ids) and keep what `improve` needs to know.
     score_answers: maps a list of Encoded to their rewards, a list. Returns a Rollout."""
     seed = 10**6 * (args.seed + 1) + step               # other answers in every step
-    answers = sample(policy, prompts, args.max_new_tokens, seed, eot)
+    answers = sample_answers(policy, prompts, args.max_new_tokens, seed, eot)
     items = [Encoded(prompt, [answer], []) for prompt, answer in zip(prompts, answers)]
     scores = score_answers(items)
     if task_of(args).answers_must_end:
@@ -218,10 +221,9 @@ def advantages_and_returns(rolled, beta):
     return whiten(advantages, rolled.mask), advantages + rolled.values
 
 
-def improve(policy, critic, rolled, advantages, returns, step, log, args):
+def improve(policy, critic, rolled, advantages, returns, step, log, args, factor=1.0):
     """Four passes over a Rollout, in minibatches, with an update of policy and critic for each.
-    policy, critic: Learners."""
-    factor = warmup(step, args.warmup)
+    policy, critic: Learners. factor: of their learning rates."""
     for chosen in minibatches(len(rolled.items), args, step):       # an array of indices
         n_tokens = rolled.mask[chosen].sum()
         for batch, at in packed_parts(rolled, chosen, policy.model, args):
@@ -256,7 +258,6 @@ class Learner:
 
     def step(self, factor, clip):
         """One update at lr * factor. Returns the gradient norm before clipping."""
-        sum_gradients(self.model)                                           # of all processes
         return update(self.model, self.optimizer, self.scaler, factor * self.lr, clip)
 
 
@@ -320,30 +321,25 @@ def train(model, reference, prompts, score_answers, eot, args, reward_digest="")
     beta."""
     batches = Batches([Encoded(prompt, [], []) for prompt in prompts], args.batch, args.seed,
                       whole=True)
-    n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
     policy = Learner(model, args.lr, args.weight_decay)
     critic = Learner(ScalarGPT.from_gpt(model), args.critic_lr, args.weight_decay)
     penalty = Penalty(args.beta, args.target_kl, args.horizon)
-    log = Log(args.out / "ppo_metrics.csv", COLUMNS, batches, policy.scaler)
     digests = {"reward model": reward_digest, "--max-new-tokens": args.max_new_tokens}
-    state = TrainingState(args.out / "ppo_state.pt", args, model, policy.optimizer, policy.scaler,
-                          log, batches, held_out=[], digests=digests, critic=critic.model,
-                          critic_optimizer=critic.optimizer,
-                          critic_scaler=critic.scaler, penalty=penalty)
-    for step in state.steps(n_steps, "PPO"):
+    run = Run("ppo", COLUMNS, args, batches, digests=digests, model=model,
+              optimizer=policy.optimizer, scaler=policy.scaler, critic=critic.model,
+              critic_optimizer=critic.optimizer, critic_scaler=critic.scaler, penalty=penalty)
+    for step in run.steps():                                                # logs, saves
         rolled = rollout(model, critic.model, reference, [item.prompt for item in batches[step]],
                          score_answers, eot, step, args)
         advantages, returns = advantages_and_returns(rolled, penalty.beta)
-        describe(rolled, returns, penalty.beta, log)
-        improve(policy, critic, rolled, advantages, returns, step, log, args)
+        describe_rollout(rolled, returns, penalty.beta, run.log)
+        improve(policy, critic, rolled, advantages, returns, step, run.log, args,
+                warmup(step, run.n_warmup))
         penalty.adapt(rolled.kl().mean().item(), len(rolled.items))
-        if is_due(step, n_steps, args.log_every):
-            log.write(step)
-        state.save_if_due(step)
     return penalty.beta
 
 
-def describe(rolled, returns, beta, log):
+def describe_rollout(rolled, returns, beta, log):
     """Log a Rollout; see COLUMNS."""
     log.add(len(rolled.items), reward=rolled.scores.sum(), kl=rolled.kl().sum(),
             length=rolled.mask.sum())
@@ -360,19 +356,21 @@ def describe(rolled, returns, beta, log):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    device = set_up(args)
-    claim_folder(args.out)
-    policy, tokenizer, facts, (preferences, held_out) = open_run(device, args)
+    device = begin_run(args, reads=["sft", "reward_model", "data"],
+                       writes=["ppo.pt", "ppo_metrics.csv", "ppo.json"])
+    policy, tokenizer, facts = open_start(args, device, PRESETS["pretrained"]["lr"])
+    preferences, held_out = task_of(args).encoded_preferences(tokenizer, args)
     held_out = held_out_prompts(held_out, tokenizer, args)      # for the table at the end
     score_answers, digest = reward_function(tokenizer, facts["tokenizer"], device, args)
-    reference, _, _ = open_checkpoint(args.sft, device, args)
+    reference = copy.deepcopy(policy)
     prompts = [item.prompt for item in preferences]
     print(f"PPO of {args.sft} on {len(prompts):,} prompts, {args.reward} reward, {device}")
     beta = train(policy, reference, prompts, score_answers, tokenizer.eot_token, args, digest)
-    save_checkpoint(args.out / "ppo.pt", policy, **facts | {
-        "stage": "ppo", "beta": beta, "reward": args.reward})
+    save_checkpoint(args.out / "ppo.pt", policy, reference, **facts, stage="ppo", beta=beta,
+                    reward=args.reward)
     print(f"wrote {args.out / 'ppo.pt'}")
-    report(policy, reference, held_out, tokenizer, beta, args)
+    measure(args.out / "ppo.json", {"sft": reference, "ppo": policy}, reference, held_out,
+            tokenizer, args, reward=args.reward, beta=beta, target_kl=args.target_kl)
     (args.out / "ppo_state.pt").unlink(missing_ok=True)         # the run has finished
 
 
@@ -380,7 +378,7 @@ def reward_function(tokenizer, tokenizer_name, device, args):
     """(function, digest) of --reward: it maps a list of Encoded with one answer each to a list of
     rewards; the digest is of the reward model's weights."""
     if args.reward == "ground_truth":
-        reward = task_of(args).open_reward(args)
+        reward = task_of(args).reward(args)
         return lambda items: reward([decode_answer([*item.prompt, *item.answers[0]], tokenizer)
                                      for item in items]), ""
     path = args.reward_model or args.out / "reward.pt"
@@ -389,38 +387,23 @@ def reward_function(tokenizer, tokenizer_name, device, args):
         raise UserError(f"{path} is for the {facts['tokenizer']} tokenizer, but the policy has the "
                         f"{tokenizer_name} tokenizer")
     row_length = model.config.block_size
-    return lambda items: [rewards[0] for rewards in score(
-        model, items, row_length, progress="rewards", number_of=model.rewards)], fingerprint(model)
-
-
-def report(policy, reference, prompts, tokenizer, beta, args):
-    """Measure both models on held-out prompts (texts), print samples and the table, write
-    ppo.json."""
-    grades = task_of(args).open_grades(args, reference, tokenizer)
-    measures, texts = evaluate({"sft": reference, "ppo": policy}, reference, prompts, tokenizer,
-                               args.max_new_tokens, args.seed + 1, grades)
-    print(final_report(prompts, texts, measures, grades.get("reward")))
-    write_json(args.out / "ppo.json", {
-        "task": args.task or args.data.name, "reward": args.reward, "beta": beta,
-        "target_kl": args.target_kl, "prompts": len(prompts), "policies": measures})
-    print(f"\nwrote {args.out / 'ppo.json'}")
+    return lambda items: [rewards[0] for rewards in numbers_of(
+        model, model.rewards, items, row_length, "rewards")], fingerprint(model)
 
 
 def parse_args(argv):
     parser = Parser(__doc__)
-    add_shared_flags(parser)
-    add_training_flags(parser, 256, "answers", warmup=3)
-    add_measuring_flags(parser)
-    add = parser.add_argument
-    add("--preset", choices=DEFAULTS,
-        help="a row of the table DEFAULTS in this file, with --batch, --epochs and the flags below "
-             "(default: small for reviews and imdb-small, else pretrained)")
+    add_task_flags(parser)
+    add = parser.group("the run")
+    add("--sft", type=Path, help="checkpoint to start from (default: sft.pt of the run)")
     add("--reward", choices=["learned", "ground_truth"], default="learned",
         help="the reward model, or the task's own reward if it has one (default learned)")
     add("--reward-model", type=Path, help="default: reward.pt of the run")
-    add("--sft", type=Path, help="checkpoint to start from (default: sft.pt of the run)")
+    add = parser.group("PPO")
+    add("--preset", choices=PRESETS,
+        help="a row of the table PRESETS in this file, with --batch, --lr, --epochs and the flags "
+             "below (default: small for reviews and imdb-small, else pretrained)")
     add("--minibatch", type=number_type(int, 1), help="answers per update (small: 64)")
-    add("--lr", type=number_type(float, 0, above=True), help="of the policy (small: 1e-4)")
     add("--critic-lr", type=number_type(float, 0, above=True), help="of the critic (small: 1e-3)")
     add("--beta", type=number_type(float, 0),
         help="strength of the KL penalty, as in DPO; with --target-kl, at the start (small: 0.2)")
@@ -428,20 +411,19 @@ def parse_args(argv):
         help="adapt beta towards this KL, in nats (small: fixed beta)")
     add("--horizon", type=number_type(int, 1),
         help="--target-kl: beta changes by at most about a fifth per so many answers (small: 300)")
-    parser.set_defaults(batch=None, epochs=None, accumulate=1, init=None, tokenizer=None)
+    add_training_flags(parser, PRESETS["small"] | DEFAULTS, "answers")
+    add_measuring_flags(parser)
+    parser.set_defaults(accumulate=1, init=None, tokenizer=None)
     args = parser.parse_args(argv)
     choose_task(args)
-    preset = args.preset or ("small" if args.task in ("reviews", "imdb-small") else "pretrained")
-    for name, default in DEFAULTS[preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    fill_in(args, PRESETS[args.preset or task_of(args).ppo_preset], DEFAULTS)
     check_flags(args)
     return args
 
 
 def check_flags(args):
     """Raise UserError for flags that contradict each other."""
-    if args.reward == "ground_truth" and not task_of(args).open_reward:
+    if args.reward == "ground_truth" and not task_of(args).has_reward:
         raise UserError("--reward ground_truth: only reviews and imdb have one")
     if args.batch % args.minibatch:
         raise UserError(f"--batch {args.batch} is not a multiple of --minibatch {args.minibatch}")

@@ -24,53 +24,40 @@ Reads sft.pt of the run, and dpo.pt if there is one. Writes reward.pt, reward_me
 reward.json to the same folder. Left out on purpose: torch.compile.
 """
 
-import math
 from pathlib import Path
 
 import torch
 
-from data import Batches, Encoded, micro_batches
-from model import ScalarGPT
-from runtime.checkpoint import (
-    check_sft_checkpoint,
-    data_source,
-    load_checkpoint,
-    open_checkpoint,
-    open_policies,
-    save_checkpoint,
-)
-from runtime.cli import Parser, choose_row_length, command, number_type, set_up
+from data import Batches, Encoded, decode_answer
+from runtime.cli import Parser, begin_run, command
 from runtime.errors import UserError
-from runtime.files import claim_folder, write_json
-from runtime.flags import (
-    add_answer_length_flag,
-    add_evaluation_flag,
-    add_shared_flags,
-    add_training_flags,
-    choose_task,
-)
-from runtime.parallel import set_precision, sum_gradients
+from runtime.files import write_json
+from runtime.flags import add_evaluation_flag, add_training_flags, fill_in
+from runtime.parallel import set_precision
 from runtime.report import table
-from runtime.run import Log, TrainingState, is_due
+from runtime.run import Run
 from sample import (
-    decode_answer,
     differences,
     means_over_pairs,
+    numbers_of,
     ranked_correctly,
     rate_pairs,
-    sample,
-    score,
+    sample_answers,
 )
-from tasks import encode_splits, evaluated, task_of
+from tasks import TASKS, task_of
+from tasks.checkpoint import load_checkpoint, open_start, open_with_reference, save_checkpoint
+from tasks.flags import add_answer_length_flag, add_task_flags, choose_task
+from tasks.scalar_gpt import ScalarGPT
 from train_dpo import bradley_terry
 from train_sft import cosine, grad_scaler, update, warmup
 
-LR = {"reviews": 3e-3, "imdb-small": 3e-4}      # the peak; it decays to a tenth
-PRETRAINED_LR = 1e-5                            # of other tasks
+# lr is the peak for a pretrained model; it decays to a tenth. A task may have another: `reward_lr`.
+DEFAULTS = {"batch": 64, "epochs": 3.0, "lr": 1e-5, "warmup": 30, "clip": 1.0, "weight_decay": 0.0}
 N_NORMALISE = 1024          # answers of the SFT model on which the rewards have mean 0, deviation 1
 
-COLUMNS = {"loss": ".4f", "accuracy": ".3f", "grad_norm": ".2f", "lr": ".1e",
-           "held_out_accuracy": ".3f"}
+COLUMNS = {"loss": ("loss", ".4f"), "accuracy": ("accuracy", ".3f"),
+           "grad_norm": ("grad norm", ".2f"), "lr": ("lr", ".1e"),
+           "held_out_accuracy": ("held out", ".3f")}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -91,43 +78,29 @@ def train(model, preferences, held_out, args):
     """Fit a ScalarGPT to preferences, a list of Encoded, in place. Afterwards it has the weights
     that ranked most pairs of held_out correctly. Returns the step they are from."""
     batches = Batches(preferences, args.batch, args.seed)
-    n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
-    optimizer = model.optimizer(args.lr, args.weight_decay)
-    scaler = grad_scaler(model)
-    log = Log(args.out / "reward_metrics.csv", COLUMNS, batches, scaler)
+    optimizer, scaler = model.optimizer(args.lr, args.weight_decay), grad_scaler(model)
     best = Best()
-    state = TrainingState(args.out / "reward_state.pt", args, model, optimizer, scaler, log,
-                          batches, held_out, best=best)
-    for step in state.steps(n_steps, "reward model"):
-        # At some steps, check whether these are the best weights so far.
-        evaluating = held_out and is_due(step, n_steps, args.eval_every)
-        if evaluating:
-            accuracy = accuracy_of(model, held_out, args, log)
-            best.keep_if_better(model, step, accuracy)
-        # One batch of args.batch pairs, forward and backward.
-        for micro_batch in micro_batches(batches[step], state.n_micro_batches, args.row_length,
-                                         model):
-            rewards = model.rewards(micro_batch)                            # (N,)
-            losses = reward_loss(rewards, micro_batch.chosen, micro_batch.rejected)      # (P,)
+    run = Run("reward", COLUMNS, args, batches, held_out, model=model, optimizer=optimizer,
+              scaler=scaler, best=best)
+
+    def evaluate():
+        accuracy = accuracy_of(model, held_out, args, run.log)
+        best.keep_if_better(model, run.step, accuracy)
+    for step in run.steps(evaluate if held_out else None):              # evaluates, logs, saves
+        for batch in run.micro_batches(step):                           # their gradients add up
+            rewards = model.rewards(batch)                              # (N,)
+            losses = reward_loss(rewards, batch.chosen, batch.rejected)         # (P,)
             scaler.scale(losses.sum() / args.batch).backward()
-            margins = (rewards[micro_batch.chosen] - rewards[micro_batch.rejected]).detach()
-            log.add(len(losses), loss=losses.detach().sum(),
-                    accuracy=ranked_correctly(margins, 0.0).sum())
-        # One update.
-        sum_gradients(model)                                                # of all processes
-        lr = args.lr * min(warmup(step, args.warmup), cosine(step, n_steps))
+            margins = (rewards[batch.chosen] - rewards[batch.rejected]).detach()
+            run.log.add(len(losses), loss=losses.detach().sum(),
+                        accuracy=ranked_correctly(margins, 0.0).sum())
+        lr = args.lr * min(warmup(step, run.n_warmup), cosine(step, run.n_steps))
         grad_norm = update(model, optimizer, scaler, lr, args.clip)
-        log.note_update(step, grad_norm, lr)
-        if evaluating or is_due(step, n_steps, args.log_every):
-            log.write(step)
-        state.save_if_due(step)
-    if held_out:
-        accuracy = accuracy_of(model, held_out, args, log)
-        best.keep_if_better(model, n_steps, accuracy)
-        log.write(n_steps)
-        model.load_state_dict(best.weights)
-        return best.step
-    return n_steps
+        run.log.note_update(step, grad_norm, lr)
+    if not held_out:
+        return run.n_steps
+    model.load_state_dict(best.weights)
+    return best.step
 
 
 class Best:
@@ -152,15 +125,15 @@ class Best:
 def accuracy_of(model, items, args, log):
     """Log and return the share of all pairs of a list of Encoded that a reward model ranks
     correctly."""
-    correct = ranked_correctly(margins_of(model, items, args.row_length), 0.0)
+    correct = ranked_correctly(reward_margins(model, items, args.row_length), 0.0)
     log.add(len(correct), held_out_accuracy=correct.sum())
     return correct.double().mean().item()
 
 
-def margins_of(model, items, row_length):
+def reward_margins(model, items, row_length):
     """(P,) reward of the chosen minus that of the rejected answer, for all pairs of a list of
     Encoded."""
-    rewards = score(model, items, row_length, progress="rewards", number_of=model.rewards)
+    rewards = numbers_of(model, model.rewards, items, row_length, "rewards")
     return differences(rewards, items)
 
 
@@ -169,8 +142,7 @@ def normalise(model, items, row_length):
     """Shift and scale a reward model in place, so that its rewards of the answers of a list of
     Encoded, one each, have mean 0 and standard deviation 1. Raises UserError if all are the same.
     """
-    rewards = torch.tensor(score(model, items, row_length, progress="rewards",
-                                 number_of=model.rewards)).flatten()
+    rewards = torch.tensor(numbers_of(model, model.rewards, items, row_length, "rewards")).flatten()
     mean, std = rewards.mean(), rewards.std()
     if not std > 0:
         raise UserError("the reward model gives all answers the same reward: it needs more --steps "
@@ -181,8 +153,8 @@ def normalise(model, items, row_length):
 
 def answers_of(sft, prompts, tokenizer, args):
     """One sampled answer to each of a list of prompts (ids), as a list of Encoded."""
-    answers = sample(sft, prompts, args.max_new_tokens, args.seed + 2, tokenizer.eot_token,
-                     progress="sampling sft")
+    answers = sample_answers(sft, prompts, args.max_new_tokens, args.seed + 2, tokenizer.eot_token,
+                             progress="sampling sft")
     return [Encoded(prompt, [answer], []) for prompt, answer in zip(prompts, answers)]
 
 
@@ -194,37 +166,22 @@ def answers_of(sft, prompts, tokenizer, args):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    device = set_up(args)
-    claim_folder(args.out)
-    sft, tokenizer, facts, (preferences, held_out) = open_run(device, args)
+    device = begin_run(args, reads=["sft", "data"], writes=["reward.pt", "reward_metrics.csv"])
+    sft, tokenizer, facts = open_start(args, device, DEFAULTS["lr"])
+    preferences, held_out = task_of(args).encoded_preferences(tokenizer, args)
     choosing, reporting = halves(held_out)
 
     model = ScalarGPT.from_gpt(sft)
     print(f"reward model from {args.sft} on {sum(len(item.pairs) for item in preferences):,} pairs "
           f"of {len(preferences):,} prompts, on {device}")
-    best_step = train(model, preferences, evaluated(choosing), args)
+    best_step = train(model, preferences, choosing, args)
     prompts = [item.prompt for item in preferences[:N_NORMALISE]]
     normalise(model, answers_of(sft, prompts, tokenizer, args), sft.config.block_size)
     save_checkpoint(args.out / "reward.pt", model, **facts | {"stage": "reward"})
     print(f"wrote {args.out / 'reward.pt'}, the weights of step {best_step}")
     epoch = best_step * args.batch / sum(len(item.pairs) for item in preferences)
-    report(model, sft, reporting, tokenizer, epoch, args)
+    report_accuracy(model, sft, reporting, tokenizer, epoch, args)
     (args.out / "reward_state.pt").unlink(missing_ok=True)      # the run has finished
-
-
-def open_run(device, args):
-    """What both stages of RLHF start from: (SFT model, tokenizer, facts for the checkpoints to
-    come, (training, held-out) lists of Encoded). Sets args.sft and args.row_length. Raises
-    UserError if the SFT model does not fit the flags or the data."""
-    task, source = task_of(args), data_source(args)
-    args.sft = args.sft or args.out / "sft.pt"
-    sft, tokenizer, facts = open_checkpoint(args.sft, device, args)
-    check_sft_checkpoint(args.sft, sft, facts, source, args)
-    choose_row_length(args, sft.config.block_size)
-    splits = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
-    facts = {"tokenizer": facts["tokenizer"], "init": facts.get("init", "random"),
-             "seed": args.seed, **source}
-    return sft, tokenizer, facts, splits
 
 
 def halves(items):
@@ -237,25 +194,26 @@ def halves(items):
     return parts
 
 
-def report(model, sft, items, tokenizer, epoch, args):
+def report_accuracy(model, sft, items, tokenizer, epoch, args):
     """Measure the reward model on held-out pairs (a list of Encoded), beside the implicit reward of
     dpo.pt, and its correlation with the ground truth. Prints and writes reward.json."""
     found = {"epoch": epoch, "pairs": sum(len(item.pairs) for item in items), "correlation": None}
     if items:
-        correct = ranked_correctly(margins_of(model, items, args.row_length), 0.0)
+        correct = ranked_correctly(reward_margins(model, items, args.row_length), 0.0)
         found |= means_over_pairs({"accuracy": correct}, items)
         rows = {"reward model": {name: found[name] for name in ("accuracy", "accuracy_se")}}
         dpo_path = args.out / "dpo.pt"
         if dpo_path.exists():
-            policies, _, betas = open_policies([dpo_path], sft.device, args)
-            rated = rate_pairs(policies, sft, items, betas)["dpo"]
+            policies, reference, _, betas = open_with_reference([dpo_path], args.sft, sft.device,
+                                                                args)
+            rated = rate_pairs(policies, reference, items, betas)["dpo"]
             found["implicit_reward"] = {name: rated[name] for name in ("accuracy", "accuracy_se")}
             rows["implicit reward of dpo.pt"] = found["implicit_reward"]
         print(f"\npairs ranked correctly, of {found['pairs']:,} held-out pairs that the choice of "
               f"the weights did not see\n{table(rows)}")
-    open_reward = task_of(args).open_reward
-    if items and open_reward:
-        found["correlation"] = correlation_with_truth(model, items, open_reward(args), tokenizer,
+    task = task_of(args)
+    if items and task.has_reward:
+        found["correlation"] = correlation_with_truth(model, items, task.reward(args), tokenizer,
                                                       args)
         print("\ncorrelation with the ground-truth reward, among answers to one prompt: "
               f"{found['correlation']:.3f}")
@@ -268,8 +226,8 @@ def correlation_with_truth(model, items, reward, tokenizer, args):
     mean over the answers to a prompt is subtracted first, since preferences do not determine it
     (Lemma 1)."""
     learned, true = [], []
-    scored = score(model, items, args.row_length, progress="rewards", number_of=model.rewards)
-    for item, rewards in zip(items, scored):
+    all_rewards = numbers_of(model, model.rewards, items, args.row_length, "rewards")
+    for item, rewards in zip(items, all_rewards):
         texts = [decode_answer([*item.prompt, *answer], tokenizer) for answer in item.answers]
         truth = reward(texts)
         learned.append(torch.tensor(rewards) - sum(rewards) / len(rewards))
@@ -286,18 +244,17 @@ def open_reward_model(path, device, args):
 
 def parse_args(argv):
     parser = Parser(__doc__)
-    add_shared_flags(parser)
-    add_training_flags(parser, 64, "pairs", warmup=30)
+    add_task_flags(parser)
+    parser.group("the run")(
+        "--sft", type=Path, help="checkpoint to start from (default: sft.pt of the run)")
+    tasks = {name: {"lr": task.reward_lr} for name, task in TASKS.items()}
+    add_training_flags(parser, DEFAULTS, "pairs", tasks)
     add_evaluation_flag(parser)
-    add = parser.add_argument
     add_answer_length_flag(parser)          # of the answers that normalise the rewards
-    add("--lr", type=number_type(float, 0, above=True),
-        help="peak learning rate (default 1e-5; 3e-3 for reviews, 3e-4 for imdb-small)")
-    add("--sft", type=Path, help="checkpoint to start from (default: sft.pt of the run)")
-    parser.set_defaults(epochs=3.0, init=None, tokenizer=None)      # C.1: three epochs
+    parser.set_defaults(init=None, tokenizer=None)
     args = parser.parse_args(argv)
     choose_task(args)
-    args.lr = args.lr or LR.get(args.task, PRETRAINED_LR)
+    fill_in(args, {"lr": task_of(args).reward_lr}, DEFAULTS)
     return args
 
 

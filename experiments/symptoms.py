@@ -12,7 +12,7 @@ Each run is trained by train_dpo.py in a process of its own, because a wrong ans
 until its process ends. What that run logs, it logs with the mistake. Afterwards, sample.py measures
 the policy without the mistake: ground-truth reward, KL and so on, on held-out prompts.
 
-Writes to out/symptoms/: a folder for each run, with metrics.csv, log.txt, samples.txt and
+Writes to out/symptoms/: a folder for each run, with dpo_metrics.csv, log.txt, samples.txt and
 result.json; symptoms.md, a table of the results; and a picture for each group of symptoms. If the
 command is interrupted, it continues with the missing runs. A run is also made again if its line in
 SYMPTOMS changes. Left out on purpose: several seeds. These pictures are to be recognised, not
@@ -212,7 +212,7 @@ def measure(out, folder, eval_prompts):
 
 MEASURES = {"reward": "z.2f", "kl": "z.2f", "win_rate": ".2f", "well_formed": ".2f",
             "length": ".1f", "finished": ".2f", "distinct_2": ".4f", "accuracy": ".2f"}
-# {title: (columns of metrics.csv, what they are multiplied by, where a run starts)}
+# {title: (columns of dpo_metrics.csv, what they are multiplied by, where a run starts)}
 PANELS = {"loss": (["loss"], 1, math.log(2)), "accuracy, %": (["accuracy"], 100, 50),
           "implicit reward": (["chosen_reward", "rejected_reward"], 1, 0),
           "log-prob, nats": (["chosen_logp", "rejected_logp"], 1, None)}
@@ -238,11 +238,11 @@ def draw(symptoms, out, path):
     grey behind them."""
     plt = pyplot(letters="none")
     plt.rcParams |= SMALL
-    healthy = read_metrics(out / "healthy" / "metrics.csv")
+    healthy = read_metrics(out / "healthy" / "dpo_metrics.csv")
     figure, rows = plt.subplots(len(symptoms), len(PANELS), figsize=(11, 1.9 * len(symptoms)),
                                 squeeze=False)
     for row, symptom in zip(rows, symptoms):
-        broken = read_metrics(out / symptom.name / "metrics.csv")
+        broken = read_metrics(out / symptom.name / "dpo_metrics.csv")
         for ax, (title, (names, scale, start)) in zip(row, PANELS.items()):
             if start is not None:
                 ax.axhline(start, **GUIDE)
@@ -322,7 +322,7 @@ def draw_groups(chosen, args):
     make_folder(args.assets or args.out)
     for group in dict.fromkeys(symptom.group for symptom in chosen if symptom.group):
         symptoms = [symptom for symptom in chosen if symptom.group == group
-                    and (args.out / symptom.name / "metrics.csv").exists()]
+                    and (args.out / symptom.name / "dpo_metrics.csv").exists()]
         if symptoms:
             draw(symptoms, args.out, (args.assets or args.out) / f"symptoms-{group}.svg")
 

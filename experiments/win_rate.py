@@ -26,8 +26,8 @@ downloaded, of which the latest of each rater counts. The report shows
                     raters with the model
 
 Each share is first taken among the answers to one question, then averaged over the questions. Its
-95 % interval (sample.wilson) is over questions too: more raters make it no narrower than the
-questions allow, and it says nothing about what other raters would answer.
+95 % interval (runtime.statistics.wilson) is over questions too: more raters make it no narrower
+than the questions allow, and it says nothing about what other raters would answer.
 
 Left out on purpose: sending anything anywhere. What to ask, and whom, is up to you.
 """
@@ -42,13 +42,15 @@ import zlib
 from collections import namedtuple
 from pathlib import Path
 
-from runtime.checkpoint import open_policies
+from data import decode_answer, encode_prompt
 from runtime.cli import Parser, command, number_type, set_up
 from runtime.errors import UserError
 from runtime.files import replacing, write_json
-from runtime.flags import add_shared_flags, choose_task
-from sample import decode_answer, encode_prompt, sample, wilson
+from runtime.statistics import wilson
+from sample import sample_answers
 from tasks import held_out_pairs, held_out_prompts, task_of
+from tasks.checkpoint import open_policies
+from tasks.flags import add_task_flags, choose_task
 
 # The prompts of C.2, word for word except for typesetting. `requests` fills in {prompt}, {A}, {B}.
 SUMMARY = """\
@@ -221,14 +223,15 @@ def ask(args):
     if len(policies) != 2:
         raise UserError("--between needs two different checkpoints")
     row_length = min(model.config.block_size for model in policies.values())
-    items = [] if task_of(args).open_reward else held_out_pairs(tokenizer, row_length, args)
+    items = [] if task_of(args).has_reward else held_out_pairs(tokenizer, row_length, args)
     prompts = held_out_prompts(items, tokenizer, args)
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     texts = {}
     for i, (name, model) in enumerate(policies.items(), 1):
         # With one seed for both, similar policies would sample similar answers.
-        answers = sample(model, encoded, args.max_new_tokens, args.seed + i, tokenizer.eot_token,
-                         args.temperature, progress=f"sampling {name}")
+        answers = sample_answers(model, encoded, args.max_new_tokens, args.seed + i,
+                                 tokenizer.eot_token, args.temperature,
+                                 progress=f"sampling {name}")
         texts[name] = [decode_answer(ids, tokenizer) for ids in answers]
     questions, order = draw_order(prompts, texts, args.seed)
     if args.ask.suffix == ".html":
@@ -429,7 +432,7 @@ def share(label, judged):
 
 def parse_args(argv):
     parser = Parser(__doc__)
-    add_shared_flags(parser)
+    add_task_flags(parser)
     add = parser.add_argument
     add("--ask", type=Path, metavar="FILE",
         help="write questions: a name in .jsonl for a model, in .html for people")

@@ -7,17 +7,15 @@ import math
 import os
 import signal
 import sys
-import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from runtime.errors import Interrupted, UserError
-from runtime.files import CLAIMED, release_folders
-from runtime.parallel import choose_device, join_processes
-from tasks import TASKS
+from runtime.files import CLAIMED, claim_folder, handling_signals, release_folders
+from runtime.parallel import choose_device, is_first_to_say, join_processes
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +25,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
+        self.groups = {}
+
+    def group(self, title):
+        """add_argument of the group of flags with this title; --help lists groups in the order in
+        which they are first asked for."""
+        if title not in self.groups:
+            self.groups[title] = self.add_argument_group(title)
+        return self.groups[title].add_argument
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -57,10 +63,24 @@ def number_type(kind, least, above=False, most=math.inf):
 
 
 def set_up(args):
-    """Set the run's folder, connect to the other processes if there are any, return the device."""
-    choose_folder(args)
+    """Connect to the other processes, if there are any, and return the device."""
     device = choose_device(args.device)
     join_processes(device)
+    return device
+
+
+def begin_run(args, reads, writes):
+    """set_up for a run that writes to args.out: create and lock that folder. Raises UserError if
+    another run holds it, or if this run would overwrite a file that it reads, under whatever name.
+    reads: names of flags with paths. writes: names of files in args.out."""
+    device = set_up(args)
+    claim_folder(args.out)
+    for name in reads:
+        path = getattr(args, name)
+        for output in (args.out / name for name in writes):
+            if path and path.exists() and output.exists() and output.samefile(path):
+                raise UserError(f"--{name.replace('_', '-')} {path}: this run would overwrite it; "
+                                "choose another folder with --out")
     return device
 
 
@@ -68,16 +88,6 @@ def only_one_process(what):
     """Raise UserError if torchrun started several processes: `what` cannot be shared among them."""
     if dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
         raise UserError(f"{what} takes one process: start it without torchrun")
-
-
-def choose_folder(args):
-    """Set --out to its default if it was not given."""
-    if args.out is not None:
-        return
-    name = args.task or args.data.name.removesuffix(".gz").removesuffix(".jsonl")
-    if args.data and name in ("", *TASKS):
-        raise UserError(f"--data {args.data}: name a folder for this run with --out")
-    args.out = Path("out") / name
 
 
 def choose_row_length(args, block_size):
@@ -104,20 +114,18 @@ def command(main):
     """Decorate main(argv) as a command. A UserError, a file that cannot be written and a lack of
     memory become one sentence on stderr and exit code 2. Ctrl-C ends with 130 and SIGTERM with 143,
     as in a shell. Characters that the terminal cannot show are escaped. Of several processes, only
-    the first one prints; the others print only why they ended, if it was an error."""
+    the first one prints; of the others, only an error that no other process has printed."""
     @functools.wraps(main)
     def run(argv=None):
         prepare_streams()
-        def terminate(number, frame):
-            raise Interrupted(number, "stopped; what was finished is kept")
-        before = signal.signal(signal.SIGTERM, terminate)
         streams = sys.stdout, sys.stderr
         nested, locked_before = dist.is_initialized(), set(CLAIMED)
         rank = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
         if rank > 0:
             sys.stdout = sys.stderr = open(os.devnull, "w")
         try:
-            result = main(argv)
+            with terminating():
+                result = main(argv)
             if dist.is_initialized() and not nested:
                 dist.destroy_process_group()
             return result
@@ -127,17 +135,25 @@ def command(main):
                 raise
         finally:
             release_folders(keep=locked_before)     # by the command that runs this one
-            signal.signal(signal.SIGTERM, before)
             sys.stdout, sys.stderr = streams
         script = Path(sys.modules[main.__module__].__file__).name
-        if rank > 0 and code == 2:      # the first process often reports the same; it goes first
-            time.sleep(2)
-            script = f"{script}, process {rank}"
-        if rank == 0 or code == 2:
+        if is_first_to_say(message) if code == 2 else rank == 0:
+            if rank > 0:
+                script = f"{script}, process {rank}"
             with suppress(OSError):     # stderr may be what cannot be written
                 print(f"{script}: {printable(message)}", file=sys.stderr)
         sys.exit(code)
     return run
+
+
+@contextmanager
+def terminating():
+    """A with block in which SIGTERM raises Interrupted, as Ctrl-C raises KeyboardInterrupt. Outside
+    of the main thread, where Python allows no handlers, it does nothing."""
+    def terminate(number, frame):
+        raise Interrupted(number, "stopped; what was finished is kept")
+    with handling_signals(terminate, [signal.SIGTERM]):
+        yield
 
 
 def prepare_streams():

@@ -60,9 +60,6 @@ def replacing(path):
 @contextmanager
 def signals_deferred():
     """A with block during which Ctrl-C and SIGTERM wait: what they ask for is done after it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield                           # Python handles signals in the main thread only
-        return
     waiting = []
     try:
         with handling_signals(lambda number, frame: waiting.append(number)):
@@ -73,10 +70,13 @@ def signals_deferred():
 
 
 @contextmanager
-def handling_signals(handler):
-    """A with block in which Ctrl-C and SIGTERM call handler(number, frame)."""
-    before = {number: signal.signal(number, handler)
-              for number in (signal.SIGINT, signal.SIGTERM)}
+def handling_signals(handler, numbers=(signal.SIGINT, signal.SIGTERM)):
+    """A with block in which Ctrl-C and SIGTERM call handler(number, frame). Outside of the main
+    thread (in a notebook server, say), where Python allows no handlers, it changes nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:

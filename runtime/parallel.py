@@ -9,6 +9,7 @@ backward pass. It would have to wrap the model, and `policy.logps` would no long
 """
 
 import ctypes
+import functools
 import os
 import signal
 import sys
@@ -25,6 +26,9 @@ from runtime.errors import UserError
 # ------------------------------------------------------------------------------------------------
 
 
+STORES = []             # torchrun's key-value store, once the processes are joined
+
+
 def join_processes(device):
     """Connect to the other processes if torchrun started this one."""
     if not dist.is_torchelastic_launched() or dist.is_initialized():
@@ -33,7 +37,19 @@ def join_processes(device):
     # Gradients travel over NCCL on GPUs, everything else over gloo. The timeout is long because the
     # others wait while the first process downloads a model. If one dies, torchrun ends the others.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=3))
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size,
+                            timeout=timedelta(hours=3))
+    STORES.append(store)
+
+
+def is_first_to_say(message):
+    """Whether this process should print an error message. Of processes that are joined, it is the
+    first one that asks with this message. Before they are, all of them meet the same errors, and
+    it is the one of rank 0."""
+    if STORES:
+        return STORES[-1].add(message, 1) == 1
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
 def end_with_torchrun():
@@ -117,9 +133,10 @@ def choose_device(name):
     if found is None or found.type != name:
         raise UserError(f"--device {name}: PyTorch finds no such device on this machine; it finds "
                         f"{'cpu' if found is None else f'cpu and {found.type}'}")
-    index = int(os.environ["LOCAL_RANK"]) if dist.is_torchelastic_launched() else 0
+    launched = dist.is_torchelastic_launched()
+    index = int(os.environ["LOCAL_RANK"]) if launched else 0
     count = torch.accelerator.device_count()
-    if index >= count:
+    if launched and int(os.environ["LOCAL_WORLD_SIZE"]) > count:
         raise UserError(f"more processes than the {count} {name} devices of this machine: use a "
                         "smaller --nproc_per_node, or --device cpu")
     torch.accelerator.set_device_index(index)
@@ -161,8 +178,15 @@ def allow_any_size(batch):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-def compiled_logps(model):
-    """What the training loops call for log pi(y|x): model.logps, through torch.compile if the model
-    is to be compiled. Policy, reference and evaluation use it alike. (torch.compile keeps its code
-    by function, so calling this twice compiles once.)"""
-    return torch.compile(model.logps) if model.compiled else model.logps
+def compilable(method):
+    """Decorate a method of a model that takes a Batch: if model.compiled, it runs through
+    torch.compile, whose import takes seconds and therefore waits for the first call."""
+    @functools.wraps(method)
+    def call(model, batch):
+        if not model.compiled:
+            return method(model, batch)
+        if call.compiled is None:
+            call.compiled = torch.compile(method)
+        return call.compiled(model, batch)
+    call.compiled = None
+    return call

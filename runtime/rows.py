@@ -29,12 +29,13 @@ class Skipped(Counter):
 
 
 def read_and_report(name, strict, read, *arguments):
-    """Call read(*arguments, skipped), a reader of rows. Print how many rows were kept, and how many
-    were skipped or cut and why. Returns the rows."""
+    """Call read(*arguments, skipped), a reader of rows. If some were skipped or cut, print how many
+    and why, and how many rows were kept. Returns the rows."""
     skipped = Skipped(strict)
     found = read(*arguments, skipped)
     reasons = "; ".join(f"{count:,} x {reason}" for reason, count in skipped.items() if count)
-    print(f"{name}: {len(found):,} rows" + (f"; skipped or cut: {reasons}" if reasons else ""))
+    if reasons:
+        print(f"{name}: {len(found):,} rows; skipped or cut: {reasons}")
     return found
 
 

@@ -1,23 +1,19 @@
-"""The bookkeeping of a training loop: the log, the training state that --resume needs, Ctrl-C.
+"""What the steps of a training loop share: the log, micro-batches, the training state, Ctrl-C.
 
-A loop uses it in three places:
+    run = Run("dpo", COLUMNS, args, batches, held_out, model=policy, optimizer=optimizer,
+              scaler=scaler)
+    for step in run.steps(evaluate):                # evaluates, logs, saves; --resume; Ctrl-C
+        for batch in run.micro_batches(step):
+            ...
+            run.log.add(count, loss=total)
+        run.log.note_update(step, grad_norm, lr)
 
-    log = Log(args.out / "metrics.csv", COLUMNS, batches, scaler)
-    state = TrainingState(args.out / "dpo_state.pt", args, policy, optimizer, scaler, log, batches,
-                          held_out)
-    for step in state.steps(n_steps, "DPO"):        # restores what --resume asks for
-        log.add(count, loss=total)                  # for each micro-batch
-        log.note_update(step, grad_norm, lr)        # once a step
-        log.write(step)                             # every so many steps
-        state.save_if_due(step)
-
-With several processes, all of them call log.write and state.save_if_due at the same steps.
+With several processes, all of them take the same steps.
 """
 
 import math
 import os
 import time
-from collections import Counter
 from contextlib import contextmanager
 
 import torch
@@ -26,139 +22,9 @@ from tqdm import tqdm
 
 from runtime.errors import Interrupted, UserError
 from runtime.files import fingerprint, handling_signals, load_tensors, reading, replacing
+from runtime.log import Log
 from runtime.memory import fewest_micro_batches
 from runtime.parallel import all_reduce, barrier, process_rank, world_size
-
-
-def is_due(step, n_steps, every):
-    """Whether this step is the first, an `every`-th after it, or the last."""
-    return step % every == 0 or step == n_steps - 1
-
-
-# ------------------------------------------------------------------------------------------------
-# The log
-# ------------------------------------------------------------------------------------------------
-
-PATIENCE = 25       # overflows in a row; GradScaler starts at 2^16 and halves its scale at each
-
-
-class Log:
-    """Means since the last line, written as a line on the screen and a row in a CSV file.
-
-    Tensors stay on their device until a line is written, so a step never waits for a GPU. Hence a
-    gradient that is not finite is noticed only then, but the step that had it is named.
-    """
-
-    def __init__(self, path, columns, batches=None, scaler=None):
-        """columns: {name: format on the screen}. batches: to name the prompts of a step. scaler: if
-        it is enabled, gradients may overflow now and then."""
-        self.path, self.columns, self.batches, self.scaler = path, columns, batches, scaler
-        self.lines, self.text = 0, ""
-        self.sums, self.counts = Counter(), Counter()
-        self.norms, self.overflows = [], 0          # (step, gradient norm) since the last check
-        self.latest = {}                            # gradient norm and learning rate
-
-    def add(self, count, **sums):
-        """Add sums over `count` things. Means are formed from total sums and counts when a line is
-        written, so they are never means of means."""
-        for name, value in sums.items():
-            self.sums[name] = self.sums[name] + value       # not in place: devices may differ
-            self.counts[name] += count
-
-    def note_update(self, step, grad_norm, lr):
-        """Note the gradient norm, a tensor, and the learning rate of a step."""
-        self.norms.append((step, grad_norm))
-        self.latest = {"grad_norm": grad_norm, "lr": lr}
-
-    def write(self, step):
-        """Write a line. Raises UserError if a gradient or a mean is not finite."""
-        self.check_gradients()
-        sums, counts = self.totals()
-        values = {name: float(value) for name, value in self.latest.items()}
-        for name in sums:
-            values[name] = sums[name] / counts[name]
-            if not math.isfinite(values[name]):
-                raise UserError(f"step {step}: the {name} is {values[name]}; stopped, nothing was "
-                                "saved; a lower --lr may help")
-        if self.lines % 25 == 0:
-            tqdm.write("  step  " + "  ".join(f"{name:>8}" for name in self.columns))
-        cells = []
-        for name, form in self.columns.items():
-            cell = format(values[name], form) if name in values else ""
-            cells.append(cell.rjust(max(8, len(name))))
-        tqdm.write(f"{step:6d}  " + "  ".join(cells))
-        row = [str(step), *(f"{values[name]:.6g}" if name in values else ""
-                            for name in self.columns)]
-        header = "" if self.text else ",".join(["step", *self.columns]) + "\n"
-        self.append_text(header + ",".join(row) + "\n")
-        self.lines += 1
-        self.sums, self.counts = Counter(), Counter()
-
-    def check_gradients(self):
-        """Raise UserError, naming the step and its prompts, if a gradient was not finite."""
-        noted, self.norms = self.norms, []
-        if not noted:
-            return
-        values = torch.stack([norm for _, norm in noted]).tolist()
-        for (step, _), value in zip(noted, values):
-            if math.isfinite(value):
-                self.overflows = 0
-                continue
-            if not self.scaler.is_enabled():
-                raise UserError(f"step {step}: the gradient is {value}; stopped, and no file was "
-                                "overwritten; a lower --lr may help, or look at the rows of this "
-                                f"step, the prompts {self.prompts_of(step)}")
-            self.overflows += 1
-            if self.overflows >= PATIENCE:
-                raise UserError(f"step {step}: float16 overflowed {PATIENCE} times in a row; "
-                                "stopped, and no file was overwritten; a lower --lr or --precision "
-                                "float32 may help")
-
-    def prompts_of(self, step):
-        """The prompts of a step, by their index among those trained on."""
-        indices = sorted({i for _, i, _ in self.batches.units_of(step)})
-        more = f" and {len(indices) - 8} more" if len(indices) > 8 else ""
-        return ", ".join(map(str, indices[:8])) + more
-
-    def totals(self):
-        """(sums, counts) by name, over all processes."""
-        names = list(self.columns)
-        numbers = all_reduce([float(self.sums[name]) for name in names]
-                             + [self.counts[name] for name in names])
-        sums, counts = dict(zip(names, numbers)), dict(zip(names, numbers[len(names):]))
-        seen = [name for name in names if counts[name]]
-        return {name: sums[name] for name in seen}, {name: counts[name] for name in seen}
-
-    def append_text(self, text):
-        """Append to the CSV file, which the first line overwrites. Only the first process writes.
-        """
-        try:
-            if process_rank() == 0:
-                with open(self.path, "a" if self.text else "w", newline="") as file:
-                    file.write(text)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
-        self.text += text
-
-    def state_dict(self):
-        sums, counts = self.totals()
-        latest = {name: float(value) for name, value in self.latest.items()}
-        return {"lines": self.lines, "text": self.text, "sums": sums, "counts": counts,
-                "overflows": self.overflows, "latest": latest}
-
-    def load_state_dict(self, state):
-        self.lines, self.overflows, self.text = int(state["lines"]), int(state["overflows"]), ""
-        sums = {name: float(value) for name, value in state["sums"].items()}
-        counts = {name: float(value) for name, value in state["counts"].items()}
-        self.latest = {name: float(value) for name, value in state["latest"].items()}
-        if process_rank() == 0:             # the saved sums are those of all processes
-            self.sums, self.counts = Counter(sums), Counter(counts)
-        self.append_text(state["text"])     # restore the file, whatever happened to it since
-
-
-# ------------------------------------------------------------------------------------------------
-# The training state
-# ------------------------------------------------------------------------------------------------
 
 # The flags that a run and its resumption must share.
 SAME_ON_RESUME = ["batch", "epochs", "steps", "seed", "lr", "warmup", "weight_decay", "clip",
@@ -166,91 +32,118 @@ SAME_ON_RESUME = ["batch", "epochs", "steps", "seed", "lr", "warmup", "weight_de
                   "reward", "minibatch", "critic_lr", "target_kl", "horizon"]      # of PPO
 
 
-class TrainingState:
-    """What the next step depends on, and its file.
+class Run:
+    """A training run. Its log is args.out/<name>_metrics.csv. args.out/<name>_state.pt has all that
+    the next step depends on; while it exists, the run has not finished.
 
     The order of the data depends only on the seed and the step (data.Batches), and training draws
-    no random numbers. The file is written completely or not at all. So a run that was killed and
-    resumed ends, on the same CPU, with the same bytes as one that was not. While the file exists,
-    the run has not finished.
+    no random numbers. Files are complete or absent. So a run that was killed and resumed ends, on
+    the same CPU, with the same bytes as one that was not.
     """
 
-    def __init__(self, path, args, model, optimizer, scaler, log, batches, held_out, digests=None,
-                 **more):
-        """digests: {what: digest}, of further things that a resumed run must share. more: further
-        objects with state_dict and load_state_dict that the next step depends on."""
-        self.path, self.args, self.batches, self.log = path, args, batches, log
-        self.saved_objects = {"model": model, "optimizer": optimizer, "scaler": scaler, "log": log,
-                              **more}
+    def __init__(self, name, columns, args, batches, held_out=(), digests=None, *, model, optimizer,
+                 scaler, **more):
+        """columns: what the log shows, as for Log. batches: a data.Batches. held_out: the list of
+        Encoded that `evaluate` will use. digests: {what: digest} of other things that a resumed run
+        must share. more: other objects with state_dict and load_state_dict that the next step
+        depends on."""
+        self.name, self.args, self.batches, self.model = name, args, batches, model
+        self.path = args.out / f"{name}_state.pt"
+        self.log = Log(args.out / f"{name}_metrics.csv", columns, batches, scaler)
+        self.saved_objects = {"model": model, "optimizer": optimizer, "scaler": scaler,
+                              "log": self.log, **more}
         self.held_out, self.more_digests = held_out, digests or {}
-        self.step = 0
-        self.n_micro_batches = args.accumulate          # per process; None until steps() begins
+        self.step = 0                                   # the number of updates so far
+        self.n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
+        self.n_warmup = min(args.warmup, self.n_steps // 2)
+        self.log_every, self.eval_every = intervals(args, self.n_steps)
         self.signals, self.stop_signal = [], 0          # those of this process; that of any process
         self.saved_at = time.monotonic()
 
-    def steps(self, n_steps, name):
-        """Yield the steps that are left, under a progress bar.
+    def steps(self, evaluate=None):
+        """Yield the steps that are left, under a progress bar. Before the first step, between steps
+        and after the last one: call evaluate(), write a line of the log, and save, where due.
 
-        Ctrl-C and SIGTERM end the loop after the step under way, once save_if_due has saved it. A
-        second Ctrl-C ends it at once.
+        Ctrl-C and SIGTERM end the loop after the step under way, once it is saved. A second Ctrl-C
+        ends it at once.
         """
-        self.begin()
-        self.n_steps = n_steps
+        resumed = self.begin()
+        if self.n_warmup < self.args.warmup:
+            print(f"warm-up: {self.n_warmup} steps, half of the run, instead of --warmup "
+                  f"{self.args.warmup}")
         with noting_signals(self.signals):
-            for step in tqdm(range(self.step, n_steps), name, initial=self.step, total=n_steps):
+            if not resumed:
+                self.pause(evaluate)
+            for step in tqdm(range(self.step, self.n_steps), self.name, initial=self.step,
+                             total=self.n_steps, disable=None):
                 yield step
-                if self.stop_signal:
-                    raise Interrupted(self.stop_signal, f"stopped after step {step}; the same "
-                                      "command with --resume, without --fresh, goes on from there")
+                self.step = step + 1
+                self.pause(evaluate)
 
-    def save_if_due(self, step):
-        """Save after a step: every --save-every minutes, after the last step, and before stopping.
-        All processes save after the same step."""
-        self.step = step + 1
+    def micro_batches(self, step):
+        """The batch of a step as this process's packed micro-batches. Their gradients add up."""
+        return self.batches.micro_batches(step, self.n_micro_batches, self.args.row_length,
+                                          self.model)
+
+    def pause(self, evaluate):
+        """Evaluate, log and save, where due. Raises Interrupted if a signal came."""
+        if evaluate and self.is_due(self.eval_every):
+            evaluate()
+        if self.is_due(self.log_every):
+            self.log.write(self.step)
         due = time.monotonic() - self.saved_at >= 60 * self.args.save_every
         signalled, due = all_reduce([max(self.signals, default=0), due], dist.ReduceOp.MAX)
-        self.stop_signal = int(signalled)
-        if self.stop_signal or due or self.step == self.n_steps:
+        self.stop_signal = int(signalled)           # all processes save and stop at the same step
+        if self.stop_signal or due or self.step in (0, self.n_steps):
             self.save()
+        if self.stop_signal:
+            raise Interrupted(self.stop_signal, f"stopped after {self.step} steps; the same "
+                              "command with --resume, without --fresh, goes on from there")
+
+    def is_due(self, every):
+        return self.step % every == 0 or self.step == self.n_steps
+
+    # -- the training state ----------------------------------------------------------------------
 
     def begin(self):
-        """Load the file if --resume asks for it, else write the first one. Raises UserError if the
-        file is of a different run."""
+        """Load the training state if --resume asks for it. Returns whether it did. Raises UserError
+        if the file is of a different run."""
         resuming = self.args.resume and self.path.exists()
         saved = load_state(self.path) if resuming else None
         barrier()                           # until all processes have looked
-        self.choose_n_micro_batches(saved)
-        model = self.saved_objects["model"]
+        self.n_micro_batches = self.choose_n_micro_batches(saved)       # per process
         self.flags = {name: getattr(self.args, name) for name in SAME_ON_RESUME
                       if hasattr(self.args, name)}
-        self.flags |= {"device": model.device.type, "precision": str(model.precision)}
-        self.digests = {"weights to start from": fingerprint(model),
+        self.flags |= {"device": self.model.device.type, "precision": str(self.model.precision)}
+        self.digests = {"weights to start from": fingerprint(self.model),
                         "data": fingerprint(self.batches.encoded),
                         "held-out data": fingerprint(self.held_out), **self.more_digests}
         if resuming:
             self.load(saved)
-            return
-        if self.args.resume:
-            print(f"{self.path}: nothing to resume; starting from the first step")
+        elif self.args.resume:
+            print(f"{self.path}: no unfinished run to resume; starting from the first step (for a "
+                  "longer run, raise --epochs or --steps)")
         elif self.path.exists():
             self.move_aside()
-        self.save()                         # from the first moment on, the run can be resumed
+        return resuming
 
     def choose_n_micro_batches(self, saved):
-        """Keep the number of the run that is resumed; else take --accumulate, or as many as the
-        free memory asks for. Raises UserError if there are fewer prompts than processes."""
+        """The number of the run that is resumed; else --accumulate, or as many as the free memory
+        asks for. Raises UserError if there are fewer prompts than processes."""
         if world_size() > 1:
             fewest = min(map(len, self.batches.first_epoch()))
             if fewest < world_size():
                 raise UserError(f"--batch {self.args.batch} is {fewest} prompts in some step, and "
                                 f"there are {world_size()} processes: each needs a prompt")
-        if self.n_micro_batches is None and saved:
-            self.n_micro_batches = math.ceil(saved["micro_batches"] / world_size())
-        elif self.n_micro_batches is None:
-            self.n_micro_batches = fewest_micro_batches(
-                self.saved_objects["model"], self.batches, self.args.row_length)
-        if self.args.accumulate is None and self.n_micro_batches > 1:
-            print(f"{self.n_micro_batches} micro-batches per step, to fit in the free memory")
+        if self.args.accumulate is not None:
+            return self.args.accumulate
+        if saved:
+            n = math.ceil(saved["micro_batches"] / world_size())
+        else:
+            n = fewest_micro_batches(self.model, self.batches, self.args.row_length)
+        if n > 1:
+            print(f"{n} micro-batches per step, to fit in the free memory")
+        return n
 
     def load(self, saved):
         for name, now in self.flags.items():
@@ -291,6 +184,21 @@ class TrainingState:
               f"it is now {old}, and this run starts from the first step")
 
 
+def intervals(args, n_steps):
+    """(steps between lines of the log, steps between evaluations): those of the flags, or about a
+    tenth of the run. Every evaluation has its line. Raises UserError."""
+    log_every = args.log_every or math.ceil(n_steps / 10)
+    eval_every = getattr(args, "eval_every", None)
+    if eval_every is None:
+        return log_every, log_every * max(1, round(n_steps / 10 / log_every))
+    if args.log_every is None:
+        log_every = eval_every
+    if eval_every % log_every:
+        raise UserError(f"--eval-every {eval_every} is not a multiple of --log-every {log_every}: "
+                        "every evaluation needs its line in the log")
+    return log_every, eval_every
+
+
 @contextmanager
 def noting_signals(noted):
     """A with block in which SIGINT and SIGTERM append their number to the list `noted`; the second
@@ -309,7 +217,7 @@ FIELDS = {"flags": dict, "digests": dict, "step": int, "micro_batches": int, "mo
 
 
 def load_state(path):
-    """The content of a file that TrainingState wrote. Raises UserError for others."""
+    """The content of a file that Run.save wrote. Raises UserError for others."""
     with reading(path, A_STATE):
         state = load_tensors(path)
         for name, kind in FIELDS.items():

@@ -7,17 +7,37 @@ from data import best_answers, load_preferences
 from runtime.files import cache_folder, download
 from runtime.hub import HUB
 from runtime.rows import ASSISTANT, HUMAN, read_and_report
-from tasks import own_file
+from tasks.task import Task
 
 URL = f"{HUB}/datasets/Anthropic/hh-rlhf/resolve/main"
 SHA256 = {"train": "518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4",
           "test": "8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b"}
 
-open_reward, open_grades, answers_must_end = None, own_file.open_grades, True
-prompts = own_file.prompts
+
+class HH(Task):
+    name = "hh"
+    summary = "Anthropic's helpful dialogues"
+
+    def preferences(self, args):
+        training = read_and_report("hh, training", args.strict, load_dialogues, "train",
+                                   args.data_dir)
+        return training, self.held_out(args)
+
+    def held_out(self, args):
+        return read_and_report("hh, held out", args.strict, load_dialogues, "test", args.data_dir)
+
+    def sft_examples(self, args):
+        training, held_out = self.preferences(args)
+        return best_answers(training), best_answers(held_out)
+
+    def as_prompt(self, text):
+        """A question as a dialogue of one turn."""
+        if text.startswith(HUMAN):
+            return text
+        return f"{HUMAN} {text}{ASSISTANT}"
 
 
-def load_file(part, folder, skipped):
+def load_dialogues(part, folder, skipped):
     """The preferences of the "train" or the "test" file, which is downloaded once.
 
     folder: where the files are or will be downloaded to; None is torch's cache. Raises UserError.
@@ -25,28 +45,3 @@ def load_file(part, folder, skipped):
     file_name = f"helpful-base/{part}.jsonl.gz"
     path = (folder or cache_folder()) / file_name
     return load_preferences(download(f"{URL}/{file_name}", path, SHA256[part]), skipped)
-
-
-def preferences(args):
-    training = read_and_report("hh, training", args.strict, load_file, "train", args.data_dir)
-    return training, held_out(args)
-
-
-def held_out(args):
-    return read_and_report("hh, held out", args.strict, load_file, "test", args.data_dir)
-
-
-def sft_examples(args):
-    training, held_out = preferences(args)
-    return best_answers(training), best_answers(held_out)
-
-
-def name(args):
-    return "hh"
-
-
-def as_prompt(text):
-    """A question as a dialogue of one turn."""
-    if text.startswith(HUMAN):
-        return text
-    return f"{HUMAN} {text}{ASSISTANT}"

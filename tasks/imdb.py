@@ -24,13 +24,14 @@ from pathlib import Path
 import torch
 
 from data import Preference
-from model import ScalarGPT
 from runtime.errors import UserError
 from runtime.files import cache_folder, download, fingerprint, load_tensors, reading, replacing
 from runtime.parallel import choose_device
 from runtime.rows import read_and_report
-from tasks import reviews as written_reviews, sentiment
+from tasks import sentiment
 from tasks.prefixes import draw_prefixes
+from tasks.sampled import SampledTask
+from tasks.scalar_gpt import ScalarGPT
 
 ARCHIVE = "aclImdb_v1.tar.gz"
 URL = f"https://ai.stanford.edu/~amaas/data/sentiment/{ARCHIVE}"
@@ -43,10 +44,6 @@ PREFIX_FROM = 200               # characters of a review, which have far more th
 # consecutive numbers, and so have the unfavourable ones.
 Review = namedtuple("Review", "text favourable number")
 
-preferences, held_out = written_reviews.preferences, written_reviews.held_out
-name, as_prompt = written_reviews.name, written_reviews.as_prompt
-answers_must_end = False        # most are cut
-JUDGE_LR = {"imdb": 5e-5, "imdb-small": 1e-3}
 HELD_OUT = 128                  # test reviews on which SFT is evaluated
 
 
@@ -128,13 +125,6 @@ def files_of_archive(path, split):
 # ------------------------------------------------------------------------------------------------
 
 
-def open_reward(args):
-    """The reward of --labeller: a function from texts to log-odds."""
-    if args.labeller == "siebert":
-        return sentiment.siebert(choose_device(args.device))
-    return labeller_of(args.data_dir, args.strict).log_odds
-
-
 @functools.cache
 def labeller_of(folder, strict):
     """A Labeller of the first half of the training reviews, which takes seconds to train."""
@@ -144,18 +134,18 @@ def labeller_of(folder, strict):
     return labeller
 
 
-def open_judge(reference, tokenizer, args):
+def open_judge(reference, tokenizer, lr, args):
     """The judge, a function from texts to log-odds: the SFT model with a scalar head, trained on
     the second half of the training reviews. judge.pt keeps it for later runs on that model."""
     path = args.out / "judge.pt"
-    key = f"{fingerprint(reference)} {reference.precision} {digest(args)}"
+    key = f"{fingerprint(reference)} {reference.precision} {digest_of_rewards(args)}"
     judge = ScalarGPT.from_gpt(reference)
 
     def log_odds(texts):
         return sentiment.log_odds_of_judge(judge, texts, tokenizer)
     if not restore(judge, path, key):
         training = reviews_of("train", args.data_dir, args.strict)
-        sentiment.train_judge(judge, training[len(training) // 2:], tokenizer, JUDGE_LR[args.task])
+        sentiment.train_judge(judge, training[len(training) // 2:], tokenizer, lr)
         with replacing(path) as file:
             torch.save({"key": key, "model": judge.state_dict()}, file)
         print_accuracy("judge", log_odds,
@@ -198,12 +188,7 @@ def probability(log_odds):
     return lambda texts: torch.tensor(log_odds(texts), dtype=torch.float64).sigmoid().tolist()
 
 
-# ------------------------------------------------------------------------------------------------
-# What every task offers; see tasks/__init__.py
-# ------------------------------------------------------------------------------------------------
-
-
-def digest(args):
+def digest_of_rewards(args):
     """A digest of what the rewards depend on: the code, the labeller and the reviews."""
     found = hashlib.sha256(args.labeller.encode())
     for file in (__file__, sentiment.__file__):
@@ -213,27 +198,64 @@ def digest(args):
     return found.hexdigest()
 
 
-def open_grades(args, reference, tokenizer):
-    return {"reward": probability(open_reward(args)),
-            "judge": probability(open_judge(reference, tokenizer, args))}
+# ------------------------------------------------------------------------------------------------
+# The tasks
+# ------------------------------------------------------------------------------------------------
 
 
-def sft_examples(args):
-    """Whole reviews, after an empty prompt."""
-    training = reviews_of("train", args.data_dir, args.strict)[:args.reviews]
-    held_out = some_of(reviews_of("test", args.data_dir, args.strict), HELD_OUT)
-    return [[Preference("", [review.text], []) for review in reviews]
-            for reviews in (training, held_out)]
+class IMDb(SampledTask):
+    name = "imdb"
+    summary = "real film reviews"
+    dpo = {"prefixes": 25_000, "gap": 0.5}
+    max_new_tokens = 60
+    answers_must_end = False        # most are cut
+    judge_lr = 5e-5
+
+    def sft_examples(self, args):
+        """Whole reviews, after an empty prompt."""
+        training = reviews_of("train", args.data_dir, args.strict)[:args.reviews]
+        held_out = some_of(reviews_of("test", args.data_dir, args.strict), HELD_OUT)
+        return [[Preference("", [review.text], []) for review in reviews]
+                for reviews in (training, held_out)]
+
+    def sampling_prompts(self, tokenizer, args):
+        """Beginnings of training reviews and, held out, of test reviews."""
+        n_held_out = max(1, args.prefixes // 10)
+        return (prefixes_of("train", args.prefixes - n_held_out, tokenizer, args.seed, "--prefixes",
+                            args)
+                + prefixes_of("test", n_held_out, tokenizer, args.seed, "--prefixes", args))
+
+    def prompts(self, items, tokenizer, args):
+        """Beginnings of test reviews; the held-out preferences are not needed."""
+        return prefixes_of("test", args.eval_prompts, tokenizer, args.seed + 1, "--eval-prompts",
+                           args)
+
+    def reward(self, args):
+        """The log-odds of --labeller that a text is favourable."""
+        if args.labeller == "siebert":
+            return sentiment.siebert(choose_device(args.device))
+        return labeller_of(args.data_dir, args.strict).log_odds
+
+    def grades(self, args, reference, tokenizer):
+        judge = open_judge(reference, tokenizer, self.judge_lr, args)
+        return {"reward": probability(self.reward(args)), "judge": probability(judge)}
+
+    def digest(self, args):
+        return digest_of_rewards(args)
 
 
-def sampling_prompts(tokenizer, args):
-    """--prefixes prefixes: of training reviews, and a tenth of them, held out, of test reviews."""
-    n_held_out = max(1, args.prefixes // 10)
-    return (prefixes("train", args.prefixes - n_held_out, tokenizer, args.seed, "--prefixes", args)
-            + prefixes("test", n_held_out, tokenizer, args.seed, "--prefixes", args))
+class IMDbSmall(IMDb):
+    name = "imdb-small"
+    summary = "the same with a small model from random weights"
+    tokenizer = "gpt2-8k"
+    random = {"lr": 2e-3, "n_layer": 6, "n_head": 8, "n_embd": 256, "init_std": 0.03}
+    dpo = {"beta": 0.5, "lr": 1e-4, "prefixes": 4000, "gap": 0.5}
+    reward_lr = 3e-4
+    ppo_preset = "small"
+    judge_lr = 1e-3
 
 
-def prefixes(split, count, tokenizer, seed, flag, args):
+def prefixes_of(split, count, tokenizer, seed, flag, args):
     """`count` distinct prefixes of the reviews of a split. Those of test reviews are held out."""
     reviews = reviews_of(split, args.data_dir, args.strict)
 
@@ -241,9 +263,3 @@ def prefixes(split, count, tokenizer, seed, flag, args):
         return rng.choice(reviews).text[:PREFIX_FROM]
     return draw_prefixes(draw, random.Random(f"prefixes {seed}"), count, split == "test",
                          tokenizer, flag)
-
-
-def prompts(items, tokenizer, args):
-    """Prefixes of test reviews; held-out preferences (items) are not needed."""
-    return prefixes("test", args.eval_prompts, tokenizer, args.seed + 1, "--eval-prompts", args)
-

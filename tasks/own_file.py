@@ -3,12 +3,21 @@ ten is held out (what_decides), and SFT trains on the best answers."""
 
 from data import best_answers, is_held_out, load_preferences
 from runtime.rows import ASSISTANT, HUMAN, read_and_report
+from tasks.task import Task
 
-open_reward, answers_must_end = None, True
 
+class OwnFile(Task):
+    name = "own file"
 
-def preferences(args):
-    return read_split(args.data, args)
+    def preferences(self, args):
+        return read_split(args.data, args)
+
+    def sft_examples(self, args):
+        training, held_out = self.preferences(args)
+        return best_answers(training), best_answers(held_out)
+
+    def source(self, args):
+        return args.data
 
 
 def read_split(path, args):
@@ -32,30 +41,3 @@ def what_decides(preference):
     if preference.prompt.startswith(HUMAN):
         return preference.prompt.split(ASSISTANT)[0]
     return preference.prompt or preference.answers[0]
-
-
-def sft_examples(args):
-    training, held_out = preferences(args)
-    return best_answers(training), best_answers(held_out)
-
-
-def held_out(args):
-    return preferences(args)[1]
-
-
-def prompts(items, tokenizer, args):
-    """The prompts of held-out preferences, without repetitions."""
-    distinct = dict.fromkeys(tokenizer.decode(item.prompt[1:]) for item in items)
-    return list(distinct)[:args.eval_prompts]
-
-
-def open_grades(args, reference, tokenizer):
-    return {}
-
-
-def name(args):
-    return args.data
-
-
-def as_prompt(text):
-    return text

@@ -86,14 +86,14 @@ class Labeller:
 def train_labeller(reviews):
     """Fit a Labeller to a list of tasks.imdb.Review, by maximum likelihood, in two epochs."""
     examples = [(features(piece), review.favourable)
-                for review in tqdm(reviews, "labeller: features", delay=1)
+                for review in tqdm(reviews, "labeller: features", delay=1, disable=None)
                 for piece in pieces(words_of(review.text), WORDS)]
     weights = torch.zeros(N_WEIGHTS, 1, requires_grad=True)
     bias = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.Adam([weights, bias], lr=0.02)
     generator = torch.Generator().manual_seed(0)
     order = torch.cat([torch.randperm(len(examples), generator=generator) for _ in range(2)])
-    for indices in tqdm(order.split(256), "labeller", delay=1):
+    for indices in tqdm(order.split(256), "labeller", delay=1, disable=None):
         batch = [examples[i] for i in indices]
         lengths = torch.tensor([len(used) for used, _ in batch])
         starts = lengths.cumsum(0) - lengths
@@ -126,7 +126,7 @@ def siebert(device):
     @torch.no_grad()
     def log_odds(texts):
         found = []
-        for start in tqdm(range(0, len(texts), 32), "siebert", delay=1):
+        for start in tqdm(range(0, len(texts), 32), "siebert", delay=1, disable=None):
             inputs = tokenizer(texts[start:start + 32], padding=True, truncation=True,
                                max_length=512, return_tensors="pt").to(device)
             logits = model(**inputs).logits                     # (32, 2): unfavourable, favourable
@@ -154,7 +154,7 @@ def train_judge(judge, reviews, tokenizer, lr):
     optimizer = judge.optimizer(lr)
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
     batches = order.split(32)
-    for step, indices in enumerate(tqdm(batches, "judge")):
+    for step, indices in enumerate(tqdm(batches, "judge", disable=None)):
         batch = pack_for_model([items[i] for i in indices], judge.config.block_size, judge)
         log_odds = judge.values(batch)                                  # (S,)
         labels = favourable[indices.to(judge.device)][batch.owner]      # (S,)

@@ -23,13 +23,42 @@ from runtime.rows import (
     tldr_prompt,
     unusable,
 )
-from tasks import own_file
+from tasks.task import Task
 
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
 MOST_HELD_OUT = 2500    # about as many as hh has; all of them, tens of thousands, would be too slow
 
-open_reward, open_grades, answers_must_end = None, own_file.open_grades, True
-prompts = own_file.prompts
+
+class TLDR(Task):
+    name = "tldr"
+    summary = "summaries of Reddit posts"
+    dpo = {"beta": 0.5}         # Appendix B
+
+    def preferences(self, args):
+        training = read_and_report("tldr, training", args.strict, load_comparisons, False,
+                                   args.data_dir)
+        return training, self.held_out(args)
+
+    def check(self, args):
+        for batch in range(3, 12):
+            comparisons_file(batch, args.data_dir)
+
+    def held_out(self, args):
+        return read_and_report("tldr, held out", args.strict, load_comparisons, True,
+                               args.data_dir)
+
+    def sft_examples(self, args):
+        training = read_and_report("tldr summaries, training", args.strict, load_summaries, False,
+                                   args.data_dir)
+        held_out = read_and_report("tldr summaries, held out", args.strict, load_summaries, True,
+                                   args.data_dir)
+        return training, held_out
+
+    def as_prompt(self, text):
+        """A text as the post of a prompt."""
+        if text.endswith("TL;DR:"):
+            return text
+        return tldr_prompt({"subreddit": "AskReddit", "title": "", "post": text})
 
 
 def load_comparisons(held_out, folder, skipped):
@@ -43,10 +72,14 @@ def load_comparisons(held_out, folder, skipped):
         return parse_preference(row) if is_held_out == held_out else None
     found = []
     for batch in [*range(3, 12)] if held_out else [*range(3, 11)]:
-        file_name = f"comparisons/batch{batch}.json"
-        path = download(f"{URL}/dataset/{file_name}", (folder or cache_folder()) / file_name)
-        found += read_rows(path, parse, skipped)
+        found += read_rows(comparisons_file(batch, folder), parse, skipped)
     return [to_preference(*row) for row in limit_held_out(found, held_out, skipped)]
+
+
+def comparisons_file(batch, folder):
+    """The path of a file of comparisons, which is downloaded once; folder as above."""
+    file_name = f"comparisons/batch{batch}.json"
+    return download(f"{URL}/dataset/{file_name}", (folder or cache_folder()) / file_name)
 
 
 def load_summaries(held_out, folder, skipped):
@@ -67,32 +100,3 @@ def limit_held_out(rows, held_out, skipped):
         return rows
     skipped[f"held-out row beyond the first {MOST_HELD_OUT:,}"] += max(0, len(rows) - MOST_HELD_OUT)
     return rows[:MOST_HELD_OUT]
-
-
-def preferences(args):
-    training = read_and_report("tldr, training", args.strict, load_comparisons, False,
-                               args.data_dir)
-    return training, held_out(args)
-
-
-def held_out(args):
-    return read_and_report("tldr, held out", args.strict, load_comparisons, True, args.data_dir)
-
-
-def sft_examples(args):
-    training = read_and_report("tldr summaries, training", args.strict, load_summaries, False,
-                               args.data_dir)
-    held_out = read_and_report("tldr summaries, held out", args.strict, load_summaries, True,
-                               args.data_dir)
-    return training, held_out
-
-
-def name(args):
-    return "tldr"
-
-
-def as_prompt(text):
-    """A text as the post of a prompt."""
-    if text.endswith("TL;DR:"):
-        return text
-    return tldr_prompt({"subreddit": "AskReddit", "title": "", "post": text})

@@ -8,7 +8,6 @@ from runtime.errors import UserError
 from tasks.reviews import FEELINGS, PLURAL, QUALITIES, SINGULAR, VERDICTS, WHEN, WHO
 
 TOKENIZERS = ["reviews", "gpt2", "gpt2-8k"]
-TOKENIZER = {"reviews": "reviews", "imdb-small": "gpt2-8k"}         # that of other tasks is gpt2
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 

@@ -21,16 +21,16 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-import runtime.checkpoint
 import sample
+import tasks.checkpoint
 import train_dpo
 import train_sft
 from classroom.exercises import is_a_students_copy
 from data import encode_all, load_preferences, pack
 from model import GPT, GPTConfig
-from runtime.checkpoint import save_checkpoint
 from runtime.errors import UserError
 from runtime.rows import Skipped
+from tasks.checkpoint import save_checkpoint
 from tasks.reviews import prefixes
 from tasks.tokenizers import get_tokenizer
 
@@ -354,7 +354,7 @@ def test_too_little_memory_is_one_sentence_and_no_damaged_file(run, capsys, tmp_
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
         def load(*arguments, error=error, **more):
             raise error
-        monkeypatch.setattr(runtime.checkpoint, "load_checkpoint", load)
+        monkeypatch.setattr(tasks.checkpoint, "load_checkpoint", load)
         message = refused(sample.main, ["--checkpoint", run / "sft.pt"], capsys)
         assert "not enough memory" in message
     monkeypatch.undo()
@@ -411,11 +411,13 @@ def test_closed_streams_do_not_cost_a_run(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("full", ["stdout", "stderr"])
 def test_an_output_on_a_full_disk_is_named(full, tmp_path):
-    """If it is stderr, then nothing can be said, but the exit code is that of a sentence."""
+    """If it is stderr, where nothing but errors go, then nothing can be said, but the exit code is
+    that of a sentence."""
+    reviews = "0" if full == "stderr" else "20"
     with open("/dev/full", "w") as disk:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {full: disk}
         done = subprocess.run([sys.executable, ROOT / "train_sft.py", *TINY, "--task", "reviews",
-                               "--reviews", "20", "--out", tmp_path], text=True, **streams)
+                               "--reviews", reviews, "--out", tmp_path], text=True, **streams)
     assert done.returncode == 2
     if full == "stdout":
         assert "train_sft.py: the output or a file: No space left on device\n" in done.stderr

@@ -23,8 +23,8 @@ from data import Encoded, Preference, encode, is_held_out, pack
 from experiments import credit, squeezing
 from experiments.credit import Token, View
 from model import GPT, GPTConfig
-from runtime.checkpoint import save_checkpoint
 from tasks import reviews
+from tasks.checkpoint import save_checkpoint
 from tasks.tokenizers import get_tokenizer
 from train_dpo import implicit_reward, log_partition, optimal_policy
 

@@ -47,8 +47,9 @@ import train_sft
 from data import Encoded, pack
 from experiments import ppo, reward_model
 from experiments.captured import Decoder, decoding_step
-from model import GPT, GPTConfig, ScalarGPT
-from sample import sample, score
+from model import GPT, GPTConfig
+from sample import logps_of, sample_answers
+from tasks.scalar_gpt import ScalarGPT
 from train_sft import grad_scaler
 
 CUDA = torch.device("cuda", 0)
@@ -171,26 +172,28 @@ def fake_cuda(reading=False):
         yield stack.enter_context(StandIns(reading))
 
 
-class Run:
-    """In place of TrainingState and Log: steps 1 and 2 of a run, of which nothing is written. It
-    notes which columns were logged, on which device."""
+class FakeRun:
+    """In place of a Run and its Log: steps 1 and 2, in two micro-batches, then an evaluation.
+    Nothing is written. It notes which columns were logged, on which device."""
 
-    def __init__(self, *_):
-        self.n_micro_batches, self.saved_objects, self.logged = 2, {}, {}
+    n_steps, n_warmup, step = 3, 1, 2
 
-    def steps(self, n_steps, name):
-        return range(1, 3)
+    def __init__(self, name, columns, args, batches, held_out=(), digests=None, *, model, **_):
+        self.args, self.batches, self.model, self.log, self.logged = args, batches, model, self, {}
+
+    def steps(self, evaluate=None):
+        yield from range(1, 3)
+        if evaluate:
+            evaluate()
+
+    def micro_batches(self, step):
+        return self.batches.micro_batches(step, 2, self.args.row_length, self.model)
 
     def add(self, count, **sums):
         self.logged |= {name: getattr(value, "device", None) for name, value in sums.items()}
 
     def note_update(self, step, grad_norm, lr):
         self.add(1, grad_norm=grad_norm)
-
-    def write(self, step):
-        pass
-
-    save_if_due = write
 
 
 def items(n=4):
@@ -208,16 +211,19 @@ def cuda_model(precision, kind=GPT):
 
 
 def run_loop(loop, monkeypatch, *arguments, **changes):
-    """Call the train of a module for steps 1 and 2. The last one evaluates. Returns the Run."""
+    """Call the train of a module for steps 1 and 2. Returns its FakeRun."""
     args = loop.parse_args([])
-    defaults = {"row_length": 32, "batch": 4, "steps": 3, "eval_every": 10}
+    defaults = {"row_length": 32, "batch": 4, "steps": 3}
     for name, value in (defaults | changes).items():
         setattr(args, name, value)
-    args.out, made = Path("nowhere"), Run()
-    monkeypatch.setattr(loop, "TrainingState", lambda *_, **__: made)
-    monkeypatch.setattr(loop, "Log", lambda *_, **__: made)
+    args.out, made = Path("nowhere"), []
+
+    def make(*positional, **named):
+        made.append(FakeRun(*positional, **named))
+        return made[-1]
+    monkeypatch.setattr(loop, "Run", make)
     loop.train(*arguments, args)
-    return made
+    return made[0]
 
 
 @pytest.fixture(params=[1, 2], ids=["one process", "two processes"])
@@ -245,8 +251,7 @@ def test_a_step_of_sft_reads_nothing_from_the_device(precision, monkeypatch, pro
 
 
 @pytest.mark.parametrize("precision, loss", [
-    (None, "dpo"), (torch.bfloat16, "dpo"), (torch.float16, "dpo"),
-    (torch.bfloat16, "plackett_luce"), (torch.bfloat16, "unlikelihood")])
+    (None, "dpo"), (torch.float16, "dpo"), *((torch.bfloat16, loss) for loss in train_dpo.LOSSES)])
 def test_a_step_of_dpo_reads_nothing_from_the_device(precision, loss, monkeypatch, processes):
     with fake_cuda():
         run = run_loop(train_dpo, monkeypatch, cuda_model(precision), items(8), items(), loss=loss)
@@ -300,7 +305,7 @@ def test_weights_and_moments_stay_float32_on_the_device(precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_scoring_reads_one_number_per_answer(precision):
     with fake_cuda(reading=True):
-        assert score(cuda_model(precision), items(), 32) == [[0, 0], [0, 0, 0]] * 2
+        assert logps_of(cuda_model(precision), items(), 32) == [[0, 0], [0, 0, 0]] * 2
 
 
 @pytest.mark.parametrize("precision, settings", [
@@ -310,7 +315,8 @@ def test_sampling_stays_on_the_device(precision, settings):
     """Prompts of two lengths, one of them twice; 12 tokens, so the finished rows are looked for
     once, and the answers are read at the end."""
     with fake_cuda(reading=True):
-        answers = sample(cuda_model(precision), [[1, 2, 3], [4], [4]], 12, 0, EOT, **settings)
+        answers = sample_answers(cuda_model(precision), [[1, 2, 3], [4], [4]], 12, 0, EOT,
+                                 **settings)
     assert answers == [[0] * 12] * 3
 
 

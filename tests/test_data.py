@@ -36,14 +36,13 @@ from data import (
     is_held_out,
     load_preferences,
     pack,
-    rank_answers,
     ranking_to_pairs,
     select_pairs,
 )
 from runtime.errors import UserError
 from runtime.rows import Skipped
 from runtime.run import fingerprint
-from tasks import own_file
+from tasks import OWN_FILE
 from tasks.reviews import (
     DEGREES,
     FEELINGS,
@@ -57,6 +56,7 @@ from tasks.reviews import (
     well_formed,
     write_review,
 )
+from tasks.sampled import rank_answers
 from tasks.tokenizers import get_tokenizer
 
 for_all = settings(deadline=None, max_examples=40, derandomize=True)
@@ -622,7 +622,7 @@ def split_of(tmp_path, rows):
     """(training, held-out) of a file with these rows."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = SimpleNamespace(data=tmp_path / "a.jsonl", strict=False)
-    return own_file.preferences(args)
+    return OWN_FILE.preferences(args)
 
 
 def test_rows_without_a_prompt_are_split_by_their_first_answer(tmp_path):

@@ -36,8 +36,9 @@ from experiments import (
 )
 from experiments.plot import BLUE, GREEN
 from model import GPT, GPTConfig
-from runtime.checkpoint import load_checkpoint, save_checkpoint
-from tasks import held_out_pairs, held_out_prompts
+from runtime.statistics import wilson
+from tasks import held_out_pairs, held_out_prompts, sampled
+from tasks.checkpoint import load_checkpoint, save_checkpoint
 from tasks.tokenizers import get_tokenizer
 
 TOKENIZER = get_tokenizer("reviews")
@@ -97,14 +98,12 @@ def small(monkeypatch, run):
     for name, value in {"BETAS": [0.5], "STEPS": [2], "EPOCHS": [1], "NUMBERS": [1, 2],
                         "TARGETS": [1]}.items():
         monkeypatch.setattr(frontier, name, value)
-    monkeypatch.setattr(ppo, "DEFAULTS", {"small": ppo.DEFAULTS["small"] | {"batch": 32,
-                                                                                 "minibatch": 32}})
+    small = ppo.PRESETS["small"] | {"batch": 32, "minibatch": 32}
+    monkeypatch.setattr(ppo, "PRESETS", {"small": small})
 
-    def copied(model, tokenizer, args):
-        path = args.out / "preferences.jsonl"
-        path.write_bytes((run / "pairs.jsonl").read_bytes())
-        return path
-    monkeypatch.setattr(train_dpo, "sample_preferences", copied)
+    def copied(task, model, tokenizer, sample_answers, args):
+        task.source(args).write_bytes((run / "pairs.jsonl").read_bytes())
+    monkeypatch.setattr(sampled.SampledTask, "sample_preferences", copied)
     return ("--seeds 1 --eval-prompts 6 --max-new-tokens 6 --warmup 1 --device cpu --sft "
             f"{run / 'sft.pt'}").split()
 
@@ -280,24 +279,25 @@ def test_frontier_refuses_what_has_no_ground_truth(capsys, tmp_path, run):
 
 METRICS = """\
 step,loss,accuracy,margin,chosen_reward,rejected_reward,chosen_logp,rejected_logp,grad_norm,lr,\
-held_out_loss,held_out_accuracy
-0,0.693147,0.5,0,0,0,-20,-21,1.5,1e-06,0.69,0.5
-20,0.5,0.75,0.5,0.1,-0.4,-20,-23,1.5,1e-06,,
-40,0.4,0.8,0.75,0.15,-0.6,-20,-24,1.5,1e-06,0.45,0.7
+held_out_loss,held_out_accuracy,held_out_margin,held_out_chosen_reward,held_out_rejected_reward,\
+held_out_chosen_logp,held_out_rejected_logp
+0,,,,,,,,,,0.693147,0.5,0,0,0,-20,-21
+20,0.5,0.75,0.5,0.1,-0.4,-20,-23,1.5,1e-06,,,,,,,
+40,0.4,0.8,0.75,0.15,-0.6,-20,-24,1.5,1e-06,0.45,0.7,0.8,0.2,-0.6,-20,-24
 """
 
 
 def test_metrics_are_read_with_the_steps_at_which_they_were_logged(tmp_path):
-    (tmp_path / "metrics.csv").write_text(METRICS)
-    metrics = curves.read_metrics(tmp_path / "metrics.csv")
-    assert metrics["held_out_loss"] == ([0, 40], [0.69, 0.45])
-    assert metrics["rejected_logp"] == ([0, 20, 40], [-21, -23, -24])
+    (tmp_path / "dpo_metrics.csv").write_text(METRICS)
+    metrics = curves.read_metrics(tmp_path / "dpo_metrics.csv")
+    assert metrics["held_out_loss"] == ([0, 40], [0.693147, 0.45])
+    assert metrics["rejected_logp"] == ([20, 40], [-23, -24])
     assert set(metrics) == set(train_dpo.COLUMNS)
 
 
 def test_a_picture_has_to_be_named_as_an_svg(tmp_path, capsys):
     """Otherwise matplotlib would append .svg to the name."""
-    (tmp_path / "metrics.csv").write_text(METRICS)
+    (tmp_path / "dpo_metrics.csv").write_text(METRICS)
     with pytest.raises(SystemExit) as caught:
         curves.main([str(tmp_path), "--out", str(tmp_path / "pic")])
     assert caught.value.code == 2 and "a name that ends in .svg" in capsys.readouterr().err
@@ -305,7 +305,7 @@ def test_a_picture_has_to_be_named_as_an_svg(tmp_path, capsys):
 
 @needs_matplotlib
 def test_a_picture_that_cannot_be_finished_leaves_the_one_before(tmp_path, monkeypatch, capsys):
-    (tmp_path / "metrics.csv").write_text(METRICS)
+    (tmp_path / "dpo_metrics.csv").write_text(METRICS)
     curves.main([str(tmp_path)])
     before = (tmp_path / "curves.svg").read_bytes()
 
@@ -316,12 +316,12 @@ def test_a_picture_that_cannot_be_finished_leaves_the_one_before(tmp_path, monke
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     assert "curves.svg: cannot be written: No space" in refused(curves.main, [tmp_path], capsys)
     assert (tmp_path / "curves.svg").read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.csv", "curves.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {"dpo_metrics.csv", "curves.svg"}
 
 
 @needs_matplotlib
 def test_curves_name_what_they_show_and_in_which_unit(tmp_path, capsys):
-    (tmp_path / "metrics.csv").write_text(METRICS)
+    (tmp_path / "dpo_metrics.csv").write_text(METRICS)
     curves.main([str(tmp_path)])
     picture = (tmp_path / "curves.svg").read_text()
     for words in ("loss, nats", "pairs ranked correctly, %", "implicit reward, beta × nats",
@@ -330,8 +330,10 @@ def test_curves_name_what_they_show_and_in_which_unit(tmp_path, capsys):
     assert_has_no_background(picture)
     curves.main([str(tmp_path), "--out", str(tmp_path / "again.svg")])
     assert (tmp_path / "again.svg").read_text() == picture
-    (tmp_path / "metrics.csv").write_text(re.sub(",0.69,0.5|,0.45,0.7", ",,", METRICS))
-    curves.main([str(tmp_path)])                        # a run without held-out prompts
+    header, _, *rows = METRICS.splitlines()             # a run without held-out prompts
+    rows = [row[:row.index("1e-06") + 5] + 7 * "," for row in rows]
+    (tmp_path / "dpo_metrics.csv").write_text("\n".join([header, *rows, ""]))
+    curves.main([str(tmp_path)])
 
 
 @needs_matplotlib
@@ -341,7 +343,7 @@ def test_two_runs_are_drawn_in_one_picture_and_told_apart_without_colour(tmp_pat
     folders = [tmp_path / "a", tmp_path / "$b_{"]
     for folder in folders:
         folder.mkdir()
-        (folder / "metrics.csv").write_text(METRICS)
+        (folder / "dpo_metrics.csv").write_text(METRICS)
     assert "with --out" in refused(curves.main, folders, capsys)
     assert "one run or two" in refused(curves.main, [*folders, tmp_path], capsys)
     curves.main([*map(str, folders), "--out", str(tmp_path / "both.svg")])
@@ -357,7 +359,7 @@ def test_two_runs_are_drawn_in_one_picture_and_told_apart_without_colour(tmp_pat
 
 
 def test_without_matplotlib_one_sentence_says_how_to_get_it(tmp_path, capsys, monkeypatch):
-    (tmp_path / "metrics.csv").write_text(METRICS)
+    (tmp_path / "dpo_metrics.csv").write_text(METRICS)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refused(curves.main, [tmp_path], capsys)
 
@@ -371,14 +373,14 @@ def test_without_matplotlib_one_sentence_says_how_to_get_it(tmp_path, capsys, mo
     (METRICS.replace("\n20,", "\n,"), "line 3: not a row"),
     (METRICS.replace("0.693147", "inf"), "line 2: not a row"),
     (METRICS.replace("\n40,", "\n4" + 400 * "0" + ","), "line 4: not a row"),
-    (METRICS.replace("0.693147", "0" * 200_000), "not a metrics.csv"),
-    (b"\xff\xfe", "not a metrics.csv"), (METRICS.splitlines()[0], "it has no steps yet")])
+    (METRICS.replace("0.693147", "0" * 200_000), "not a dpo_metrics.csv"),
+    (b"\xff\xfe", "not a dpo_metrics.csv"), (METRICS.splitlines()[0], "it has no steps yet")])
 def test_a_folder_without_metrics_is_refused(tmp_path, capsys, content, words):
     if content is not None:
         content = content if isinstance(content, bytes) else content.encode()
-        (tmp_path / "metrics.csv").write_bytes(content)
+        (tmp_path / "dpo_metrics.csv").write_bytes(content)
     message = refused(curves.main, [tmp_path], capsys)
-    assert words in message and str(tmp_path / "metrics.csv") in message
+    assert words in message and str(tmp_path / "dpo_metrics.csv") in message
 
 
 # ------------------------------------------------------------------------------------------------
@@ -610,7 +612,7 @@ def test_win_rate_bias_and_unparsable_share_are_told_apart(tmp_path, capsys):
     path = write_lines(tmp_path / "answers.jsonl", rows)
     win_rate.main(["--read", str(tmp_path / "k.json"), str(path)])
     report = capsys.readouterr().out
-    low, high = sample.wilson([1] * 4 + [0] * 4)
+    low, high = wilson([1] * 4 + [0] * 4)
     assert numbers(report, "dpo over sft") == ["0.500", f"{low:.3f}", f"{high:.3f}", "4", "8",
                                                  "8"]
     assert numbers(report, "A was chosen")[::3] == ["1.000", "8"]
@@ -655,13 +657,13 @@ def test_ten_raters_who_agree_know_no_more_than_one(tmp_path, capsys):
     (tmp_path / "k.json").write_text(json.dumps(a_key(25)))
     verdicts = {f"q{i}": "AB"[(i % 2) ^ (i >= 15)] for i in range(25)}
     paths = [rater_file(tmp_path / f"r{i}.json", verdicts) for i in range(10)]
-    low, high = sample.wilson([1] * 15 + [0] * 10)
+    low, high = wilson([1] * 15 + [0] * 10)
     for files, answers in ((paths[:1], "25"), (paths, "250")):
         win_rate.main(["--read", str(tmp_path / "k.json"), *files])
         report = capsys.readouterr().out
         found = numbers(report, "dpo over sft")
         assert found[:3] == ["0.600", f"{low:.3f}", f"{high:.3f}"] and found[4:] == [answers, "25"]
-    low, high = sample.wilson([1] * 25)         # of ten raters, 45 pairs agree on each question
+    low, high = wilson([1] * 25)         # of ten raters, 45 pairs agree on each question
     assert numbers(report, "agreement between raters") == [
         "1.000", f"{low:.3f}", f"{high:.3f}", str(45 * 25), str(45 * 25), "25"]
 

@@ -23,18 +23,20 @@ from hypothesis import given, settings, strategies as st
 import data
 import sample
 import train_dpo
-import train_sft
 from classroom.exercises import is_a_students_copy
-from data import Preference, encode, separate
+from data import Preference, encode
 from experiments import frontier, ppo, reward_model
-from model import GPT, GPTConfig, ScalarGPT
+from model import GPT, GPTConfig
 from runtime import files
 from runtime.errors import UserError
 from runtime.rows import Skipped
 from tasks import imdb, sentiment
+from tasks.sampled import Answer, separate
+from tasks.scalar_gpt import ScalarGPT
 from tasks.tokenizers import first_merges, get_tokenizer
 
 TOKENIZER = get_tokenizer("reviews")
+TASK = imdb.IMDbSmall()
 for_all = settings(deadline=None, derandomize=True)
 GOOD = "I loved the wonderful plot , and the acting was great".split()
 BAD = "I hated the terrible plot , and the acting was awful".split()
@@ -178,14 +180,14 @@ def flags(folder, *more):
 def test_prompts_have_2_to_8_tokens_and_no_prompt_is_in_both_splits(tmp_path):
     write_archive(tmp_path / "aclImdb_v1.tar.gz")
     args = flags(tmp_path, "--prefixes", "50")
-    prompts = imdb.sampling_prompts(TOKENIZER, args)
+    prompts = TASK.sampling_prompts(TOKENIZER, args)
     assert len(set(prompts)) == len(prompts) == 50
     assert all(2 <= len(TOKENIZER.encode_ordinary(prompt)) <= 8 for prompt in prompts)
     training = [review.text for review in imdb.reviews_of("train", tmp_path, False)]
     test = [review.text for review in imdb.reviews_of("test", tmp_path, False)]
     for prompt in prompts[:45]:
         assert any(text.startswith(prompt) for text in training) and not data.is_held_out(prompt)
-    evaluation = imdb.prompts([], TOKENIZER, flags(tmp_path, "--eval-prompts", "20"))
+    evaluation = TASK.prompts([], TOKENIZER, flags(tmp_path, "--eval-prompts", "20"))
     for prompt in prompts[45:] + evaluation:
         assert any(text.startswith(prompt) for text in test) and data.is_held_out(prompt)
 
@@ -194,7 +196,7 @@ def test_sft_trains_on_training_reviews_and_is_evaluated_on_test_reviews(tmp_pat
     write_archive(tmp_path / "aclImdb_v1.tar.gz", n=3)
     args = flags(tmp_path)
     args.reviews = 4
-    training, held_out = imdb.sft_examples(args)
+    training, held_out = TASK.sft_examples(args)
     assert [p.answers for p in training] == [[r.text] for r in load(tmp_path)[0][:4]]
     assert [p.answers for p in held_out] == [[r.text] for r in load(tmp_path, "test")[0]]
     assert all(p.prompt == "" and p.pairs == [] for p in training + held_out)
@@ -214,7 +216,8 @@ def test_some_of_the_reviews_are_half_favourable(half, n):
 @for_all
 @given(rewards=st.lists(st.floats(-5, 5), min_size=1, max_size=8), gap=st.floats(0, 2))
 def test_kept_rewards_differ_by_the_gap_and_every_other_is_near_a_better_one(rewards, gap):
-    kept = separate(rewards, gap)
+    answers = [Answer("", reward, True) for reward in rewards]
+    kept = [answers.index(answer) for answer in separate(answers, gap)]
     assert kept == sorted(kept) and max(rewards) in [rewards[i] for i in kept]
     for i in kept:
         assert all(i == j or abs(rewards[i] - rewards[j]) >= gap for j in kept)
@@ -325,7 +328,7 @@ def test_labeller_and_judge_share_no_training_review(tmp_path, monkeypatch):
     monkeypatch.setattr(sentiment, "train_labeller", train_labeller)
     monkeypatch.setattr(sentiment, "train_judge", train_judge)
     args = flags(tmp_path, "--out", str(tmp_path))
-    grades = imdb.open_grades(args, small_gpt(), TOKENIZER)
+    grades = TASK.grades(args, small_gpt(), TOKENIZER)
     assert list(grades) == ["reward", "judge"]
     training, _ = load(tmp_path)
     assert trained_on["labeller"] + trained_on["judge"] == training
@@ -342,16 +345,16 @@ def test_the_judge_is_kept_for_the_same_sft_model_only(tmp_path, monkeypatch):
         torch.nn.init.ones_(judge.scalar.bias)
     monkeypatch.setattr(sentiment, "train_judge", train_judge)
     args, model = flags(tmp_path, "--out", str(tmp_path)), small_gpt()
-    first = imdb.open_judge(model, TOKENIZER, args)(["The plot"])
-    assert imdb.open_judge(model, TOKENIZER, args)(["The plot"]) == first == [1.0]
+    first = imdb.open_judge(model, TOKENIZER, 1e-3, args)(["The plot"])
+    assert imdb.open_judge(model, TOKENIZER, 1e-3, args)(["The plot"]) == first == [1.0]
     assert len(trained) == 1
     with torch.no_grad():
         model.wte.weight[0, 0] += 1
-    imdb.open_judge(model, TOKENIZER, args)
+    imdb.open_judge(model, TOKENIZER, 1e-3, args)
     assert len(trained) == 2
     (tmp_path / "judge.pt").write_bytes(b"damaged")
     with pytest.raises(UserError, match="not a judge, or a damaged one"):
-        imdb.open_judge(model, TOKENIZER, args)
+        imdb.open_judge(model, TOKENIZER, 1e-3, args)
 
 
 def test_the_table_shows_probabilities(tmp_path):
@@ -453,10 +456,10 @@ def run(tmp_path_factory):
     """(flags, folder) of a run of train_dpo.py on a made-up archive."""
     folder = tmp_path_factory.mktemp("imdb")
     write_archive(folder / "aclImdb_v1.tar.gz")
-    sizes = {"block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16, "init_std": 0.1}
+    sizes = {"lr": 5e-3, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16, "init_std": 0.1}
     shared = ["--task", "imdb-small", "--data-dir", str(folder), *TINY]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_sft, "SIZES", {"random": sizes})
+        patch.setattr(imdb.IMDbSmall, "random", sizes)
         train_dpo.main([*shared, "--out", str(folder / "out"), "--tokenizer", "reviews",
                         *SAMPLING, *STEPS])
     return shared, folder / "out"
@@ -496,7 +499,7 @@ def test_what_a_run_computed_is_used_again(run, capsys):
     other = [*shared, "--out", str(out.parent / "other"), "--sft", str(out / "sft.pt"), *SAMPLING,
              "--gap", "0.002", *STEPS]
     train_dpo.main(other)
-    assert "answers (within 0.002 of a better one)" in capsys.readouterr().out
+    assert "that tie with a better one (within --gap 0.002)" in capsys.readouterr().out
 
 
 @needs_all_exercises
@@ -504,7 +507,7 @@ def test_reward_model_and_ppo_run_on_imdb_as_on_reviews(run, tmp_path, monkeypat
     """With the reward model, and with the labeller's log-odds as the ground truth. Answers that are
     cut keep their reward; on the reviews task they would get UNFINISHED."""
     shared, out = run
-    monkeypatch.setattr(reward_model, "evaluated", lambda items: [])    # keep the last weights
+    monkeypatch.setattr(reward_model, "halves", lambda items: ([], items))      # the last weights
     reward_model.main([*shared[:4], "--out", str(out), "--device", "cpu", "--max-new-tokens", "12",
                        "--steps", "8", "--warmup", "1", "--batch", "8", "--lr", "0.03"])
     found = json.loads((out / "reward.json").read_text())
@@ -525,7 +528,7 @@ def test_the_frontier_runs_on_imdb_and_draws_the_judge(run, tmp_path, monkeypatc
     shared, out = run
     for name, value in {"BETAS": [0.5], "TARGETS": [1], "NUMBERS": [1, 2]}.items():
         monkeypatch.setattr(frontier, name, value)
-    monkeypatch.setitem(ppo.DEFAULTS, "small", ppo.DEFAULTS["small"] | {"batch": 20,
+    monkeypatch.setitem(ppo.PRESETS, "small", ppo.PRESETS["small"] | {"batch": 20,
                                                                        "minibatch": 20})
     frontier.main([*shared, "--out", str(tmp_path), "--sft", str(out / "sft.pt"), *SAMPLING,
                    "--seeds", "1", "--only", "dpo,ppo_gt"])

@@ -12,12 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Every module of a line may import those of earlier lines, and of its own line those before it.
 ORDER = [
-    "runtime.errors runtime.parallel runtime.files runtime.hub",
+    "runtime.errors runtime.parallel runtime.files runtime.hub runtime.packing runtime.rows "
+    "runtime.statistics runtime.report runtime.memory runtime.log runtime.run runtime.cli "
+    "runtime.flags",
     "model",
-    "runtime.packing runtime.rows data",
-    "tasks.prefixes tasks.own_file tasks.reviews tasks.sentiment tasks.imdb tasks.hh tasks.tldr "
-    "tasks tasks.tokenizers",
-    "runtime.report runtime.checkpoint runtime.memory runtime.run runtime.cli runtime.flags",
+    "data",
+    "tasks.task tasks.prefixes tasks.own_file tasks.sampled tasks.reviews tasks.scalar_gpt "
+    "tasks.sentiment tasks.imdb tasks.hh tasks.tldr tasks tasks.tokenizers tasks.flags "
+    "tasks.checkpoint",
     "train_sft",
     "sample",
     "train_dpo",

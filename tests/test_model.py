@@ -20,9 +20,9 @@ from hypothesis import given, settings, strategies as st
 import model as module
 from data import Encoded, pack
 from model import GPT, GPTConfig, choose
-from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.errors import UserError
-from runtime.parallel import allow_any_size, compiled_logps, set_compiled
+from runtime.parallel import allow_any_size, set_compiled
+from tasks.checkpoint import load_checkpoint, save_checkpoint
 
 for_all = settings(deadline=None, max_examples=30, derandomize=True)
 EOT = 12                                                    # the last id of the small vocabulary
@@ -273,7 +273,7 @@ def compile_on(model):
     pack_for_model does."""
     set_compiled(model, "on")
     assert model.compiled
-    return lambda batch: allow_any_size(batch) or compiled_logps(model)(batch)
+    return lambda batch: allow_any_size(batch) or model.logps(batch)
 
 
 def test_compiled_logps_are_the_eager_ones():
@@ -307,6 +307,7 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_look(monkeypatch
         graphs.append(graph)
         return graph.forward
     monkeypatch.setattr(torch, "compile", lambda f: torch_compile(f, backend=count))
+    monkeypatch.setattr(GPT.logps, "compiled", None)
     logps_of, found = compile_on(small_gpt()), []
     for gradients in (True, False, True, False):
         for batch in steps_of_any_shape():

@@ -4,9 +4,10 @@
 
 After a kill, only what is on disk is left. Most tests here kill a run with an exception that
 nothing catches, in the same process, which is fast; one sends SIGKILL to real processes. "The same
-end" is always meant to the last bit: weights, the optimizer's moments, every row of metrics.csv.
+end" is always meant to the last bit: weights, the optimizer's moments, all of dpo_metrics.csv.
 """
 
+import csv
 import errno
 import json
 import math
@@ -25,14 +26,16 @@ from hypothesis import given, settings, strategies as st
 
 import runtime.cli
 import runtime.run
+import sample
 import train_dpo
 import train_sft
 from data import Batches, Encoded
 from model import GPT, GPTConfig
-from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.errors import UserError
 from runtime.files import replacing, write_json
-from runtime.run import Log, load_state
+from runtime.log import Log
+from runtime.run import load_state
+from tasks.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 for_all = settings(deadline=None, max_examples=20, derandomize=True)
@@ -55,7 +58,7 @@ def train(script, out, resume=False, seed=0, data=None, held_out=None, **changes
     """Run a training loop for STEPS steps. Returns its model."""
     # A step takes 5 of 18 pairs, or 4 of 6 texts, so epochs end in the middle of a step.
     flags = dict(out=out, row_length=32, steps=STEPS, batch=5 if script is train_dpo else 4,
-                 lr=1e-2, warmup=3, log_every=2, eval_every=3, save_every=0.0, resume=resume,
+                 lr=1e-2, warmup=3, log_every=2, eval_every=4, save_every=0.0, resume=resume,
                  seed=seed)
     args = script.parse_args([])
     for name, value in (flags | changes).items():
@@ -67,7 +70,8 @@ def train(script, out, resume=False, seed=0, data=None, held_out=None, **changes
     if script is train_sft:
         data = [Encoded(item.prompt, item.answers[:1], []) for item in data]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "check_start", lambda *arguments: None, raising=False)
+        if script is train_dpo:         # the reference log-probs are made up
+            patch.setattr(script, "check_start", lambda *arguments: None)
         script.train(model, data, held_out or data[:3], args)
     return model
 
@@ -75,8 +79,14 @@ def train(script, out, resume=False, seed=0, data=None, held_out=None, **changes
 def everything(out):
     """(final training state, bytes of the metrics): what must be the same."""
     [state] = out.glob("*_state.pt")
-    [metrics] = out.glob("*metrics.csv")
+    [metrics] = out.glob("*_metrics.csv")
     return load_state(state), metrics.read_bytes()
+
+
+def rows_of(path):
+    """The rows of a CSV file, as dicts."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def same(left, right):
@@ -106,6 +116,24 @@ def killed_at(script, step):
     return dying
 
 
+def will_die(patch, script, death):
+    """Patch the run so that it dies in step `death // 3`, counted from where this process starts:
+    before its update, after it, or when what came before the step has been evaluated and logged,
+    but not saved."""
+    step, when = divmod(death, 3)
+    if when < 2:
+        patch.setattr(script, "update", killed_at(script, 2 * step + when))
+        return
+    calls, all_reduce = [], runtime.run.all_reduce      # how processes agree whether to save
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == step + 1:
+            raise Killed
+        return all_reduce(*arguments)
+    patch.setattr(runtime.run, "all_reduce", dying)
+
+
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory):
     """The results of undisturbed runs: {(script, accumulate): everything}."""
@@ -125,17 +153,18 @@ def untouched(tmp_path_factory):
 
 @for_all
 @given(st.sampled_from([train_sft, train_dpo]), st.integers(1, 2), st.integers(1, 4),
-       st.lists(st.integers(0, 2 * STEPS - 1), max_size=3))
+       st.lists(st.integers(0, 3 * STEPS - 1), max_size=3))
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bytes(
         untouched, tmp_path_factory, script, accumulate, every, deaths):
-    """It is killed up to three times, in any step, before or after its update, and the state is
-    saved every few steps: the clock advances by a minute whenever it is read."""
+    """It is killed up to three times, in any step, before or after its update or between its line
+    of the log and its state, which is saved every few steps: the clock advances by a minute
+    whenever it is read."""
     out, clock = tmp_path_factory.mktemp("killed"), iter(range(10**6))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime.run.time, "monotonic", lambda: 60 * next(clock))
         for death in deaths:
             with pytest.MonkeyPatch.context() as deadly:
-                deadly.setattr(script, "update", killed_at(script, death))
+                will_die(deadly, script, death)
                 try:
                     train(script, out, resume=True, accumulate=accumulate, save_every=every)
                 except Killed:
@@ -192,7 +221,7 @@ def test_sigkill_in_every_phase_of_dpo_costs_nothing_but_the_phase(tmp_path):
     assert process.returncode == 0, output
     assert output.count("already computed") >= 2 and "going on" in output
     names = {path.name for path in killed.iterdir()}
-    assert names == {"dpo.pt", "metrics.csv", "preferences.jsonl", "preferences.key",
+    assert names == {"dpo.pt", "dpo_metrics.csv", "preferences.jsonl", "preferences.key",
                      "reference.json", "reference.key", "results.json", "sft.pt"}
     for name in names:
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
@@ -205,7 +234,8 @@ def test_finished_phases_are_not_repeated_unless_something_they_depend_on_change
            "--lr 1e-2 --device cpu").split()
     dpo = "--prefixes 20 --samples 3 --max-new-tokens 96 --eval-prompts 5 --steps 2 --device cpu"
     there, done = ["--out", str(tmp_path)], []
-    for module, name in [(train_dpo, "sample"), (train_dpo, "score")]:
+    monkeypatch.setattr(train_dpo, "measure", lambda *arguments, **facts: None)
+    for module, name in [(train_dpo, "sample_answers"), (sample, "logps_of")]:
         def noted(*arguments, name=name, real=getattr(module, name), **more):
             done.append(name)
             return real(*arguments, **more)
@@ -216,16 +246,16 @@ def test_finished_phases_are_not_repeated_unless_something_they_depend_on_change
         train_dpo.main([*there, *dpo.split(), *words])
         return done.copy()
     train_sft.main([*there, *sft])
-    assert phases() == ["sample", "score"]
+    assert phases() == ["sample_answers", "logps_of"]
     assert phases() == phases("--beta", "0.2") == []
-    assert phases("--samples", "4") == ["sample", "score"]
-    assert phases("--samples", "4", "--row-length", "60") == ["score"]
+    assert phases("--samples", "4") == ["sample_answers", "logps_of"]
+    assert phases("--samples", "4", "--row-length", "60") == ["logps_of"]
     (tmp_path / "reference.json").write_text("[[0]]")
-    assert phases("--samples", "4") == ["score"]
+    assert phases("--samples", "4") == ["logps_of"]
     (tmp_path / "preferences.jsonl").write_text("{}")
-    assert phases("--samples", "4") == ["sample"]           # the same answers and reference
+    assert phases("--samples", "4") == ["sample_answers"]           # the same answers and reference
     train_sft.main([*there, *sft, "--seed", "1"])
-    assert phases("--samples", "4") == ["sample", "score"]
+    assert phases("--samples", "4") == ["sample_answers", "logps_of"]
 
 
 def test_reference_log_probs_of_other_weights_are_never_used(tmp_path, monkeypatch):
@@ -235,16 +265,16 @@ def test_reference_log_probs_of_other_weights_are_never_used(tmp_path, monkeypat
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--out", str(tmp_path), "--data", str(tmp_path / "a.jsonl"), "--device", "cpu",
              "--tokenizer", "reviews", "--steps", "1"]
-    losses = []
+    losses, references = [], []
     for seed in ("0", "1"):
         train_sft.main([*flags, *"--n-layer 1 --n-head 1 --n-embd 8 --block-size 64 --seed".split(),
                         seed])
         train_dpo.main([*flags, "--eval-prompts", "2", "--max-new-tokens", "4", "--seed", "0"])
-        losses.append((tmp_path / "metrics.csv").read_text().splitlines()[1].split(",")[1])
-        reference = json.loads((tmp_path / "reference.json").read_text())
-        assert len(reference) == 30 and reference not in losses
-        losses.append(reference)
-    assert losses[0] == losses[2] == "0.693147" and losses[1] != losses[3]
+        before, after = rows_of(tmp_path / "dpo_metrics.csv")
+        losses += [before["held_out_loss"], after["loss"]]      # log 2, of policy = reference
+        references.append(json.loads((tmp_path / "reference.json").read_text()))
+    assert losses == ["0.693147"] * 4
+    assert len(references[0]) == len(references[1]) == 30 and references[0] != references[1]
 
 
 def test_a_kill_while_the_state_is_written_leaves_the_one_before(untouched, tmp_path, monkeypatch):
@@ -309,17 +339,18 @@ def interrupted(script, out, **changes):
     ({"beta": 0.7}, "that run had --beta 0.5, this one has 0.7"),
     ({"lr": 0.02}, "--lr 0.01, this one has 0.02"), ({"batch": 6}, "--batch 5"),
     ({"seed": 1}, "--seed 0"), ({"steps": 9}, "--steps 7"),
-    ({"loss": "plackett_luce"}, "--loss dpo"), ({"log_every": 3}, "--log-every 2"),
+    ({"loss": "plackett_luce"}, "--loss dpo"), ({"log_every": 4}, "--log-every 2"),
+    ({"eval_every": 2}, "--eval-every 4"), ({"warmup": 2}, "--warmup 3"),
     ({"data": items(5)}, "the data changed since"),
 ])
 def test_another_configuration_or_other_data_are_refused_by_name(tmp_path, changes, words):
     interrupted(train_dpo, tmp_path)
-    before = (tmp_path / "dpo_state.pt").read_bytes(), (tmp_path / "metrics.csv").read_bytes()
+    before = (tmp_path / "dpo_state.pt").read_bytes(), (tmp_path / "dpo_metrics.csv").read_bytes()
     with pytest.raises(UserError) as caught:
         train(train_dpo, tmp_path, resume=True, **changes)
     assert "cannot resume" in str(caught.value) and words in str(caught.value)
     assert before == ((tmp_path / "dpo_state.pt").read_bytes(),
-                      (tmp_path / "metrics.csv").read_bytes())
+                      (tmp_path / "dpo_metrics.csv").read_bytes())
 
 
 def test_another_reference_is_refused(tmp_path):
@@ -332,7 +363,7 @@ def test_another_reference_is_refused(tmp_path):
 
 
 def test_other_held_out_data_are_refused(tmp_path):
-    """They change no weight, but all numbers about held-out data in metrics.csv."""
+    """They change no weight, but all numbers about held-out data in dpo_metrics.csv."""
     interrupted(train_dpo, tmp_path)
     with pytest.raises(UserError, match="the held-out data changed since"):
         train(train_dpo, tmp_path, resume=True, held_out=items()[3:])
@@ -341,7 +372,7 @@ def test_other_held_out_data_are_refused(tmp_path):
 @pytest.mark.parametrize("what", ["another run's", "cut short", "gone"])
 def test_metrics_are_those_of_the_run_whatever_became_of_the_file(untouched, tmp_path, what):
     """The metrics are part of the training state, and the file is written again from it."""
-    path = interrupted(train_dpo, tmp_path) / "metrics.csv"
+    path = interrupted(train_dpo, tmp_path) / "dpo_metrics.csv"
     if what == "gone":
         path.unlink()
     else:
@@ -416,8 +447,8 @@ def test_a_tensor_that_is_marked_as_a_folder_is_refused(tmp_path):
     ("optimizer", {}), ("optimizer state 0", None), ("optimizer state 0 exp_avg", [1.0]),
     ("optimizer state 0 exp_avg", torch.zeros(3)), ("optimizer state 0 step", torch.zeros(3)),
     ("optimizer param_groups 0 betas", (0.9,)), ("optimizer param_groups 0 betas", "betas"),
-    ("optimizer param_groups 1 weight_decay", 0.1), ("log", 7), ("log lines", "many"),
-    ("log text", 7), ("log sums", {"loss": "x"}), ("log counts", None),
+    ("optimizer param_groups 1 weight_decay", 0.1), ("log", 7), ("log overflows", "many"),
+    ("log text", 7), ("log sums", {"loss": "x"}), ("log counts", None), ("log latest", {"lr": "x"}),
 ])
 def test_a_field_of_another_type_or_shape_is_refused(tmp_path, where, value):
     """AdamW's load_state_dict accepts nearly all of them, and with moments of another shape PyTorch
@@ -435,7 +466,7 @@ def test_a_field_of_another_type_or_shape_is_refused(tmp_path, where, value):
 
 def test_a_run_says_when_there_is_something_to_resume_and_when_there_is_not(tmp_path, capsys):
     train(train_dpo, tmp_path, resume=True)
-    assert "nothing to resume" in capsys.readouterr().out
+    assert "no unfinished run to resume" in capsys.readouterr().out
     path = interrupted(train_sft, tmp_path) / "sft_state.pt"
     before = path.read_bytes()
     capsys.readouterr()
@@ -480,7 +511,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
             runtime.cli.command(main)()
     err = capsys.readouterr().err
     assert caught.value.code == code and "Traceback" not in err
-    assert err.splitlines()[-1] == (f"{script.__name__}.py: stopped after step 3; the same command "
+    assert err.splitlines()[-1] == (f"{script.__name__}.py: stopped after 4 steps; the same command "
                                     "with --resume, without --fresh, goes on from there")
     [path] = tmp_path.glob("*_state.pt")
     assert load_state(path)["step"] == 4
@@ -510,7 +541,7 @@ def test_a_signal_outside_of_training_ends_with_one_sentence(
         tmp_path, monkeypatch, capsys, number, code):
     """For example while answers are sampled. (A process in the background of a shell starts with
     Ctrl-C ignored, and these tests may be one, so the default handler is set first.)"""
-    monkeypatch.setattr(train_dpo, "open_checkpoint", lambda *a: os.kill(os.getpid(), number))
+    monkeypatch.setattr(train_dpo, "open_start", lambda *a: os.kill(os.getpid(), number))
     (tmp_path / "sft.pt").write_bytes(b"")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -529,16 +560,16 @@ def test_a_signal_outside_of_training_ends_with_one_sentence(
 
 
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value, step", [(math.nan, 2), (math.nan, 3), (math.inf, 2)])
 def test_a_gradient_that_is_no_number_names_step_and_rows_and_spoils_nothing(
-        untouched, tmp_path, script, value):
-    """It breaks in step 3, for which no line is logged. The state after step 2 is kept, and a
-    repaired run continues from there."""
+        untouched, tmp_path, script, value, step):
+    """A line of the log is due after step 3, but not after step 2. The state before the broken step
+    is kept, and a repaired run continues from there."""
     calls, update = [], script.update
 
     def breaking(model, *arguments):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == step + 1:
             model.wte.weight.grad[0, 0] = value
         return update(model, *arguments)
     with pytest.MonkeyPatch.context() as patch:
@@ -546,11 +577,11 @@ def test_a_gradient_that_is_no_number_names_step_and_rows_and_spoils_nothing(
         with pytest.raises(UserError) as caught:
             train(script, tmp_path)
     batches = Batches(items(), 5 if script is train_dpo else 4, 0, whole=script is train_sft)
-    rows = sorted({item for _, item, _ in batches.units_of(3)})
-    assert "step 3: the gradient is " in str(caught.value)
+    rows = sorted({item for _, item, _ in batches.units_of(step)})
+    assert f"step {step}: the gradient is {value}" in str(caught.value)
     assert f"the prompts {', '.join(map(str, rows))}" in str(caught.value)
     [path] = tmp_path.glob("*_state.pt")
-    assert load_state(path)["step"] == 3
+    assert load_state(path)["step"] == step
     train(script, tmp_path, resume=True)
     state, metrics = everything(tmp_path)
     expected, expected_metrics = untouched[script, 1]
@@ -681,8 +712,8 @@ def test_a_pipe_is_written_in_place(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "metrics.csv").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="metrics.csv: cannot be written: No space left"):
+    (tmp_path / "dpo_metrics.csv").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="dpo_metrics.csv: cannot be written: No space left"):
         train(train_dpo, tmp_path)
 
 
@@ -701,17 +732,21 @@ def test_on_a_gpu_a_run_goes_on_between_two_lines_of_the_log(tmp_path):
 
 def test_no_state_is_left_when_all_is_done_and_checkpoints_have_plain_keys(tmp_path, monkeypatch):
     """No `_orig_mod.` of torch.compile, and no `module.` of a wrapper for several processes."""
-    compiled, torch_compile = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or torch_compile(
-        f, backend="eager"))            # all but the kernels, which need a C++ compiler
+    calls, torch_compile = [], torch.compile
+
+    def compile_without_kernels(function):      # they need a C++ compiler
+        compiled = torch_compile(function, backend="eager")
+        return lambda *arguments: calls.append(1) or compiled(*arguments)
+    monkeypatch.setattr(torch, "compile", compile_without_kernels)
+    monkeypatch.setattr(GPT.logps, "compiled", None)
     flags = ["--out", str(tmp_path), "--device", "cpu", "--save-every", "0", "--compile", "on"]
     rows = [{"prompt": f"P {i}", "chosen": f" good {i}", "rejected": " bad"} for i in range(30)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags += ["--data", str(tmp_path / "a.jsonl"), "--tokenizer", "reviews", "--steps", "1"]
     train_sft.main([*flags, *"--n-layer 1 --n-head 1 --n-embd 8 --block-size 64".split()])
-    sft_compiled = len(compiled)
+    calls_of_sft = len(calls)
     train_dpo.main([*flags, "--eval-prompts", "2", "--max-new-tokens", "4"])
-    assert 0 < sft_compiled < len(compiled)
+    assert 0 < calls_of_sft < len(calls)
     assert not list(tmp_path.glob("*_state.pt"))
     for name in ("sft.pt", "dpo.pt"):
         keys = torch.load(tmp_path / name, weights_only=True)["model"].keys()
@@ -737,10 +772,10 @@ def test_an_sft_run_that_did_not_end_is_not_mistaken_for_an_older_one_that_did(
         train_dpo.main(["--out", str(tmp_path), "--seed", "1", "--device", "cpu",
                         *([flag] if flag else ["--resume"])])
     assert ("--resume" in asked[0]) == (flag is None)
-    monkeypatch.setattr(train_dpo, "open_checkpoint", lambda *arguments: exit(0))
+    monkeypatch.setattr(train_dpo, "open_start", lambda *arguments: exit(0))
     with pytest.raises(SystemExit):
         train_dpo.main(["--out", str(tmp_path), "--seed", "1", "--device", "cpu"])
-    assert "a later SFT run did not finish; --resume would continue" in capsys.readouterr().out
+    assert "a later SFT run did not finish, and --resume would continue it" in capsys.readouterr().out
 
 
 def test_flags_that_begin_again_and_go_on_contradict_each_other(capsys):

@@ -38,12 +38,13 @@ import train_sft  # noqa: E402
 from classroom import assignment  # noqa: E402
 from data import Batches, Encoded  # noqa: E402
 from experiments import benchmark, curves, frontier, ppo, reward_model  # noqa: E402
-from model import GPT, GPTConfig, ScalarGPT  # noqa: E402
-from runtime.checkpoint import load_checkpoint  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 from runtime.cli import set_up  # noqa: E402
 from runtime.errors import UserError  # noqa: E402
 from runtime.parallel import process_rank, set_compiled  # noqa: E402
-from runtime.run import load_state  # noqa: E402
+from runtime.run import Run, load_state  # noqa: E402
+from tasks.checkpoint import load_checkpoint  # noqa: E402
+from tasks.scalar_gpt import ScalarGPT  # noqa: E402
 
 # Name: (script, flags). There are seven prompts with three answers each, which two processes cannot
 # share equally.
@@ -59,7 +60,6 @@ RUNS = {
     "PPO": (ppo, dict(batch=8, minibatch=4, accumulate=2, max_new_tokens=8, critic_lr=1e-2)),
 }
 STEPS = 4
-SCRIPTS = [train_sft, train_dpo, reward_model, ppo]
 SFT = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 64 --reviews 600 --batch 31 --lr 1e-2 "
        "--steps 40 --device cpu").split()
 DPO = ("--prefixes 60 --samples 3 --max-new-tokens 40 --steps 6 --batch 13 --log-every 2 "
@@ -73,7 +73,7 @@ def train(name, out, **changes):
     flags = flags | changes | dict(out=out, row_length=32, steps=STEPS, lr=1e-2, warmup=2,
                                    log_every=2)
     if script is not ppo:
-        flags["eval_every"] = 3
+        flags["eval_every"] = 2
     for flag, value in flags.items():
         assert hasattr(args, flag), flag
         setattr(args, flag, value)
@@ -97,12 +97,13 @@ def train(name, out, **changes):
         model = ScalarGPT.from_gpt(model).double()
         reward_model.train(model, items, items[:3], args)
         return model
+    set_compiled(model, args.compile)
     with pytest.MonkeyPatch.context() as patch:     # compiled, except for generating kernels
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-        set_compiled(model, args.compile)
-    for item, logps in zip(items, sample.score(model, items, 32)):
-        item.ref_logps = logps
-    script.train(model, items, items[:3], args)
+        patch.setattr(GPT.logps, "compiled", None)
+        for item, logps in zip(items, sample.logps_of(model, items, 32)):
+            item.ref_logps = logps
+        script.train(model, items, items[:3], args)
     return model
 
 
@@ -120,13 +121,10 @@ def stop_in_step(number):
 def work(folder):
     """What each of the two processes does: all RUNS, a stopped and resumed one, both commands."""
     for name in RUNS:
-        calls, right = [], runtime.parallel.sum_gradients
-        counted = lambda model: calls.append(1) or right(model)                     # noqa: E731
-        for script in SCRIPTS:
-            script.sum_gradients = counted
+        calls, right = [], train_sft.sum_gradients              # which all loops call by update()
+        train_sft.sum_gradients = lambda model: calls.append(1) or right(model)
         model = train(name, folder / name)
-        for script in SCRIPTS:
-            script.sum_gradients = right
+        train_sft.sum_gradients = right
         torch.save((model.state_dict(), len(calls)), folder / name / f"process_{process_rank()}.pt")
     out, right = folder / "stopped", train_sft.update
     train_sft.update = stop_in_step(2)
@@ -200,7 +198,7 @@ def test_metrics_are_those_of_all_processes(pair, tmp_path, name):
     """Every number of every line, also of held-out data, comes from sums and counts that are added
     up over all processes. (TRL #2474 is about metrics of one process only.)"""
     train(name, tmp_path)
-    [ours] = (pair / name).glob("*metrics.csv")
+    [ours] = (pair / name).glob("*_metrics.csv")
     assert_alike(ours, tmp_path / ours.name)
 
 
@@ -277,7 +275,7 @@ def test_both_commands_write_under_torchrun_what_they_write_alone(folders):
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     for name in ("preferences.jsonl", "reference.json"):
         assert (two / name).read_bytes() == (one / name).read_bytes()
-    for name in ("sft_metrics.csv", "metrics.csv"):
+    for name in ("sft_metrics.csv", "dpo_metrics.csv"):
         assert_alike(two / name, one / name, within=2e-5)
     results = [json.loads((folder / "results.json").read_text()) for folder in (two, one)]
     assert results[0]["policies"]["sft"] == results[1]["policies"]["sft"]
@@ -369,12 +367,12 @@ def test_a_batch_that_is_too_small_in_some_step_is_refused_before_the_first(tmp_
     """With three pairs per prompt, 13 pairs come from 5 or 6 prompts."""
     monkeypatch.setattr(runtime.run, "world_size", lambda: 6)
     items = [Encoded([1], [[2], [3], [4]], [(0, 1), (0, 2), (1, 2)])] * 7
-    args = train_dpo.parse_args(["--batch", "13"])
+    args = train_dpo.parse_args(["--batch", "13", "--out", str(tmp_path)])
+    run = Run("dpo", train_dpo.COLUMNS, args, Batches(items, 13, 0),
+              model=GPT(GPTConfig(8, 8, 1, 1, 8)), optimizer=None, scaler=None)
     with pytest.raises(UserError, match="--batch 13 is 5 prompts in some step, and there are 6"):
-        state = runtime.run.TrainingState(
-            tmp_path / "state.pt", args, GPT(GPTConfig(8, 8, 1, 1, 8)), None, None, None,
-            Batches(items, 13, 0), [])
-        state.begin()
+        next(run.steps())
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_tensor_of_a_gpu_goes_by_way_of_the_cpu(monkeypatch, tmp_path):
@@ -386,6 +384,7 @@ def test_what_is_no_tensor_of_a_gpu_goes_by_way_of_the_cpu(monkeypatch, tmp_path
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
@@ -395,7 +394,7 @@ def test_what_is_no_tensor_of_a_gpu_goes_by_way_of_the_cpu(monkeypatch, tmp_path
         args = train_dpo.parse_args(["--device", device])
         assert set_up(args) == torch.device(expected)
     assert asked == [1, "cpu:gloo,cuda:nccl", "gloo"]
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")         # the first of them says so too
     with pytest.raises(UserError, match="more processes than the 2 cuda devices"):
         set_up(train_dpo.parse_args([]))
 

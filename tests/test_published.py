@@ -18,18 +18,18 @@ import tiktoken
 import torch
 from hypothesis import given, settings, strategies as st
 
-import runtime.checkpoint
 import runtime.files
 import sample
+import tasks.checkpoint
 import tasks.tokenizers
 import train_dpo
 import train_sft
 from data import Preference, encode, encode_all, load_preferences, pack
 from model import GPT, GPTConfig
-from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError
 from runtime.rows import ASSISTANT, HUMAN, Skipped, tldr_prompt
 from tasks import hh, own_file, reviews, tldr
+from tasks.checkpoint import load_checkpoint
 from tasks.tldr import load_comparisons, load_summaries
 from tasks.tokenizers import get_tokenizer
 
@@ -249,8 +249,8 @@ def folder(tmp_path):
 
 def test_hh_is_split_as_it_was_published(folder):
     skipped = Skipped()
-    training = hh.load_file("train", folder, skipped)
-    held_out = hh.load_file("test", folder, skipped)
+    training = hh.load_dialogues("train", folder, skipped)
+    held_out = hh.load_dialogues("test", folder, skipped)
     assert (len(training), len(held_out)) == (20, 10) and skipped["empty answer"] == 1
     assert not {p.prompt for p in training} & {p.prompt for p in held_out}
 
@@ -290,7 +290,8 @@ def test_a_file_that_is_not_there_is_fetched_from_where_it_was_published(tmp_pat
         raise UserError("no network")
     for module in (hh, tldr):
         monkeypatch.setattr(module, "download", download)
-    for load, what, folder in [(hh.load_file, "train", tmp_path), (hh.load_file, "test", tmp_path),
+    for load, what, folder in [(hh.load_dialogues, "train", tmp_path),
+                               (hh.load_dialogues, "test", tmp_path),
                                (load_comparisons, False, tmp_path), (load_summaries, False, None)]:
         with pytest.raises(UserError):
             load(what, folder, Skipped())
@@ -306,12 +307,13 @@ def test_a_file_that_is_not_there_is_fetched_from_where_it_was_published(tmp_pat
 
 
 def test_what_a_person_types_gets_the_form_that_the_model_has_read():
-    assert hh.as_prompt("Why?") == "\n\nHuman: Why?\n\nAssistant:"
-    assert hh.as_prompt(dialogue("Why?") + ASSISTANT) == dialogue("Why?") + ASSISTANT
-    assert reviews.as_prompt("The plot") == own_file.as_prompt("The plot") == "The plot"
+    assert hh.HH().as_prompt("Why?") == "\n\nHuman: Why?\n\nAssistant:"
+    assert hh.HH().as_prompt(dialogue("Why?") + ASSISTANT) == dialogue("Why?") + ASSISTANT
+    for task in (reviews.Reviews(), own_file.OwnFile()):
+        assert task.as_prompt("The plot") == "The plot"
     whole = tldr_prompt({"subreddit": "tifu", "title": "T", "post": "P"})
-    assert tldr.as_prompt(whole) == whole
-    assert tldr.as_prompt("I fell.").endswith("POST: I fell.\n\nTL;DR:")
+    assert tldr.TLDR().as_prompt(whole) == whole
+    assert tldr.TLDR().as_prompt("I fell.").endswith("POST: I fell.\n\nTL;DR:")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -328,7 +330,7 @@ def gpt2(tmp_path, monkeypatch):
     bytes_only = tiktoken.Encoding("gpt2", pat_str=tasks.tokenizers.GPT2_PATTERN,
                                    mergeable_ranks=ranks,
                                    special_tokens={"<|endoftext|>": 50256})
-    for module in (train_sft, runtime.checkpoint):
+    for module in (train_sft, tasks.checkpoint):
         monkeypatch.setattr(module, "get_tokenizer", lambda name: bytes_only)
     torch.manual_seed(0)
     GPT(GPTConfig(block_size=256, n_layer=1, n_head=1, n_embd=4)).save_pretrained(tmp_path / "gpt2")
@@ -347,7 +349,7 @@ def test_each_task_goes_from_pretrained_weights_to_a_folder_that_opens_elsewhere
     out = capsys.readouterr().out
     assert f"({gpt2})" in out and f"beta {0.5 if task == 'tldr' else 0.1}" in out
     assert "1 x empty answer" in out
-    first = (tmp_path / "out/metrics.csv").read_text().splitlines()[1].split(",")
+    first = (tmp_path / "out/dpo_metrics.csv").read_text().splitlines()[2].split(",")
     assert float(first[1]) == pytest.approx(math.log(2), abs=1e-5)
     model, facts = load_checkpoint(tmp_path / "out/dpo.pt")
     assert facts["init"] == str(gpt2) and facts["source"] == task
@@ -389,7 +391,8 @@ def test_a_learning_rate_far_above_the_papers_earns_one_line(folder, gpt2, tmp_p
     (train_sft.main, ["--task", "hh", "--init-std", "0.1"], "--init-std is for --init random"),
     (train_sft.main, ["--init", "gpt2", "--task", "reviews"], "it needs --tokenizer gpt2"),
     (train_sft.main, ["--task", "hh", "--data", "a.jsonl"], "choose one"),
-    (train_sft.main, ["--task", "hh", "--init", "nowhere"], "nowhere/config.json: cannot be read"),
+    (train_sft.main, ["--tokenizer", "gpt2", "--reviews", "9", "--init", "nowhere"],
+     "nowhere/config.json: cannot be read"),
     (train_dpo.main, ["--task", "hh", "--init", "gpt2", "--sft", "a.pt"], "choose"),
     (sample.main, ["--export", "a", "--compare"], "--export writes one checkpoint"),
 ])

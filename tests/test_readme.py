@@ -20,7 +20,7 @@ import train_sft
 from classroom.exercises import is_a_students_copy
 from experiments import benchmark
 from model import GPT, GPTConfig
-from runtime.checkpoint import save_checkpoint
+from tasks.checkpoint import save_checkpoint
 from tasks.tokenizers import get_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -33,10 +33,11 @@ from experiments.ppo import (
     whiten,
 )
 from experiments.reward_model import normalise, reward_loss
-from model import GPT, GPTConfig, ScalarGPT
-from runtime.checkpoint import load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig
 from runtime.errors import UserError
-from sample import score
+from sample import logps_of, numbers_of
+from tasks.checkpoint import load_checkpoint, save_checkpoint
+from tasks.scalar_gpt import ScalarGPT
 from tasks.tokenizers import get_tokenizer
 from train_dpo import dpo_loss, optimal_policy
 
@@ -342,7 +343,7 @@ def roll(args, n=64, score_answers=zero_scores, policy=None, step=0):
 def test_the_kl_over_an_answers_tokens_is_its_sequence_log_ratio(tmp_path):
     args = flags(tmp_path, max_new_tokens=6)
     rolled = roll(args)
-    pi, ref = (torch.tensor(score(model, rolled.items, 32)).flatten()
+    pi, ref = (torch.tensor(logps_of(model, rolled.items, 32)).flatten()
                for model in (gpt(), gpt(seed=2)))
     torch.testing.assert_close(rolled.kl().double(), (pi - ref).double(), atol=1e-4, rtol=1e-4)
     assert rolled.kl().abs().max() > 0.1
@@ -462,7 +463,7 @@ def test_an_update_raises_the_better_answer_and_the_policys_loss_never_moves_the
     before, critic_before = rolled.logps.sum(1)[0], copy.deepcopy(critic.state_dict())
     ppo.improve(Learner(policy, 1e-3, 0), Learner(critic, 0.0, 0), rolled,
                 *ppo.advantages_and_returns(rolled, 0.0), 0, Noted(), args)
-    assert score(policy, rolled.items[:1], 32)[0][0] > before
+    assert logps_of(policy, rolled.items[:1], 32)[0][0] > before
     assert all(torch.equal(weight, critic_before[name])
                for name, weight in critic.state_dict().items())
 
@@ -514,7 +515,7 @@ def test_ppo_comes_to_the_optimal_policy_of_equation_15(tmp_path):
     every_answer = [Encoded([1], [list(answer) for answer in answers], [])]
 
     def log_probs(model):
-        return float64(score(model, every_answer, 32)[0])
+        return float64(logps_of(model, every_answer, 32)[0])
     best = optimal_policy(log_probs(reference), rewards, beta)
     args = flags(tmp_path, max_new_tokens=2, batch=128, minibatch=64, lr=1e-3, critic_lr=1e-2,
                  beta=beta, steps=60, log_every=1000)
@@ -542,7 +543,7 @@ def test_a_reward_model_learns_what_chosen_answers_have_in_common(tmp_path):
     args = flags(tmp_path, reward_model, lr=1e-2, warmup=1, batch=16, steps=30, eval_every=10)
     model, held_out = ScalarGPT.from_gpt(gpt()), pairs_by_a_rule(60)[40:]
     reward_model.train(model, pairs_by_a_rule(40), held_out, args)
-    assert (reward_model.margins_of(model, held_out, 32) > 0).all()
+    assert (reward_model.reward_margins(model, held_out, 32) > 0).all()
 
 
 def test_the_weights_with_the_highest_accuracy_are_kept(tmp_path, monkeypatch):
@@ -565,7 +566,9 @@ def test_the_weights_with_the_highest_accuracy_are_kept(tmp_path, monkeypatch):
 @given(encoded(most_answers=1))
 def test_normalised_rewards_have_mean_0_and_deviation_1_and_the_same_order(items):
     model = scalar_gpt()
-    of = lambda: torch.tensor(score(model, items, 32, number_of=model.rewards))[:, 0]   # noqa: E731
+
+    def of():
+        return torch.tensor(numbers_of(model, model.rewards, items, 32, "rewards"))[:, 0]
     before = of()
     if len(items) < 2 or before.std() < 1e-3:
         return

@@ -19,8 +19,9 @@ import sample
 from data import Encoded, Preference, encode, is_held_out, pack
 from experiments import best_of as best_of_py
 from model import GPT, GPTConfig
-from runtime.checkpoint import save_checkpoint
 from runtime.report import names_of, side_by_side, table
+from runtime.statistics import wilson
+from tasks.checkpoint import save_checkpoint
 from tasks.tokenizers import get_tokenizer
 
 TOKENIZER = get_tokenizer("reviews")
@@ -77,7 +78,7 @@ def test_wilsons_bounds_are_the_rates_at_which_the_share_is_just_not_surprising(
     n, z = wins + ties + losses, 1.959964
     assume(n)
     share = (wins + ties / 2) / n
-    low, high = sample.wilson([1] * wins + [0.5] * ties + [0] * losses)
+    low, high = wilson([1] * wins + [0.5] * ties + [0] * losses)
     assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 and low < high
     for p in (low, high):
         if 1e-9 < p < 1 - 1e-9:
@@ -88,12 +89,12 @@ def test_wilsons_bounds_are_the_rates_at_which_the_share_is_just_not_surprising(
 def test_wilsons_interval_of_8_in_10_is_that_of_the_textbook():
     """With z^2 = 3.8415, the centre is (0.8 + z^2 / 20) / (1 + z^2 / 10) = 0.7167, and the interval
     is 0.7167 +- 0.2266. The plain one, 0.8 +- 1.96 sqrt(0.016), would end at 1.05."""
-    assert sample.wilson([1] * 8 + [0] * 2) == pytest.approx((0.4902, 0.9433), abs=2e-4)
+    assert wilson([1] * 8 + [0] * 2) == pytest.approx((0.4902, 0.9433), abs=2e-4)
 
 
 def test_all_won_does_not_mean_certain():
     """With a share of 1, the lower end is n / (n + z^2)."""
-    low, high = sample.wilson([1] * 10)
+    low, high = wilson([1] * 10)
     assert high == pytest.approx(1) and low == pytest.approx(10 / (10 + 3.8415), abs=1e-4)
 
 
@@ -109,7 +110,7 @@ def test_wilsons_interval_covers_the_truth_in_about_19_of_20_cases(rate, tied, n
     hits = []
     for _ in range(4000):
         scores = [0.5 if rng.random() < tied else float(rng.random() < rate) for _ in range(n)]
-        low, high = sample.wilson(scores)
+        low, high = wilson(scores)
         hits.append(low <= truth <= high)
     assert 0.93 < sum(hits) / len(hits) < 0.98
 
@@ -117,7 +118,7 @@ def test_wilsons_interval_covers_the_truth_in_about_19_of_20_cases(rate, tied, n
 def test_few_decided_among_many_ties_do_not_make_an_interval_of_no_width():
     """One comparison in ten is decided, and always won, so of ten comparisons all tie in 35 % of
     the cases. The interval around one half still has to contain the truth, 0.55."""
-    low, high = sample.wilson([0.5] * 10)
+    low, high = wilson([0.5] * 10)
     assert low < 0.45 and 0.55 < high and low + high == pytest.approx(1)
 
 
@@ -174,7 +175,8 @@ def test_answers_are_judged_by_the_log_ratio_and_stay_with_their_prompt():
     columns = best_of_py.draw_answers(model, prompts, TOKENIZER, 3, 5, 0, LENGTH,
                                       judge=judge, beta=0.5)
     ids = [[TOKENIZER.eot_token] + TOKENIZER.encode_ordinary(p) for p in prompts]
-    drawn = sample.sample(model, [i for i in ids for _ in range(3)], 5, 0, TOKENIZER.eot_token)
+    drawn = sample.sample_answers(model, [i for i in ids for _ in range(3)], 5, 0,
+                                  TOKENIZER.eot_token)
     for i, prompt in enumerate(ids):
         batch = pack([Encoded(prompt, drawn[3 * i:3 * i + 3], [])], 64)
         with torch.no_grad():
@@ -201,7 +203,7 @@ def test_large_models_sample_fewer_answers_at_a_time(n_layer, n_embd, expected):
     model = SimpleNamespace(
         config=GPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=1), device=torch.device("cpu"),
         generate=lambda prompts, *rest: sizes.append(len(prompts)) or [[0]] * len(prompts))
-    sample.sample(model, [[1] * 90] * 1000, 10, 0, 0)
+    sample.sample_answers(model, [[1] * 90] * 1000, 10, 0, 0)
     assert sizes[0] == max(sizes) == expected and sum(sizes) == 1000
 
 
@@ -209,7 +211,7 @@ def test_the_reference_is_sampled_but_never_scored(monkeypatch):
     """Its KL to itself is 0 without any computation. For each other policy, that policy and the
     reference are scored once, on the answers of that policy."""
     calls = []
-    monkeypatch.setattr(sample, "score", lambda model, items, *_: calls.append(model) or
+    monkeypatch.setattr(sample, "logps_of", lambda model, items, *_: calls.append(model) or
                         [[0.0] for _ in items])
     a, b = small_gpt(0), small_gpt(1)
     measures, _ = sample.evaluate({"sft": a, "dpo": b}, a, ["The plot", "I"], TOKENIZER, 3, 0)
@@ -226,7 +228,7 @@ def test_the_win_rate_is_against_the_baseline_that_is_named():
                   for x, y in zip(texts[ours], texts[baseline])]
         assert measures[ours]["win_rate"] == pytest.approx(sum(scores) / 50) and 0.5 in scores
         assert measures[baseline]["win_rate"] == 0.5
-        assert measures[ours]["win_rate_95"] == sample.wilson(scores)
+        assert measures[ours]["win_rate_95"] == wilson(scores)
         assert "win_rate_95" not in measures[baseline]
     default, _ = sample.evaluate(policies, *args, LENGTH)
     assert default["a"]["win_rate"] == 0.5 and "win_rate_95" in default["b"]
@@ -252,7 +254,7 @@ def test_finished_is_the_share_of_answers_that_reached_end_of_text(monkeypatch):
     cut. The share is not in the table, for which a sixth column is too wide."""
     eot, model = TOKENIZER.eot_token, small_gpt(0)
     answers = [[5, eot], [5, 6, eot], [5, 6, 7], [eot]]
-    monkeypatch.setattr(sample, "sample", lambda *_, **__: answers)
+    monkeypatch.setattr(sample, "sample_answers", lambda *_, **__: answers)
     measures, _ = sample.evaluate({"sft": model}, model, ["The plot"] * 4, TOKENIZER, 3, 0,
                                   LENGTH)
     assert measures["sft"]["finished"] == 0.75
@@ -302,7 +304,7 @@ def rated(items, logps):
     reference = SimpleNamespace(config=GPTConfig(64), precision=None)
     with pytest.MonkeyPatch.context() as patch:
         zeros = [[0.0] * len(item.answers) for item in items]
-        patch.setattr(sample, "score", lambda model, *_: logps if model is policy else zeros)
+        patch.setattr(sample, "logps_of", lambda model, *_: logps if model is policy else zeros)
         return sample.rate_pairs({"pi": policy}, reference, items, {})["pi"]
 
 
@@ -345,8 +347,8 @@ def test_scoring_many_answers_to_a_prompt_is_scoring_each(monkeypatch):
     are those of one item at a time."""
     model, item = small_gpt(0), some_items(2)[1]
     many = [Encoded(item.prompt, item.answers * 30, []), item]
-    one = sample.score(model, [item], 64)[0]
-    first, second = sample.score(model, many, 64)
+    one = sample.logps_of(model, [item], 64)[0]
+    first, second = sample.logps_of(model, many, 64)
     assert first == pytest.approx(one * 30, abs=1e-4) and second == pytest.approx(one, abs=1e-4)
 
 
@@ -360,7 +362,7 @@ def test_asking_for_more_tokens_than_fit_makes_no_smaller_batches(monkeypatch):
     model, calls = small_gpt(0), []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda *a: calls.append(1) or generate(*a))
-    answers = sample.sample(model, [[1, 2]] * 60, 10**6, 0, TOKENIZER.eot_token)
+    answers = sample.sample_answers(model, [[1, 2]] * 60, 10**6, 0, TOKENIZER.eot_token)
     assert len(calls) == 1 and max(map(len, answers)) <= 62
 
 
@@ -403,7 +405,7 @@ def test_evaluate_measures_every_checkpoint_named_and_writes_the_same_numbers_ag
     assert set(results["policies"]["other"]) == expected | {"win_rate_95"}
     assert set(results["policies"]["dpo"]) == expected | {"win_rate_95", "margin", "margin_se"}
     assert all(f"{results['policies']['other'][m]:.3f}" in out for m in measures)
-    assert "win rate against sft, with its 95 % interval" in out
+    assert "baseline sft; win rate with its 95 % interval" in out
     sample.main([*flags, "--eval-prompts", "13"])
     assert (run / "evaluation.json").read_bytes() != first
     sample.main(flags)
@@ -450,7 +452,7 @@ def test_a_preference_file_is_measured_without_a_reward(run, capsys):
     assert json.loads((run / "best_of.json").read_text())["judge"] == "implicit"
 
 
-def test_a_published_task_is_measured_on_the_file_that_is_held_out(run, tmp_path, capsys):
+def test_a_published_task_is_measured_on_the_file_that_is_held_out(run, tmp_path):
     """The training file does not exist here, and it is not needed."""
     path = tmp_path / "helpful-base" / "test.jsonl.gz"
     path.parent.mkdir()
@@ -462,7 +464,6 @@ def test_a_published_task_is_measured_on_the_file_that_is_held_out(run, tmp_path
     sample.main([*flags, "--evaluate"])
     results = evaluation(run)
     assert (results["task"], results["prompts"]) == ("hh", 5)
-    assert "hh, held out: 5 rows" in capsys.readouterr().out
     best_of_py.main([*flags, "--numbers", "1,2"])
     assert json.loads((run / "best_of.json").read_text())["prompts"] == 5
     assert {"kl", "accuracy", "logp_accuracy"} <= set(results["policies"]["dpo"])

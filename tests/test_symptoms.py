@@ -18,7 +18,7 @@ from data import is_held_out, load_preferences
 from experiments import symptoms
 from experiments.symptoms import SYMPTOMS, Symptom, flags_of
 from model import GPT, GPTConfig
-from runtime.checkpoint import save_checkpoint
+from tasks.checkpoint import save_checkpoint
 from tasks.tokenizers import get_tokenizer
 
 ROOT = Path(__file__).parent.parent

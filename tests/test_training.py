@@ -28,14 +28,15 @@ import data
 import runtime.memory
 import runtime.run
 import sample
-import tasks
+import tasks.task
 import train_dpo
 import train_sft
 from data import Batches, Encoded, micro_batches, pack
 from model import GPT, GPTConfig
-from runtime.checkpoint import load_checkpoint, set_precision
 from runtime.errors import UserError
-from runtime.run import Log
+from runtime.log import Log
+from runtime.run import Run
+from tasks.checkpoint import load_checkpoint, set_precision
 from tasks.tokenizers import get_tokenizer
 from train_sft import grad_scaler, update, warmup
 
@@ -100,17 +101,19 @@ def settings(tmp_path, loop=train_dpo, **changes):
 
 
 def test_a_run_starts_at_log_2_and_logs_every_number(run):
-    """At step 0 the policy equals the reference: the loss is log 2 = 0.693147, every pair is a tie
-    (half right), and rewards are 0."""
-    first, *rest = rows_of(run / "metrics.csv")
-    assert [row["step"] for row in [first, *rest]] == ["0", "1", "2", "3"]
-    assert float(first["loss"]) == pytest.approx(math.log(2), abs=1e-5)
-    assert float(first["held_out_loss"]) == pytest.approx(math.log(2), abs=1e-5)
-    assert float(first["accuracy"]) == float(first["held_out_accuracy"]) == 0.5
-    for name in ("margin", "chosen_reward", "rejected_reward"):
-        assert float(first[name]) == pytest.approx(0, abs=1e-4)
-    for name in ("chosen_logp", "rejected_logp", "grad_norm", "lr"):
-        assert math.isfinite(float(first[name]))
+    """Before the first update the policy equals the reference: the loss is log 2 = 0.693147, every
+    pair is a tie (half right), and rewards are 0; on held-out pairs (row 0) and on the batch of the
+    first update (row 1)."""
+    start, first, *rest = rows_of(run / "dpo_metrics.csv")
+    assert [row["step"] for row in [start, first, *rest]] == ["0", "1", "2", "3", "4"]
+    for row, of in ((start, "held_out_"), (first, "")):
+        assert float(row[f"{of}loss"]) == pytest.approx(math.log(2), abs=1e-5)
+        assert float(row[f"{of}accuracy"]) == 0.5
+        for name in ("margin", "chosen_reward", "rejected_reward"):
+            assert float(row[of + name]) == pytest.approx(0, abs=1e-4)
+        for name in ("chosen_logp", "rejected_logp"):
+            assert math.isfinite(float(row[of + name]))
+    assert start["loss"] == start["grad_norm"] == "" and float(first["grad_norm"]) > 0
 
 
 def test_results_have_a_mean_and_a_standard_error_for_each_measure(run):
@@ -153,7 +156,7 @@ def test_dpo_trains_sft_where_there_is_none_and_says_so(tmp_path, capsys, monkey
 
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(run, tmp_path):
     before = {name: (run / name).read_bytes() for name in
-              ("sft.pt", "dpo.pt", "metrics.csv", "sft_metrics.csv", "results.json")}
+              ("sft.pt", "dpo.pt", "dpo_metrics.csv", "sft_metrics.csv", "results.json")}
     data = ["--data", str(run / "pairs.jsonl"), "--tokenizer", "reviews", "--out", str(run)]
     train_sft.main([*data, *TINY])
     train_dpo.main([*data, *QUICK])
@@ -161,7 +164,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(run, tmp_
         assert (run / name).read_bytes() == content, name
     data[-1] = str(tmp_path)
     train_dpo.main([*data, *QUICK, "--sft", str(run / "sft.pt"), "--seed", "1"])
-    assert (tmp_path / "metrics.csv").read_bytes() != before["metrics.csv"]
+    assert (tmp_path / "dpo_metrics.csv").read_bytes() != before["dpo_metrics.csv"]
 
 
 def test_watching_changes_nothing(run, tmp_path):
@@ -188,7 +191,7 @@ def test_held_out_prompts_are_never_trained_on(run, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["dpo", "plackett_luce", "unlikelihood"])
+@pytest.mark.parametrize("loss", train_dpo.LOSSES)
 @pytest.mark.parametrize("accumulate", [2, 3, 100])
 def test_accumulation_changes_nothing_but_memory(tmp_path, loss, accumulate):
     """A batch in 1, 2, 3 or as many micro-batches as it has prompts has the same gradient, even if
@@ -216,13 +219,13 @@ def test_sft_accumulation_weighs_tokens_alike_whatever_part_they_are_in(tmp_path
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "plackett_luce", "unlikelihood"])
+@pytest.mark.parametrize("loss", train_dpo.LOSSES)
 def test_training_lowers_the_loss_and_ranks_the_answers(tmp_path, loss):
     """Thirty steps on six prompts are enough for every objective to rank the answers correctly."""
     policy = small_gpt()
     args = settings(tmp_path, loss=loss, batch=6, steps=30, log_every=1)
     train_dpo.train(policy, ranked_items(6, policy), [], args)
-    first, *_, last = rows_of(tmp_path / "metrics.csv")
+    first, *_, last = rows_of(tmp_path / "dpo_metrics.csv")
     start = {"dpo": math.log(2), "plackett_luce": math.log(6)}      # 3! rankings of three answers
     if loss in start:
         assert float(first["loss"]) == pytest.approx(start[loss], abs=1e-6)
@@ -236,7 +239,7 @@ def test_a_batch_of_rankings_holds_whole_rankings(tmp_path):
     policy = small_gpt()
     args = settings(tmp_path, loss="plackett_luce", batch=4, steps=1)
     train_dpo.train(policy, ranked_items(9, policy), [], args)
-    first, = rows_of(tmp_path / "metrics.csv")
+    first, = rows_of(tmp_path / "dpo_metrics.csv")
     assert float(first["loss"]) == pytest.approx(math.log(6), abs=1e-5)
 
 
@@ -245,7 +248,7 @@ def test_the_learning_rate_of_dpo_warms_up_and_then_stays(tmp_path):
     policy = small_gpt()
     args = settings(tmp_path, batch=4, steps=5, lr=1e-2, warmup=2, log_every=1)
     train_dpo.train(policy, ranked_items(4, policy), [], args)
-    rates = [float(row["lr"]) for row in rows_of(tmp_path / "metrics.csv")]
+    rates = [float(row["lr"]) for row in rows_of(tmp_path / "dpo_metrics.csv")]
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01, 0.01])
 
 
@@ -260,13 +263,15 @@ def test_the_reference_is_used_and_belongs_to_its_answer(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_a_reference_that_is_not_finite_is_said_as_such(tmp_path, value):
+def test_a_reference_that_is_not_finite_is_said_as_such(tmp_path, value, monkeypatch):
     """Comparing with it would give the sentence that the largest reward is nan, not 0."""
     policy = small_gpt()
     items = ranked_items(6, policy)
     items[3].ref_logps[1] = value
-    with pytest.raises(UserError, match="step 0: a log-prob of the model .* is NaN or infinite"):
-        train_dpo.train(policy, items, [], settings(tmp_path, batch=18, steps=1))
+    args = settings(tmp_path, batch=18, steps=1)
+    monkeypatch.setattr(sample, "logps_of", lambda *_: [item.ref_logps for item in items])
+    with pytest.raises(UserError, match="a log-prob of the model .* is NaN or infinite"):
+        sample.add_reference(policy, items, args)
 
 
 def test_the_reference_does_not_move_with_the_policy(tmp_path):
@@ -461,13 +466,13 @@ def test_free_memory_is_more_than_a_megabyte_and_less_than_there_is():
 def test_evaluations_during_training_read_a_bounded_part_of_the_held_out_prompts(monkeypatch,
                                                                                 capsys):
     """The same one each time, whatever the order of the file; and all of them if they are few."""
-    monkeypatch.setattr(tasks, "MOST_EVALUATED", 4)
+    monkeypatch.setattr(tasks.task, "MOST_EVALUATED", 4)
     items = [Encoded([i], [[1]], []) for i in range(10)]
-    chosen = tasks.evaluated(items)
+    chosen = tasks.task.evaluation_subset(items)
     assert len(chosen) == 4 and "evaluating on 4 of 10 held-out prompts" in capsys.readouterr().out
-    again = tasks.evaluated(items[::-1])
+    again = tasks.task.evaluation_subset(items[::-1])
     assert sorted(item.prompt for item in again) == sorted(item.prompt for item in chosen)
-    assert tasks.evaluated(items[:4]) == items[:4]
+    assert tasks.task.evaluation_subset(items[:4]) == items[:4]
 
 
 @pytest.mark.parametrize("vocabulary, expected", [(50, [3, 3, 1]), (2**27 // 20, [2, 2, 2, 1]),
@@ -525,7 +530,7 @@ def cuda_never_waits():
 def steps_under(guard, loop, model, items, args, monkeypatch):
     """Run a loop with each step after the first under a guard, from its data to its update. Returns
     the number of guarded steps."""
-    guarded, micro_batches, note_update, first = 0, loop.micro_batches, Log.note_update, True
+    guarded, micro_batches, note_update, first = 0, Run.micro_batches, Log.note_update, True
     with ExitStack() as stack:
         def from_here(*arguments):
             if not first:
@@ -537,14 +542,13 @@ def steps_under(guard, loop, model, items, args, monkeypatch):
             note_update(*arguments)
             stack.close()
             guarded, first = guarded + (not first), False
-        monkeypatch.setattr(loop, "micro_batches", from_here)
+        monkeypatch.setattr(Run, "micro_batches", from_here)
         monkeypatch.setattr(Log, "note_update", to_here)
         loop.train(model, items, [], args)
     return guarded
 
 
-LOOPS = [(train_sft, {}), (train_dpo, {}), (train_dpo, {"loss": "plackett_luce"}),
-         (train_dpo, {"loss": "unlikelihood"})]
+LOOPS = [(train_sft, {}), *((train_dpo, {"loss": loss}) for loss in train_dpo.LOSSES)]
 
 
 def watched_steps(guard, loop, changes, device, precision, tmp_path, monkeypatch):
@@ -592,7 +596,7 @@ def test_what_waits_is_noticed(waits):
 
 def test_log_means_are_sums_over_counts_since_the_last_line(tmp_path, capsys):
     """(1 + 1 + 7) / 3 = 3, whereas the mean of the batch means would be (1 + 7) / 2 = 4."""
-    log = Log(tmp_path / "log.csv", {"loss": ".4f", "lr": ".1e"})
+    log = Log(tmp_path / "log.csv", {"loss": ("loss", ".4f"), "lr": ("rate", ".1e")})
     log.add(2, loss=torch.tensor(2.0))
     log.add(1, loss=torch.tensor(7.0))
     log.note_update(0, torch.tensor(1.0), lr=0.5)
@@ -605,25 +609,25 @@ def test_log_means_are_sums_over_counts_since_the_last_line(tmp_path, capsys):
 
 
 def test_an_evaluation_stands_in_the_line_of_its_own_step(run, tmp_path):
-    """With an evaluation every third step and a line every second, no line averages two of them."""
+    """A line every second step and an evaluation at every second line, the last step included."""
     flags = ["--data", str(run / "pairs.jsonl"), "--tokenizer", "reviews", "--device", "cpu",
              "--sft", str(run / "sft.pt"), "--steps", "7", "--eval-prompts", "2", "--lr", "1e-3",
              "--max-new-tokens", "2", "--warmup", "1"]
     losses = []
-    for name, every in [("a", ("2", "3")), ("b", ("1", "1"))]:
+    for name, every in [("a", ("2", "4")), ("b", ("1", "1"))]:
         train_dpo.main([*flags, "--log-every", every[0], "--eval-every", every[1],
                         "--out", str(tmp_path / name)])
         losses.append({row["step"]: row["held_out_loss"]
-                       for row in rows_of(tmp_path / name / "metrics.csv")})
+                       for row in rows_of(tmp_path / name / "dpo_metrics.csv")})
     rare, each = losses
-    assert {step for step, loss in rare.items() if loss} == {"0", "3", "6"}
-    assert set(rare) == {"0", "2", "3", "4", "6"}
+    assert {step for step, loss in rare.items() if loss} == {"0", "4", "7"}
+    assert set(rare) == {"0", "2", "4", "6", "7"}
     assert all(loss == each[step] for step, loss in rare.items() if loss)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_stops_the_run(tmp_path, bad):
-    log = Log(tmp_path / "log.csv", {"loss": ".4f"})
+    log = Log(tmp_path / "log.csv", {"loss": ("loss", ".4f")})
     log.add(1, loss=torch.tensor(bad))
     log.note_update(5, torch.tensor(1.0), lr=0.5)
     with pytest.raises(UserError, match="step 5: the loss is"):
@@ -671,7 +675,7 @@ def test_cuda_runs_start_at_log_2_in_every_precision(run, tmp_path, precision):
     train_dpo.main(["--data", str(run / "pairs.jsonl"), "--out", str(tmp_path),
                     "--sft", str(run / "sft.pt"), *QUICK, "--device", "cuda",
                     "--precision", precision])
-    first, *_ = rows_of(tmp_path / "metrics.csv")
+    _, first, *_ = rows_of(tmp_path / "dpo_metrics.csv")
     tolerance = 1e-4 if precision == "float32" else 0.02
     assert float(first["loss"]) == pytest.approx(math.log(2), abs=tolerance)
 

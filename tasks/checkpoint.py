@@ -1,5 +1,6 @@
-"""The model that a run starts from, and checkpoints. sft.pt and dpo.pt hold a model's weights and
-sizes, and facts about it: tokenizer, stage, the weights and the data it was trained from."""
+"""Checkpoints, and the model that a run starts from. sft.pt and dpo.pt hold a model's weights and
+sizes, and facts about it: tokenizer, stage, the weights and the data it was trained from, and for a
+policy its beta and a digest of its reference."""
 
 import hashlib
 import sys
@@ -9,16 +10,22 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
+from runtime.cli import choose_row_length, warn_of_large_lr
 from runtime.errors import UserError
-from runtime.files import load_tensors, reading, replacing
+from runtime.files import fingerprint, load_tensors, reading, replacing
 from runtime.parallel import set_compiled, set_precision
 from runtime.report import names_of
+from tasks import task_of
+from tasks.flags import flags_of_sft
 from tasks.tokenizers import TOKENIZERS, get_tokenizer
 
 
-def save_checkpoint(path, model, **facts):
-    """Write weights, sizes and facts (plain values: tokenizer, stage, seed, ...) to one file.
-    Raises UserError instead of saving weights that are NaN or infinite."""
+def save_checkpoint(path, model, reference=None, **facts):
+    """Write weights, sizes and facts (plain values: tokenizer, stage, seed, ...) to one file, and a
+    digest of the reference that a policy was trained against. Raises UserError instead of saving
+    weights that are NaN or infinite."""
+    if reference is not None:
+        facts["reference"] = fingerprint(reference)
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise UserError(f"{path}: some weights are NaN or infinite, so they are not saved; a lower "
                         "--lr may help")
@@ -86,32 +93,46 @@ def open_checkpoint(path, device, args):
 
 
 def open_policies(paths, device, args):
-    """({name: model}, tokenizer, {name: beta}) of checkpoints; each file is opened once. Raises
+    """({name: model}, tokenizer, {name: facts}) of checkpoints; each file is opened once. Raises
     UserError if they cannot be used together."""
-    policies, betas, tokenizers = {}, {}, set()
+    policies, facts_of, tokenizers = {}, {}, set()
     for path, name in names_of(paths).items():
         if name in policies:
             continue
         policies[name], tokenizer, facts = open_checkpoint(path, device, args)
+        facts_of[name] = facts
         wanted = args.data.name if args.data else args.task
         if facts.get("source", wanted) != wanted:
             print(f"warning: {path} was trained on {facts['source']}, not on {wanted}; name its "
                   "data with --task or --data", file=sys.stderr)
         tokenizers.add(facts["tokenizer"])
-        if "beta" in facts:
-            betas[name] = facts["beta"]
     if len(tokenizers) > 1:
         raise UserError(f"{' and '.join(map(str, paths))} have different tokenizers")
-    return policies, tokenizer, betas
+    return policies, tokenizer, facts_of
 
 
-def common_block_size(models):
-    """The block size of models ({name: model}). Raises UserError if they differ."""
+def open_with_reference(paths, reference_path, device, args):
+    """({name: policy}, reference, tokenizer, {name: beta}) of checkpoints that are measured against
+    a reference. Warns if a policy was trained from another reference. Raises UserError if they
+    cannot be used together."""
+    models, tokenizer, facts_of = open_policies([*paths, reference_path], device, args)
     sizes = sorted({model.config.block_size for model in models.values()})
     if len(sizes) > 1:
         raise UserError(f"checkpoints for {' and '.join(map(str, sizes))} tokens: to be measured "
                         "together they must have one block size")
-    return sizes[0]
+    names = names_of([*paths, reference_path])
+    reference, digest = models[names[reference_path]], fingerprint(models[names[reference_path]])
+    policies, betas = {}, {}
+    for path in paths:
+        name = names[path]
+        policies[name], facts = models[name], facts_of[name]
+        if "beta" in facts:
+            betas[name] = facts["beta"]
+        if policies[name] is not reference and facts.get("reference", digest) != digest:
+            print(f"warning: {path} was not trained from {reference_path}, so its KL, accuracy and "
+                  "rewards here are not those of its training; name its own reference with "
+                  "--reference", file=sys.stderr)
+    return policies, reference, tokenizer, betas
 
 
 def data_source(args):
@@ -135,7 +156,7 @@ def check_sft_checkpoint(path, model, facts, wanted, args):
     if args.tokenizer not in (None, facts["tokenizer"]):
         raise UserError(f"{path} was trained with --tokenizer {facts['tokenizer']}, "
                         f"not {args.tokenizer}")
-    if not args.sft and {name: facts.get(name) for name in wanted} != wanted:
+    if args.sft == args.out / "sft.pt" and {name: facts.get(name) for name in wanted} != wanted:
         other = "other content of " if facts.get("source") == wanted["source"] else ""
         raise UserError(f"{path} was trained on {other}{facts.get('source')}, not on "
                         f"{args.data or args.task}: name it with --sft to start from it anyway, or "
@@ -144,6 +165,39 @@ def check_sft_checkpoint(path, model, facts, wanted, args):
     if args.init and init not in (args.init, str(Path(args.init).resolve())):
         raise UserError(f"{path} was trained from {init} weights, not {args.init}: train a new one "
                         "with --fresh")
-    if args.task == "reviews" and model.config.block_size < 64:
+    least = task_of(args).least_block_size
+    if model.config.block_size < least:
         raise UserError(f"{path}: a block size of {model.config.block_size} has no room for "
-                        "reviews; train SFT with --block-size 64 or more")
+                        f"{args.task}; train SFT with --block-size {least} or more")
+
+
+def plan_sft(args):
+    """(the flags of train_sft.py if train_dpo.py has to run it first, else None; what happens, in
+    words). Sets --sft to sft.pt of the run if it was not given."""
+    own = args.out / "sft.pt"
+    given, args.sft = args.sft, args.sft or own
+    unfinished = (args.out / "sft_state.pt").exists() and not given
+    flags = flags_of_sft(args)
+    if args.fresh:
+        return flags, "SFT again, as --fresh asks"
+    if args.resume and unfinished:
+        return flags, f"SFT, since {own} is from an unfinished run"
+    if not given and not own.exists():
+        return flags, f"SFT, since there is no {own} yet"
+    later = "; a later SFT run did not finish, and --resume would continue it"
+    return None, f"no SFT: starting from {args.sft}" + (later if unfinished else "")
+
+
+def open_start(args, device, usual_lr):
+    """(model, tokenizer, facts for the checkpoints to come) of --sft, or of sft.pt of the run.
+    Sets --sft, and --row-length to the block size, if they were not given. usual_lr: of pretrained
+    weights. Raises UserError if the model does not fit the flags or the data."""
+    args.sft = args.sft or args.out / "sft.pt"
+    source = data_source(args)
+    model, tokenizer, facts = open_checkpoint(args.sft, device, args)
+    check_sft_checkpoint(args.sft, model, facts, source, args)
+    choose_row_length(args, model.config.block_size)
+    init = facts.get("init", "random")
+    warn_of_large_lr(args, usual_lr, init)
+    return model, tokenizer, {"tokenizer": facts["tokenizer"], "init": init, "seed": args.seed,
+                              **source}
