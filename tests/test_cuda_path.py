@@ -46,7 +46,6 @@ import train_dpo
 import train_sft
 from data import Encoded, pack
 from experiments import ppo, reward_model
-from experiments.captured import Decoder, decoding_step
 from model import GPT, GPTConfig, ScalarGPT
 from sample import sample, score
 from train_sft import grad_scaler
@@ -312,20 +311,6 @@ def test_sampling_stays_on_the_device(precision, settings):
     with fake_cuda(reading=True):
         answers = sample(cuda_model(precision), [[1, 2, 3], [4], [4]], 12, 0, EOT, **settings)
     assert answers == [[0] * 12] * 3
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_step_that_a_graph_would_capture_stays_on_the_device(precision):
-    """It is not captured here, nor compiled; its own steps read nothing."""
-    with fake_cuda(reading=True) as stand_ins:
-        def step(*arguments):
-            stand_ins.reading = False
-            logits = decoding_step(*arguments)
-            stand_ins.reading = True
-            return logits
-        decoder = Decoder(cuda_model(precision), backend="eager")
-        decoder.step = step
-        assert decoder.generate([[1, 2, 3], [4], [4]], 12, eot=EOT) == [[0] * 12] * 3
 
 
 # ------------------------------------------------------------------------------------------------
