@@ -133,8 +133,14 @@ def set_precision(model, precision):
     # Tensor cores want rows that are multiples of 16 bytes, and 50257 is odd. The padding costs a
     # copy of the embedding, so only CUDA gets it.
     model.vocab_multiple = 64 if cuda else 1
-    if cuda and precision != "float32":
-        torch.set_float32_matmul_precision("high")      # TF32 for products outside of autocast
+    # TF32 is for the products outside of autocast, those of the head. It is a setting of the whole
+    # process, so it is also set back.
+    model.tf32 = cuda and precision != "float32"
+    torch.set_float32_matmul_precision("high" if model.tf32 else "highest")
+    if cuda:
+        # cuDNN's attention, which PyTorch prefers on some cards, builds a plan for every new shape,
+        # and almost every batch and every sampled token has a shape of its own.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if precision == "auto" and cuda:
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)     # older cards only emulate it
         precision = "bfloat16" if has_bf16 else "float16"
