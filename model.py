@@ -148,7 +148,7 @@ class GPT(nn.Module):
         self.precision = None       # autocast to torch.bfloat16 or torch.float16; None is float32
         self.tf32 = False           # float32 products, those of the head, may run in TF32
         self.vocab_multiple = 1     # logps pads the vocabulary to a multiple of this; see head
-        self.compiled = False       # training compiles logps, so all packed rows have one length
+        self.compiled = False       # training compiles logps; packed rows have one of a few lengths
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))

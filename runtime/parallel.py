@@ -160,8 +160,8 @@ def set_compiled(model, choice):
 
 def allow_any_size(batch):
     """Tell torch.compile that the first dimension of every tensor of a Batch (rows, scored tokens,
-    answers, ...) varies. All steps then share one graph, and those without gradients another; only
-    a dimension of size 1 needs its own. The row length stays fixed."""
+    answers, ...) varies. All steps in rows of one length then share a graph, and those without
+    gradients another; only a dimension of size 1 needs its own."""
     for tensor in vars(batch).values():
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)

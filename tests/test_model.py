@@ -265,12 +265,12 @@ def test_half_precision_logps_are_float32_and_close(precision):
     assert torch.equal(model.logps(pack(items, 16)), exact)
 
 
-def steps_of_any_shape():
-    """Packed batches in rows of 16 tokens, with varying numbers of rows, scored tokens, answers."""
+def steps_of_any_shape(row_length=16):
+    """Packed batches with varying numbers of rows, scored tokens and answers."""
     rng = np.random.default_rng(0)
     for n in (4, 9, 3, 17, 5):
         yield pack([Encoded([1] * rng.integers(1, 7), [[2] * m for m in rng.integers(1, 9, k)], [])
-                    for k in rng.integers(1, 5, n)], 16)
+                    for k in rng.integers(1, 5, n)], row_length)
 
 
 def compile_on(model):
@@ -302,10 +302,10 @@ def test_compiled_logps_are_the_eager_ones():
     assert list(compiled.state_dict()) == list(eager.state_dict())
 
 
-def test_nothing_is_compiled_after_the_first_step_and_the_first_look(monkeypatch):
+def test_there_is_a_graph_for_each_row_length_and_no_other(monkeypatch):
     """Compiling takes longer than many steps. Although the numbers of rows, scored tokens and
-    answers differ in each batch, there are only two graphs, one for training steps and one for
-    evaluation (without gradients), and another for batches of a single row."""
+    answers differ in each batch, there are only two graphs for a row length, one for training steps
+    and one for evaluation (without gradients), and another for batches of a single row."""
     graphs, torch_compile = [], torch.compile
 
     def count(graph, inputs):
@@ -322,6 +322,9 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_look(monkeypatch
     for answers in ([[2, 3], [4]], [[2], [3], [4, 5]]):
         logps_of(pack([Encoded([1], answers, [])], 16))
     assert len(graphs) == 3
+    for batch in steps_of_any_shape(row_length=24):
+        logps_of(batch)
+    assert len(graphs) == 4
 
 
 # ------------------------------------------------------------------------------------------------

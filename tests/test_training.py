@@ -35,6 +35,7 @@ from data import Batches, Encoded, micro_batches, pack
 from model import GPT, GPTConfig
 from runtime.checkpoint import load_checkpoint, set_precision
 from runtime.errors import UserError
+from runtime.packing import compiled_row_length
 from runtime.run import Log
 from tasks.tokenizers import get_tokenizer
 from train_sft import grad_scaler, update, warmup
@@ -400,14 +401,30 @@ def test_micro_batches_hold_every_prompt_once():
     assert sum(len(batch.chosen) for batch in batches) == 21
 
 
-def test_rows_are_as_long_as_costs_least_but_of_one_length_where_they_are_compiled():
+def test_rows_are_as_long_as_costs_least_and_a_few_lengths_where_they_are_compiled():
     """Three prompts of 20 tokens with their answers, 8 channels: in three rows of 20 they cost
     3 x 20 x (6 x 8 + 20) = 4,080, in one row of 60, with masked keys, 60 x (6 x 8 + 60) = 6,480. A
-    compiled graph is for one row length, so a compiled model gets rows of the full 64."""
+    compiled graph is for one row length, so there are few: a power of two from 256, or the longest
+    allowed. A prompt of 300 tokens with its answer gets 512, or 400 if that is the longest."""
     items, model = [Encoded([1] * 10, [[2] * 10], [])] * 3, small_gpt()
-    assert data.pack_for_model(items, 64, model).tokens.shape == (3, 20)
+    long = [Encoded([1] * 200, [[2] * 100], [])]
+
+    def row_length(items, longest):
+        return data.pack_for_model(items, longest, model).tokens.size(1)
+    assert row_length(items, 64) == 20 and row_length(long, 1024) == 300
     model.compiled = True
-    assert data.pack_for_model(items, 64, model).tokens.shape == (1, 64)
+    assert [row_length(items, longest) for longest in (64, 256, 1024)] == [64, 256, 256]
+    assert [row_length(long, longest) for longest in (400, 1024)] == [400, 512]
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_compiled_rows_have_one_of_few_lengths_and_room_for_every_prompt(a, b):
+    """Up to 1,024 tokens there are three, 256, 512 and 1,024, besides the longest that is allowed;
+    each is less than twice as long as necessary, unless 256 are enough."""
+    best, longest = sorted((a, b))
+    length = compiled_row_length(best, longest)
+    assert best <= length <= longest and length < max(2 * best, 257)
+    assert length in (longest, 256, 512, 1024, 2048, 4096)
 
 
 @given(st.integers(1, 3), st.integers(1, 2), st.sampled_from([32, 64, 128]),
