@@ -158,6 +158,15 @@ def set_compiled(model, choice):
         choice == "auto" and model.device.type == "cuda" and large)
 
 
+def worth_compiling(model, n_tokens):
+    """Whether compiling saves time in a run that trains on n_tokens, in all its steps together: on
+    CUDA, if a quarter of their time is more than the minute that compilation takes. A step takes
+    6 FLOPs per weight and token, at 250 TFLOP/s. All three are estimates for a recent GPU."""
+    n_weights = sum(weight.numel() for weight in model.parameters())
+    seconds = 6 * n_weights * n_tokens / 250e12
+    return model.device.type == "cuda" and seconds / 4 > 60
+
+
 def allow_any_size(batch):
     """Tell torch.compile that the first dimension of every tensor of a Batch (rows, scored tokens,
     answers, ...) varies. All steps in rows of one length then share a graph, and those without

@@ -36,6 +36,7 @@ from model import GPT, GPTConfig
 from runtime.checkpoint import load_checkpoint, set_precision
 from runtime.errors import UserError
 from runtime.packing import compiled_row_length
+from runtime.parallel import worth_compiling
 from runtime.run import Log
 from tasks.tokenizers import get_tokenizer
 from train_sft import grad_scaler, update, warmup
@@ -372,6 +373,17 @@ def test_only_on_cuda_is_the_vocabulary_padded():
         assert model.vocab_multiple == multiple
 
 
+@pytest.mark.parametrize("device, n_weights, n_tokens, worth", [
+    ("cuda", 124e6, 25_000 * 295, False), ("cuda", 124e6, 80e6, False), ("cuda", 124e6, 81e6, True),
+    ("cuda", 1.5e9, 7e6, True), ("cuda", 60_000, 1e10, False), ("cpu", 1.5e9, 1e10, False)])
+def test_only_long_runs_of_large_models_on_cuda_are_compiled(device, n_weights, n_tokens, worth):
+    """Saving a minute, a quarter, takes four: 240 s at 250 TFLOP/s are 6e16 FLOPs, which are
+    6 x 124M weights x 80.6M tokens. An epoch of IMDb has 25,000 reviews of 295 tokens."""
+    weights = [torch.empty(int(n_weights), device="meta")]
+    model = SimpleNamespace(device=torch.device(device), parameters=lambda: weights)
+    assert worth_compiling(model, n_tokens) == worth
+
+
 def test_the_first_step_of_training_moves_the_policy(tmp_path):
     """Although policy and reference are equal, there is a gradient, -beta/2 for the chosen answer,
     so after one step the pairs are ranked. If the reference took part in it, it would be zero."""
@@ -473,6 +485,21 @@ def test_micro_batches_are_as_few_as_fit_in_the_memory_that_is_free(monkeypatch,
 def test_free_memory_is_more_than_a_megabyte_and_less_than_there_is():
     free = runtime.memory.free_memory(torch.device("cpu"))
     assert 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("folder, limit, used", [
+    (".", "memory.max", "memory.current"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")])
+def test_the_memory_limit_of_a_container_is_known(folder, limit, used, tmp_path):
+    """In both versions of control groups. Of 1,000 bytes 700 are used, 50 of them for files that
+    can be read again. Without a limit or outside of Linux, only MemAvailable counts."""
+    assert runtime.memory.left_in_container(tmp_path) == math.inf
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / used).write_text("700\n")
+    (tmp_path / folder / "memory.stat").write_text("anon 600\ninactive_file 50\nfile 90\n")
+    for text, expected in [("1000", 350), ("600", 0), ("max", math.inf)]:
+        (tmp_path / folder / limit).write_text(text + "\n")
+        assert runtime.memory.left_in_container(tmp_path) == expected
 
 
 def test_evaluations_during_training_read_a_bounded_part_of_the_held_out_prompts(monkeypatch,
