@@ -559,8 +559,8 @@ def summary(workload, rung, runs, warmup):
             "steps": len(seconds), "memory": max(run["memory"] for run in good), "runs": runs}
     for kind in ("useful", "executed"):
         if flops := measured(kind):
-            line[f"mfu_{kind}"] = statistics.median(map(
-                lambda work, time, peak: work / time / peak, flops, seconds, peaks))
+            shares = [n / s / peak for n, s, peak in zip(flops, seconds, peaks)]
+            line[f"mfu_{kind}"] = statistics.median(shares)
             line[f"gflops_{kind}"] = statistics.mean(flops) / pairs / 1e9
     if lengths := measured("row_lengths"):
         line["shortest_row"], line["longest_row"] = min(lengths), max(lengths)

@@ -275,6 +275,13 @@ def test_a_rung_finds_packages_that_are_on_the_python_path(monkeypatch):
     assert seen == [str(benchmark.ROOT) + os.pathsep + "/trl"]
 
 
+def test_without_the_resource_module_memory_is_nan(monkeypatch):
+    """Windows has no such module. Elsewhere, a Python with torch takes more than 50 MB."""
+    assert benchmark.resource is None or benchmark.peak_memory("cpu") > 5e7
+    monkeypatch.setattr(benchmark, "resource", None)
+    assert math.isnan(benchmark.peak_memory("cpu"))
+
+
 def test_without_trl_it_says_so_in_one_sentence_and_ends_with_2(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
