@@ -34,7 +34,13 @@ import torch
 from tqdm import tqdm
 
 from runtime.errors import UserError
-from runtime.packing import best_row_length, count_tokens, cut_into_pieces, first_fit
+from runtime.packing import (
+    best_row_length,
+    compiled_row_length,
+    count_tokens,
+    cut_into_pieces,
+    first_fit,
+)
 from runtime.parallel import allow_any_size, process_rank, world_size
 from runtime.rows import Skipped, parse_preference, read_rows
 
@@ -339,14 +345,14 @@ def number_pairs(encoded):
 
 
 def pack_for_model(items, row_length, model):
-    """Pack a list of Encoded for a model, on its device: in rows of the cheapest length up to
-    row_length, or of exactly row_length if the model is compiled, which then sees one row length.
-    """
-    if model.compiled:
-        batch = pack(items, row_length).to(model.device)
-        allow_any_size(batch)               # of any number of rows, answers and pairs
-        return batch
-    return pack(items, best_row_length(items, row_length, model.config.n_embd)).to(model.device)
+    """Pack a list of Encoded for a model, on its device, in rows of the cheapest length up to
+    row_length. For a compiled model, the length is rounded up to one of a few."""
+    length = best_row_length(items, row_length, model.config.n_embd)
+    if not model.compiled:
+        return pack(items, length).to(model.device)
+    batch = pack(items, compiled_row_length(length, row_length)).to(model.device)
+    allow_any_size(batch)                   # of any number of rows, answers and pairs
+    return batch
 
 
 # ------------------------------------------------------------------------------------------------

@@ -144,8 +144,9 @@ class GPT(nn.Module):
         self.config = config
         # Set by runtime.parallel.set_precision and set_compiled:
         self.precision = None       # autocast to torch.bfloat16 or torch.float16; None is float32
+        self.tf32 = False           # float32 products, those of the head, may run in TF32
         self.vocab_multiple = 1     # logps pads the vocabulary to a multiple of this; see head
-        self.compiled = False       # logps is compiled, so all packed rows have one length
+        self.compiled = False       # logps is compiled; packed rows have one of a few lengths
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -187,15 +188,22 @@ class GPT(nn.Module):
         GPT-2's logits lie around -100, where bfloat16 has a resolution of one half, and the
         log-prob of an answer would be off by more than a nat.
 
+        With self.tf32, the mean embedding is subtracted first. All logits of a position shift by
+        the same number, to around 0, and no probability changes. TF32 keeps 11 significant bits of
+        its inputs, too few for logits of -100: an answer would be off by tenths of a nat.
+
         multiple: pad V to a multiple of this. The added columns belong to no token, so they are
         -inf; zero would be a huge logit beside -100.
         """
         weight, bias = self.wte.weight, None
+        if self.tf32:
+            weight = weight - weight.mean(0)
         missing = -len(weight) % multiple
         if missing:
             bias = F.pad(weight.new_zeros(len(weight)), (0, missing), value=-math.inf)
             weight = F.pad(weight, (0, 0, 0, missing))
-        return F.linear(hidden.to(weight.dtype), weight, bias)
+        with torch.autocast(self.device.type, enabled=False):
+            return F.linear(hidden.to(weight.dtype), weight, bias)
 
     def autocast(self):
         """Context manager in which matrix products have self.precision: the same for training,
@@ -260,31 +268,33 @@ class GPT(nn.Module):
         room = [min(max_new_tokens, block_size - len(prompt)) for prompt in prompts]
         n_new = max(room)
         eot = -1 if eot is None else eot                                    # -1 is no token
-        hidden, padding, caches = self.prefill(prompts, T + n_new)
-        rows = torch.arange(len(prompts), device=self.device)       # the unfinished answers
-        answers = rows.new_zeros(len(prompts), n_new)
-        limits = rows.new_tensor(room)
-        columns = torch.arange(T + n_new, device=self.device)
-        for step in range(n_new):
-            token = choose(self.head(hidden), temperature, top_k, top_p, generator)     # (rows,)
-            answers[rows, step] = token
-            if step + 1 == n_new:
-                break
-            if (step + 1) % CHECK_EVERY == 0:
-                unfinished = (answers[rows, :step + 1] != eot).all(1) & (limits[rows] > step + 1)
-                going = unfinished.nonzero()[:, 0]                  # indices into rows
-                if len(going) == 0:
+        with self.autocast():       # around all tokens, so that each weight is cast only once
+            hidden, padding, caches = self.prefill(prompts, T + n_new)
+            rows = torch.arange(len(prompts), device=self.device)   # the unfinished answers
+            answers = rows.new_zeros(len(prompts), n_new)
+            limits = rows.new_tensor(room)
+            columns = torch.arange(T + n_new, device=self.device)
+            for step in range(n_new):
+                token = choose(self.head(hidden), temperature, top_k, top_p, generator)  # (rows,)
+                answers[rows, step] = token
+                if step + 1 == n_new:
                     break
-                if len(going) <= MOST_GOING * len(rows):            # drop the finished rows
-                    rows, padding, token = rows[going], padding[going], token[going]
-                    for cache in caches:
-                        cache.select(going)
-            end = T + step                                          # the column of this token
-            positions = (end - padding).clamp(max=block_size - 1)[:, None]
-            mask = None
-            if shortest < T:
-                mask = (columns[:end + 1] >= padding[:, None])[:, None]     # (rows, 1, end + 1)
-            hidden = self.hidden(token[:, None], positions, mask, caches)[:, -1]
+                if (step + 1) % CHECK_EVERY == 0:
+                    unfinished = (answers[rows, :step + 1] != eot).all(1)
+                    unfinished &= limits[rows] > step + 1
+                    going = unfinished.nonzero()[:, 0]              # indices into rows
+                    if len(going) == 0:
+                        break
+                    if len(going) <= MOST_GOING * len(rows):        # drop the finished rows
+                        rows, padding, token = rows[going], padding[going], token[going]
+                        for cache in caches:
+                            cache.select(going)
+                end = T + step                                      # the column of this token
+                positions = (end - padding).clamp(max=block_size - 1)[:, None]
+                mask = None
+                if shortest < T:
+                    mask = (columns[:end + 1] >= padding[:, None])[:, None]     # (rows, 1, end + 1)
+                hidden = self.hidden(token[:, None], positions, mask, caches)[:, -1]
         answers = [ids[:n] for ids, n in zip(answers.tolist(), room)]
         return [ids[:ids.index(eot) + 1] if eot in ids else ids for ids in answers]
 

@@ -63,12 +63,12 @@ def sample_answers(model, prompts, max_new_tokens, seed, eot, temperature=1.0, t
     """Sample one answer (a list of ids) to each of a list of prompts (lists of ids).
 
     Prompts of similar length are sampled together, in batches of at most 2^16 tokens, and fewer if
-    their keys and values would have more than 2^31 numbers. Each batch has its own generator, so
-    the answers do not depend on the number of processes.
+    their keys and values would have more than 2^29 numbers, two gigabytes in float32. Each batch
+    has its own generator, so the answers do not depend on the number of processes.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     longest = min(len(prompts[order[-1]]) + max_new_tokens, model.config.block_size)
-    most_tokens = min(2**16, 2**31 // (2 * model.config.n_layer * model.config.n_embd))
+    most_tokens = min(2**16, 2**29 // (2 * model.config.n_layer * model.config.n_embd))
     size = max(1, most_tokens // longest)
     batches = [order[start:start + size] for start in range(0, len(order), size)]
     mine = range(process_rank(), len(batches), world_size())

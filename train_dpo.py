@@ -41,6 +41,7 @@ import train_sft
 from data import Batches, batches_in_order
 from runtime.cli import begin_run, command
 from runtime.errors import UserError
+from runtime.parallel import set_compiled
 from runtime.run import Run
 from sample import add_reference, measure, ranked_correctly, sample_answers, tie_in_nats
 from tasks import task_of
@@ -275,15 +276,16 @@ def main(argv=None):
     if sft_flags:
         train_sft.main(sft_flags)
     policy, tokenizer, facts = open_start(args, device, DEFAULTS["lr"])
-    reference = copy.deepcopy(policy)                       # it stays as it is
 
     print("\n2 of 5: preferences" + (", sampled from the SFT model and ranked by the reward"
                                      if task.has_reward else f" of {task.source(args)}"))
-    task.sample_preferences(reference, tokenizer, sample_answers, args)
+    task.sample_preferences(policy, tokenizer, sample_answers, args)
     preferences, held_out = task.encoded_preferences(tokenizer, args)
     prompts = task.prompts(held_out, tokenizer, args)       # for the table at the end
 
     print("\n3 of 5: the log-probs of all answers under the reference, computed once")
+    set_compiled(policy, preferences, args)
+    reference = copy.deepcopy(policy)                       # it stays as it is
     add_reference(reference, preferences + held_out, args)
 
     print(f"\n4 of 5: DPO on {sum(len(item.pairs) for item in preferences):,} pairs of "

@@ -18,7 +18,7 @@ import torch
 
 from data import Batches, batches_in_order
 from runtime.cli import begin_run, choose_row_length, command, warn_of_large_lr
-from runtime.parallel import sum_gradients
+from runtime.parallel import set_compiled, sum_gradients
 from runtime.run import Run
 from tasks import task_of
 from tasks.checkpoint import data_source, initial_model, save_checkpoint
@@ -123,6 +123,7 @@ def main(argv=None):
     model = initial_model(args, tokenizer, device)
     choose_row_length(args, model.config.block_size)
     examples, held_out = task.encoded(splits, args.data or args.task, tokenizer, args)
+    set_compiled(model, examples, args)
     warn_of_large_lr(args, DEFAULTS["lr"], args.init)
     print(f"SFT of {sum(p.numel() for p in model.parameters()):,} parameters ({args.init}) on "
           f"{len(examples):,} texts, {device}")

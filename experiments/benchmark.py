@@ -18,16 +18,15 @@ Each rung adds one idea to the one above it and computes the same loss on the sa
                      each batch gets the row length that is best for it (runtime.packing)
     shared           each prompt once for all its answers: the step of train_dpo.py
     bf16             shared, with matrix products in bfloat16
-    compile          shared, with forward and backward through torch.compile and one row length for
-                     all steps; float32 on CPU, bf16 on CUDA
+    compile          shared, with forward and backward through torch.compile, in rows of a few
+                     lengths, as in train_dpo.py --compile on; float32 on CPU, bf16 on CUDA
 
-Every rung runs in its own process, so the peak memory is its own. --rounds repeats the whole
-ladder, so that a slow minute of the machine affects all rungs. A step is timed from the lists of
-token ids to the updated weights: packing or padding, forward, backward, clipping, AdamW and the
-computation of what is logged. TRL's DPOTrainer is timed from its on_step_begin to its on_step_end:
-forward, backward, clipping, AdamW and its metrics, but not its collator and its data loader. It
-trains on the same ids from the same weights. If its loss and log-probs at step 0 differ from ours,
-no time is reported.
+On CUDA the rungs in float32 use TF32. Every rung runs in its own process, so the peak memory is its
+own. A step is timed from the lists of token ids to the updated weights: packing or padding,
+forward, backward, clipping, AdamW and the computation of what is logged. TRL's DPOTrainer is timed
+from its on_step_begin to its on_step_end: forward, backward, clipping, AdamW and its metrics, but
+not its collator and its data loader. It trains on the same ids from the same weights. If its loss
+and log-probs at step 0 differ from ours, no time is reported.
 
     useful FLOPs    what the gradient of the loss needs if nothing is computed twice: each prompt
                     and each answer once, only the keys that a token may attend to, logits only
@@ -38,7 +37,7 @@ no time is reported.
                     which is --peak-tflops, or else that of the fastest square matrix product in
                     the rung's precision, measured just before the steps
 
-Left out on purpose: more than one GPU, and any number that was not measured.
+Left out on purpose: more than one GPU, micro-batches, and any number that was not measured.
 """
 
 import argparse
@@ -51,7 +50,6 @@ import logging
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -71,14 +69,21 @@ from model import GPT, GPTConfig
 from runtime.cli import Parser, command, number_type, only_one_process
 from runtime.errors import UserError
 from runtime.files import write_json
-from runtime.packing import best_row_length
-from runtime.parallel import allow_any_size, set_precision
+from runtime.packing import best_row_length, compiled_row_length
+from runtime.parallel import allow_any_size, choose_device, set_precision
 from runtime.rows import Skipped
 from tasks.tokenizers import get_tokenizer
 from train_dpo import describe, dpo_loss
 from train_sft import grad_scaler, update
 
+try:
+    import resource
+except ImportError:         # Windows does not have it
+    resource = None
+
+ROOT = Path(__file__).resolve().parent.parent
 BETA, LR, CLIP = 0.1, 1e-6, 1.0     # Appendix B's, and TRL's defaults
+SEED = 0                            # of lengths, ids and weights
 
 
 # ------------------------------------------------------------------------------------------------
@@ -128,30 +133,23 @@ def synthetic(workload, count, config, seed):
 
 
 def load_steps(args, config):
-    """The batches to time, the same for every rung: lists of Encoded with args.pairs pairs each.
-
-    The answers to a prompt stay together, so args.pairs is first rounded up to a multiple of the
-    pairs of a prompt, which is six for c1. Raises UserError if a step has fewer prompts than
-    micro-batches.
-    """
-    n_steps = args.warmup + args.steps
+    """The batches to time, the same for every rung: lists of Encoded with args.pairs pairs each,
+    rounded up to a multiple of the pairs of a prompt, which is six for c1."""
+    n_steps, size = args.warmup + args.steps, args.pairs
     if args.data:
-        encoded = encode_all(load_preferences(args.data), get_tokenizer("gpt2"), config.block_size,
-                             Skipped())
-        items = [Encoded(list(item.prompt), list(map(list, item.answers)), item.pairs)
-                 for item in encoded]           # lists, as TRL and `pad` want them
+        items = encode_all(load_preferences(args.data), get_tokenizer("gpt2"), config.block_size,
+                           Skipped())
     else:
         workload = WORKLOADS[args.workload[0]]
-        pairs = math.comb(workload.answers, 2)
-        args.pairs = math.ceil(args.pairs / pairs) * pairs
-        items = synthetic(workload, n_steps * args.pairs // pairs, config, args.seed)
-    batches = Batches(items, args.pairs, args.seed)
-    steps = [batches[step] for step in range(n_steps)]
-    fewest = min(map(len, steps))
-    if args.accumulate > fewest:
-        raise UserError(f"--accumulate {args.accumulate}: the prompts of a step of {args.pairs} "
-                        f"pairs are as few as {fewest}, and every micro-batch needs one")
-    return steps
+        per_prompt = math.comb(workload.answers, 2)
+        size = math.ceil(size / per_prompt) * per_prompt
+        items = synthetic(workload, n_steps * size // per_prompt, config, SEED)
+    batches = Batches(items, size, SEED)
+    return [batches[step] for step in range(n_steps)]
+
+
+def count_pairs(items):
+    return sum(len(item.pairs) for item in items)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -169,7 +167,7 @@ class Rung:
 
 
 def rungs(device):
-    """{name: Rung}, from the naive step to that of train_dpo.py and beyond."""
+    """{name: Rung}, from the naive step to that of train_dpo.py and beyond. device: its type."""
     return {"naive": Rung("padded", "each step", "all"),
             "reference-once": Rung("padded", logits="all"),
             "answer-logits": Rung("padded"),
@@ -207,29 +205,25 @@ def pad(encoded):
         ref_logps.append(item.ref_logps[0] if item.ref_logps else 0.0)
     return Batch(tokens=torch.from_numpy(tokens), positions=None, group=None, answer=None,
                  source=torch.from_numpy(np.concatenate(source)),
-                 target=torch.from_numpy(np.concatenate(target)),
+                 target=torch.from_numpy(np.concatenate(target, dtype=np.int64)),
                  owner=torch.from_numpy(np.concatenate(owner)), last=None,
                  chosen=None, rejected=None, rankings=None, ref_logps=torch.tensor(ref_logps))
 
 
-def collate(items, rung, config, row_length=None, accumulate=1):
-    """Yield the Batches of one step of a rung: its list of Encoded, split into `accumulate`
-    micro-batches. row_length: of packed rows; None is the best for each micro-batch."""
-    for i in range(accumulate):
-        start = i * len(items) // accumulate
-        end = (i + 1) * len(items) // accumulate
-        encoded = items[start:end]
-        if rung.layout != "shared":
-            encoded = sequences(encoded)
-        if rung.layout == "padded":
-            batch = pad(encoded)
-        else:
-            length = row_length or best_row_length(encoded, config.block_size, config.n_embd)
-            batch = pack(encoded, length)
-        if rung.layout != "shared":     # the chosen and the rejected answers take turns
-            batch.chosen = torch.arange(0, len(encoded), 2)
-            batch.rejected = torch.arange(1, len(encoded), 2)
-        yield batch
+def collate(items, rung, config):
+    """The Batch of one step of a rung, from its list of Encoded."""
+    encoded = items if rung.layout == "shared" else sequences(items)
+    if rung.layout == "padded":
+        batch = pad(encoded)
+    else:
+        length = best_row_length(encoded, config.block_size, config.n_embd)
+        if rung.compile:
+            length = compiled_row_length(length, config.block_size)
+        batch = pack(encoded, length)
+    if rung.layout != "shared":         # the chosen and the rejected answers take turns
+        batch.chosen = torch.arange(0, len(encoded), 2)
+        batch.rejected = torch.arange(1, len(encoded), 2)
+    return batch
 
 
 def log_probs(model, batch, rung):
@@ -247,22 +241,19 @@ def log_probs(model, batch, rung):
     return token_logps.new_zeros(batch.n_answers).index_add(0, batch.owner, token_logps)
 
 
-def gradients(model, reference, items, rung, row_length=None, accumulate=1):
-    """Forward and backward of one step; arguments as in collate. Returns the mean loss, a tensor.
+def gradients(model, reference, items, rung):
+    """Forward and backward of one step, a list of Encoded. Returns the mean loss, a tensor.
     reference: the second model of the naive rung; the other rungs do not use it."""
-    n_pairs = sum(len(item.pairs) for item in items)
-    total = 0
-    for batch in collate(items, rung, model.config, row_length, accumulate):
-        batch = batch.to(model.device)
-        if rung.reference == "each step":
-            with torch.no_grad():
-                batch.ref_logps = log_probs(reference, batch, rung)
-        logps = log_probs(model, batch, rung)
-        losses, rewards = dpo_loss(logps, batch.ref_logps, batch.chosen, batch.rejected, BETA)
-        (losses.sum() / n_pairs).backward()
-        describe(logps.detach(), rewards, batch, tie=0.0)        # what train_dpo.py logs
-        total = total + losses.detach().sum() / n_pairs
-    return total
+    batch = collate(items, rung, model.config).to(model.device)
+    if rung.reference == "each step":
+        with torch.no_grad():
+            batch.ref_logps = log_probs(reference, batch, rung)
+    logps = log_probs(model, batch, rung)
+    losses, rewards = dpo_loss(logps, batch.ref_logps, batch.chosen, batch.rejected, BETA)
+    loss = losses.mean()
+    loss.backward()
+    describe(logps.detach(), rewards, batch, tie=0.0)           # what train_dpo.py logs
+    return loss.detach()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -317,19 +308,15 @@ def executed_flops(model, batch, rung):
     return passes * forward_flops(config, B * T, keys, scored)
 
 
-def peak_flops(device, dtype):
-    """FLOPs per second of a square matrix product, the fastest of eight."""
-    n = 8192 if device == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    b = torch.randn(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(8):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+def peak_tflops(args, dtype):
+    """--peak-tflops, or TFLOPs per second of a square matrix product, the fastest of eight."""
+    if args.peak_tflops:
+        return args.peak_tflops
+    n = 8192 if args.device == "cuda" else 2048
+    a = torch.randn(n, n, device=args.device, dtype=dtype)
+    b = torch.randn(n, n, device=args.device, dtype=dtype)
+    best = min(seconds_of(lambda: a @ b, args.device) for _ in range(8))
+    return 2 * n**3 / best / 1e12
 
 
 # ------------------------------------------------------------------------------------------------
@@ -342,80 +329,72 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
+def seconds_of(work, device):
+    """How long a call of work() takes, with everything that it launches on the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 def peak_memory(device):
-    """Peak memory in bytes: of tensors on a CUDA device, or else of this process."""
+    """Peak memory in bytes: of tensors on a CUDA device, or else of this process. NaN on Windows,
+    which does not tell."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def add_reference(model, steps, row_length=None):
-    """Compute the reference log-probs of every Encoded. Returns the seconds it took for each step.
-    """
-    rung = Rung("shared")
-    seconds = []
-    for items in steps:
-        start = time.perf_counter()
-        logps = []
-        with torch.no_grad():
-            for batch in collate(items, rung, model.config, row_length):
-                logps += log_probs(model, batch.to(model.device), rung).tolist()
-        remaining = iter(logps)
-        for item in items:
-            item.ref_logps = [next(remaining) for _ in item.answers]
-        seconds.append(time.perf_counter() - start)
-    return seconds
+@torch.no_grad()
+def add_reference(model, items, rung):
+    """Compute the reference log-probs of a list of Encoded, in packed rows with shared prompts."""
+    rung = replace(rung, layout="shared", logits="answers")
+    batch = collate(items, rung, model.config).to(model.device)
+    remaining = iter(log_probs(model, batch, rung).tolist())
+    for item in items:
+        item.ref_logps = [next(remaining) for _ in item.answers]
 
 
 def model_for(rung, args, config):
     """A GPT with random weights, in the precision of a rung; the same weights for every rung."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(SEED)
     model = GPT(config).to(args.device)
-    set_precision(model, "bfloat16" if rung.bf16 else "float32")
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")
-    if rung.compile:
-        model.compiled = True
+    set_precision(model, "bfloat16")            # and on CUDA, TF32 for what is in float32
+    if not rung.bf16:
+        model.precision = None
+    model.compiled = rung.compile
     return model
 
 
 def measure_rung(name, args, config):
     """Time the steps of one of our rungs. Returns a dict of what was measured."""
     rung, steps = rungs(args.device)[name], load_steps(args, config)
-    model = model_for(rung, args, config)
-    row_length = args.row_length
-    if rung.compile and row_length is None:
-        all_items = [item for items in steps for item in items]
-        row_length = best_row_length(all_items, config.block_size, config.n_embd)
-    reference, reference_seconds = None, None
+    model, reference, reference_seconds = model_for(rung, args, config), None, None
     if rung.reference == "each step":
         reference = copy.deepcopy(model)
     else:
-        reference_seconds = add_reference(model, steps, row_length)
+        reference_seconds = [seconds_of(lambda: add_reference(model, items, rung), args.device)
+                             for items in steps]
     optimizer, scaler = model.optimizer(LR), grad_scaler(model)
-    peak_tflops = (args.peak_tflops
-                   or peak_flops(args.device, model.precision or torch.float32) / 1e12)
-    load = os.getloadavg()[0]
+    peak = peak_tflops(args, model.precision or torch.float32)
     seconds, losses = [], []
-    for items in tqdm(steps, f"{args.workload[0]} {name}", leave=False):
-        synchronize(args.device)
-        start = time.perf_counter()
-        loss = gradients(model, reference, items, rung, row_length, args.accumulate)
+
+    def step(items):
+        losses.append(gradients(model, reference, items, rung))
         update(model, optimizer, scaler, LR, CLIP)
-        synchronize(args.device)
-        seconds.append(time.perf_counter() - start)
-        losses.append(loss.item())
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if rung.compile else None
-    row_lengths, executed = [], []
-    for items in steps:
-        batches = list(collate(items, rung, config, row_length, args.accumulate))
-        row_lengths.append([batch.tokens.size(1) for batch in batches])
-        executed.append(sum(executed_flops(model, batch, rung) for batch in batches))
-    return {"seconds": seconds, "losses": losses, "load": load, "peak_tflops": peak_tflops,
-            "memory": peak_memory(args.device), "reference_seconds": reference_seconds,
-            "row_lengths": row_lengths, "graphs": graphs,
-            "useful": [useful_flops(config, items) for items in steps], "executed": executed}
+    for items in tqdm(steps, f"{args.workload[0]} {name}", leave=False):
+        seconds.append(seconds_of(lambda: step(items), args.device))
+    batches = [collate(items, rung, config) for items in steps]
+    return {"pairs": count_pairs(steps[0]), "seconds": seconds, "peak_tflops": peak,
+            "losses": torch.stack(losses).tolist(), "memory": peak_memory(args.device),
+            "reference_seconds": reference_seconds,
+            "row_lengths": [batch.tokens.size(1) for batch in batches],
+            "useful": [useful_flops(config, items) for items in steps],
+            "executed": [executed_flops(model, batch, rung) for batch in batches]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -430,11 +409,10 @@ TRL = {"trl": {}, "trl-best": BEST, "trl-best-compile": BEST | dict(torch_compil
 def measure_trl(name, args, config):
     """Time the steps of TRL's DPOTrainer. Returns a dict of what was measured."""
     steps = load_steps(args, config)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(SEED)
     model = GPT(config).to(args.device)
     ours = [math.log(2), *first_logps(model, steps[0])]
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    peak_tflops = args.peak_tflops or peak_flops(args.device, dtype) / 1e12
+    peak = peak_tflops(args, torch.bfloat16 if args.device == "cuda" else torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
         weights = Path(folder) / "model"
@@ -442,12 +420,11 @@ def measure_trl(name, args, config):
         model.cpu().save_pretrained(weights)
         del model
         trainer, clock = trl_trainer(name, steps, args, Path(folder))
-        load = os.getloadavg()[0]
         trainer.train()
     first = trainer.state.log_history[0]
     theirs = [first["loss"], first["logps/chosen"], first["logps/rejected"]]
     check_same(name, theirs, ours, args.device)
-    return {"seconds": clock.seconds, "load": load, "peak_tflops": peak_tflops,
+    return {"pairs": count_pairs(steps[0]), "seconds": clock.seconds, "peak_tflops": peak,
             "check": {"found": theirs, "expected": ours},
             "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
             "memory": peak_memory(args.device),
@@ -456,7 +433,7 @@ def measure_trl(name, args, config):
 
 def first_logps(model, items):
     """Our mean log-probs of the chosen and of the rejected answers over the pairs of a step."""
-    [batch] = collate(items, Rung("shared"), model.config)
+    batch = collate(items, Rung("shared"), model.config)
     with torch.no_grad():
         logps = model.logps(batch.to(model.device)).cpu()
     return logps[batch.chosen].mean().item(), logps[batch.rejected].mean().item()
@@ -480,7 +457,7 @@ def trl_trainer(name, steps, args, folder):
     warnings.simplefilter("ignore")
     import transformers
     from datasets import Dataset
-    from trl import DPOTrainer
+    from trl import DPOConfig, DPOTrainer
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
 
@@ -507,8 +484,13 @@ def trl_trainer(name, steps, args, folder):
             self.seconds.append(time.perf_counter() - self.start)
             self.bar.update()
 
-    settings = trl_settings(name, len(steps), args, folder)
-    clock = Clock()
+    clock, on_cuda = Clock(), args.device == "cuda"
+    precision = {} if on_cuda else {"bf16": False}
+    settings = DPOConfig(
+        output_dir=str(folder / "out"), max_steps=len(steps), report_to="none", seed=SEED,
+        save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=not on_cuda,
+        dataloader_pin_memory=on_cuda, per_device_train_batch_size=count_pairs(steps[0]),
+        gradient_accumulation_steps=1, **precision, **TRL[name])
     open_model = transformers.GPT2LMHeadModel.from_pretrained
     reference = None
     if name == "trl":
@@ -520,26 +502,11 @@ def trl_trainer(name, steps, args, folder):
     return trainer, clock
 
 
-def trl_settings(name, n_steps, args, folder):
-    from trl import DPOConfig
-    on_cuda = args.device == "cuda"
-    precision = {} if on_cuda else {"bf16": False}
-    return DPOConfig(
-        output_dir=str(folder / "out"), max_steps=n_steps, report_to="none", seed=args.seed,
-        save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=not on_cuda,
-        dataloader_pin_memory=on_cuda, per_device_train_batch_size=args.pairs // args.accumulate,
-        gradient_accumulation_steps=args.accumulate, **precision, **TRL[name])
-
-
 def trl_rows(steps):
     """The pairs of the steps, in their order, as rows of a dataset."""
-    rows = []
-    for items in steps:
-        for item in items:
-            for w, l in item.pairs:
-                rows.append({"prompt_ids": item.prompt, "chosen_ids": item.answers[w],
-                             "rejected_ids": item.answers[l]})
-    return rows
+    return [{"prompt_ids": list(item.prompt), "chosen_ids": list(item.answers[w]),
+             "rejected_ids": list(item.answers[l])}
+            for items in steps for item in items for w, l in item.pairs]
 
 
 def trl_tokenizer():
@@ -561,8 +528,10 @@ def run_apart(argv, workload, rung):
     """Measure one rung in its own process. Returns what was measured, or why nothing was."""
     command_line = [sys.executable, "-m", "experiments.benchmark", *argv, "--workload", workload,
                     "--rungs", rung, "--one-process"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    process = subprocess.run(command_line, stdout=subprocess.PIPE, text=True, env=environment)
+    # In front of what is already there, where TRL may be.
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.run(command_line, stdout=subprocess.PIPE, text=True,
+                             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
     if process.returncode == 0:
         return json.loads(process.stdout.splitlines()[-1])
     if process.returncode == -9:
@@ -571,43 +540,33 @@ def run_apart(argv, workload, rung):
 
 
 def summary(workload, rung, runs, warmup):
-    """One line of the table, as a dict, over the steps after the warm-up of all rounds.
+    """One line of the table, as a dict, over the steps after the warm-up of all runs.
 
-    runs: what run_apart returned in each round.
+    runs: what run_apart returned, each time that the rung was measured.
     """
     good = [run for run in runs if "failed" not in run]
     if not good:
         return {"workload": workload, "rung": rung, "failed": runs[0]["failed"], "runs": runs}
 
     def measured(name):
-        """One value per step."""
-        return [value for run in good for value in run[name][warmup:]]
-    pairs = good[0]["pairs"]
-    seconds = measured("seconds")
+        """One value per step; none if the rung does not measure this."""
+        return [value for run in good for value in (run.get(name) or [])[warmup:]]
+    pairs, seconds = good[0]["pairs"], measured("seconds")
     median = statistics.median(seconds)
+    peaks = [run["peak_tflops"] * 1e12 for run in good for _ in run["seconds"][warmup:]]
     line = {"workload": workload, "rung": rung, "pairs": pairs, "pairs_per_second": pairs / median,
             "step": median, "fastest": min(seconds), "slowest": max(seconds),
-            "steps": len(seconds), "memory": max(run["memory"] for run in good)}
+            "steps": len(seconds), "memory": max(run["memory"] for run in good), "runs": runs}
     for kind in ("useful", "executed"):
-        if kind in good[0]:
-            line[f"mfu_{kind}"] = mfu(good, kind, warmup)
-            line[f"gflops_{kind}"] = statistics.mean(measured(kind)) / pairs / 1e9
-    if "row_lengths" in good[0]:
-        lengths = [T for step in good[0]["row_lengths"][warmup:] for T in step]
+        if flops := measured(kind):
+            shares = [n / s / peak for n, s, peak in zip(flops, seconds, peaks)]
+            line[f"mfu_{kind}"] = statistics.median(shares)
+            line[f"gflops_{kind}"] = statistics.mean(flops) / pairs / 1e9
+    if lengths := measured("row_lengths"):
         line["shortest_row"], line["longest_row"] = min(lengths), max(lengths)
-    if good[0].get("reference_seconds"):
-        line["reference"] = statistics.median(measured("reference_seconds"))
-    return line | {"runs": runs}
-
-
-def mfu(runs, kind, warmup):
-    """The median model FLOPs utilization of the steps after the warm-up. kind: "useful" or
-    "executed"."""
-    shares = []
-    for run in runs:
-        for flops, seconds in zip(run[kind][warmup:], run["seconds"][warmup:]):
-            shares.append(flops / seconds / run["peak_tflops"] / 1e12)
-    return statistics.median(shares)
+    if reference := measured("reference_seconds"):
+        line["reference"] = statistics.median(reference)
+    return line
 
 
 HEADS = ["workload", "rung", "pairs/s", "step s", "fastest-slowest", "memory GB", "row length",
@@ -618,9 +577,7 @@ def table(lines, baseline):
     """All lines as text. baseline: the rung whose speed is 1.0 in the last column."""
     baseline_steps = {line["workload"]: line["step"] for line in lines
                       if line["rung"] == baseline and "step" in line}
-    rows = [HEADS]
-    for line in lines:
-        rows.append(cells(line, baseline_steps.get(line["workload"])))
+    rows = [HEADS] + [cells(line, baseline_steps.get(line["workload"])) for line in lines]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADS))]
     text = []
     for row in rows:
@@ -672,59 +629,35 @@ def parse_args(argv):
     add("--against", choices=["trl"],
         help="also measure TRL's DPOTrainer, which has to be installed: trl with its defaults, "
              "trl-best with the reference computed beforehand and no gradient checkpointing")
-    add("--compile-trl", action="store_true",
-        help="also measure trl-best-compile, which is trl-best with torch.compile")
     add("--pairs", type=number_type(int, 1),
-        help="pairs per step (default 8 on CPU, 64 on CUDA)")
-    add("--accumulate", type=number_type(int, 1), default=1,
-        help="micro-batches per step, for every rung and TRL; more need less memory (default 1)")
+        help="pairs per step; fewer need less memory (default 8 on CPU, 64 on CUDA)")
     add("--warmup", type=number_type(int, 1), default=2,
         help="steps at the start that are not counted (default 2)")
-    add("--steps", type=number_type(int, 1), default=5,
-        help="steps that are counted, per round (default 5)")
-    add("--rounds", type=number_type(int, 1), default=1,
-        help="how often to go through all rungs (default 1)")
-    add("--row-length", type=number_type(int, 2),
-        help="tokens of a packed row (default: the best for each batch, or with compile, the best "
-             "for all of them together)")
+    add("--steps", type=number_type(int, 1), default=5, help="steps that are counted (default 5)")
     add("--n-layer", type=number_type(int, 1), default=12,
         help="layers (default 12, as in GPT-2 124M)")
     add("--n-head", type=number_type(int, 1), default=12, help="attention heads (default 12)")
     add("--n-embd", type=number_type(int, 1), default=768, help="channels (default 768)")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one, else cpu")
-    add("--threads", type=number_type(int, 1), help="CPU threads (default: PyTorch's own choice)")
+    add("--device", choices=["cpu", "cuda"], default="auto",
+        help="default: cuda if there is one, else cpu")
     add("--peak-tflops", type=number_type(float, 0, above=True),
         help="the machine's peak, for MFU (default: measured with matrix products)")
-    add("--seed", type=number_type(int, 0), default=0,
-        help="seed of lengths, ids and weights (default 0)")
     add("--json", type=Path, help="file to write everything that was measured to")
     add("--one-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = choose_device(args.device).type
     args.pairs = args.pairs or (64 if args.device == "cuda" else 8)
     if args.data:
         args.workload = ["data"]
     elif "data" in args.workload:
         raise UserError("--workload data: name the file with --data")
-    if args.pairs % args.accumulate:
-        raise UserError(f"--pairs {args.pairs} is not a multiple of --accumulate "
-                        f"{args.accumulate}")
-    choose_rungs(args)
-    return args
-
-
-def choose_rungs(args):
-    """Set --rungs to its default, add those of --against, and check that TRL is installed if it is
-    needed."""
     args.rungs = args.rungs or [*rungs(args.device)]
     if args.against:
-        for name in TRL:
-            wanted = args.compile_trl or name != "trl-best-compile"
-            if wanted and name not in args.rungs:
-                args.rungs.append(name)
+        args.rungs += [name for name in ("trl", "trl-best") if name not in args.rungs]
     if set(args.rungs) & set(TRL) and not importlib.util.find_spec("trl"):
         raise UserError("--against trl: TRL is not installed; pip install trl adds it to the "
                         "packages of requirements.txt, with everything it needs")
+    return args
 
 
 def device_name(device):
@@ -739,13 +672,13 @@ def device_name(device):
 
 
 def machine(args):
-    """The device, versions, threads and load, without which a time means nothing."""
+    """The device, versions and threads, without which a time means nothing."""
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     if set(args.rungs) & set(TRL):
         for name in ("trl", "transformers"):
             versions[name] = importlib.metadata.version(name)
     return {"device": args.device, "name": device_name(args.device), "versions": versions,
-            "threads": args.threads or torch.get_num_threads(), "load": os.getloadavg()[0]}
+            "threads": torch.get_num_threads()}
 
 
 @command
@@ -754,13 +687,16 @@ def main(argv=None):
     args = parse_args(argv)
     only_one_process("the benchmark")
     config = GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.one_process:
-        measure_here(args, config)
+    if args.one_process:                # what was measured is the last line of the output
+        name = args.rungs[0]
+        measure = measure_trl if name in TRL else measure_rung
+        print("\n" + json.dumps(measure(name, args, config)))
         return
-    facts = machine(args)
-    lines = measure_all(argv, args)
+    facts, runs = machine(args), {}
+    plan = [(workload, rung) for workload in args.workload for rung in args.rungs]
+    for workload, rung in tqdm(plan, "rungs"):
+        runs.setdefault((workload, rung), []).append(run_apart(argv, workload, rung))
+    lines = [summary(*names, found, args.warmup) for names, found in runs.items()]
     print_report(lines, facts, args, config)
     if args.json:
         settings = {key: str(value) if isinstance(value, Path) else value
@@ -771,25 +707,6 @@ def main(argv=None):
         raise UserError(f"not measured: {', '.join(failed)}")
 
 
-def measure_here(args, config):
-    """Measure one rung in this process and print what was measured as the last line, as JSON."""
-    name = args.rungs[0]
-    measure = measure_trl if name in TRL else measure_rung
-    result = measure(name, args, config)
-    print("\n" + json.dumps(result | {"pairs": args.pairs}))
-
-
-def measure_all(argv, args):
-    """Measure every rung on every workload, in every round. Returns the lines of the table."""
-    plan = [(workload, rung) for _ in range(args.rounds) for workload in args.workload
-            for rung in args.rungs]
-    runs = {}
-    for workload, rung in tqdm(plan, "rungs"):
-        runs.setdefault((workload, rung), []).append(run_apart(argv, workload, rung))
-    return [summary(workload, rung, rounds, args.warmup)
-            for (workload, rung), rounds in runs.items()]
-
-
 def print_report(lines, facts, args, config):
     """Print the table, the machine and, for TRL, its loss and log-probs at step 0 beside ours."""
     baseline = "trl" if "trl" in args.rungs else args.rungs[0]
@@ -797,9 +714,8 @@ def print_report(lines, facts, args, config):
     n = sum(p.numel() for p in GPT(config).parameters())
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     print(f"\n{n / 1e6:.0f}M parameters, {facts['name']}, {args.device}, {facts['threads']} "
-          f"threads; {versions}; median of {args.rounds} x {args.steps} steps after "
-          f"{args.warmup}; x faster than {baseline}; load {facts['load']:.1f} before, "
-          f"{os.getloadavg()[0]:.1f} after")
+          f"threads; {versions}; median of {args.steps} steps after {args.warmup}; x faster than "
+          f"{baseline}")
     for line in lines:
         check = line["runs"][0].get("check")
         if check:

@@ -181,8 +181,8 @@ def explain(error):
         return 2, f"{error.filename or place}: {error.strerror or error}"
     if (isinstance(error, (MemoryError, torch.OutOfMemoryError))
             or isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
-        return 2, ("not enough memory; a larger --accumulate, a smaller --row-length or a smaller "
-                   "model needs less")
+        return 2, ("not enough memory; training needs less with a larger --accumulate or a smaller "
+                   "--row-length, sampling with --precision bfloat16, both with a smaller model")
     if isinstance(error, RuntimeError) and (
             isinstance(error, dist.DistError) or "gloo" in str(error)):
         return 2, "another process of this run ended, and this one with it"

@@ -22,7 +22,7 @@ def add_speed_flags(parser):
 def add_compile_flag(parser):
     parser.group("speed and memory")(
         "--compile", default="auto", choices=["auto", "on", "off"],
-        help="torch.compile (default: on CUDA, for models of at least 10M parameters)")
+        help="torch.compile (default: on CUDA, in runs so long that it should save time)")
 
 
 def add_training_flags(parser, defaults, unit, tasks=None):

@@ -24,7 +24,7 @@ def bytes_of_step(config, tokens, scored, row_length):
 
 def free_memory(device):
     """Bytes that this process may still allocate on a device. On a CPU, its share of what Linux
-    reports as available (which does not know about a container's limit)."""
+    reports as available, or of what a container's limit leaves, whichever is less."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -33,7 +33,23 @@ def free_memory(device):
     except OSError:
         return math.inf
     free = 1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo)[1])
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(free, left_in_container()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def left_in_container(root="/sys/fs/cgroup"):
+    """Bytes below the memory limit of this container, infinity if it has none. Its control group is
+    mounted at `root`, in version 2 or 1. Cached files that are not in use do not count."""
+    for folder, limit, used in [("", "memory.max", "memory.current"),
+                                ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")]:
+        try:
+            texts = [(Path(root) / folder / name).read_text()
+                     for name in (limit, used, "memory.stat")]
+        except OSError:
+            continue
+        if texts[0].strip() != "max":
+            cached = re.search(r"^inactive_file (\d+)", texts[2], re.M)[1]
+            return max(0, int(texts[0]) - int(texts[1]) + int(cached))
+    return math.inf
 
 
 def fewest_micro_batches(model, batches, row_length):

@@ -4,6 +4,7 @@ data.pack turns the result into tensors. Everything here counts tokens only; an 
 data.Encoded, of which the lists `prompt` and `answers` are used.
 """
 
+import math
 from collections import namedtuple
 
 # A prompt with as many of its answers as fit in a row, as ids. owners: the numbers of those answers
@@ -77,3 +78,9 @@ def best_row_length(encoded, longest, n_embd):
         found.append((B * T * (6 * n_embd + T), T))
         limit = (T - 1) // unit * unit      # limits in between give the same rows
     return min(found)[1]
+
+
+def compiled_row_length(best, longest):
+    """The row length for a compiled model: 256, 512, 1024, ..., at least `best`, at most `longest`.
+    Each row length needs a graph of its own, so there are only a few."""
+    return min(longest, max(256, 2 ** math.ceil(math.log2(best))))

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.errors import UserError
+from runtime.packing import count_tokens
 
 # ------------------------------------------------------------------------------------------------
 # Processes
@@ -150,8 +151,14 @@ def set_precision(model, precision):
     # Tensor cores want rows that are multiples of 16 bytes, and 50257 is odd. The padding costs a
     # copy of the embedding, so only CUDA gets it.
     model.vocab_multiple = 64 if cuda else 1
-    if cuda and precision != "float32":
-        torch.set_float32_matmul_precision("high")      # TF32 for products outside of autocast
+    # TF32 is for the products outside of autocast, those of the head. It is a setting of the whole
+    # process, so it is also set back.
+    model.tf32 = cuda and precision != "float32"
+    torch.set_float32_matmul_precision("high" if model.tf32 else "highest")
+    if cuda:
+        # cuDNN's attention, which PyTorch prefers on some cards, builds a plan for every new shape,
+        # and almost every batch and every sampled token has a shape of its own.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if precision == "auto" and cuda:
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)     # older cards only emulate it
         precision = "bfloat16" if has_bf16 else "float16"
@@ -161,18 +168,29 @@ def set_precision(model, precision):
         model.precision = getattr(torch, precision)
 
 
-def set_compiled(model, choice):
-    """Decide from --compile whether the training loops compile model.logps. "auto" compiles on CUDA
-    from 10M parameters on: for smaller models, compiling takes longer than it saves."""
-    large = sum(weight.numel() for weight in model.parameters()) >= 10_000_000
-    model.compiled = choice == "on" or (
-        choice == "auto" and model.device.type == "cuda" and large)
+def set_compiled(model, items, args):
+    """Decide from --compile whether model.logps is compiled in a run that trains on `items`, a list
+    of Encoded. "auto" compiles if that is expected to save time."""
+    units = sum(len(item.pairs) or 1 for item in items)         # pairs, or texts
+    epochs = args.steps * args.batch / units if args.steps else args.epochs
+    n_tokens = epochs * sum(map(count_tokens, items))
+    model.compiled = args.compile == "on" or (
+        args.compile == "auto" and worth_compiling(model, n_tokens))
+
+
+def worth_compiling(model, n_tokens):
+    """Whether compiling saves time in a run that trains on n_tokens, in all its steps together: on
+    CUDA, if a quarter of their time is more than the minute that compilation takes. A step takes
+    6 FLOPs per weight and token, at 250 TFLOP/s. All three are estimates for a recent GPU."""
+    n_weights = sum(weight.numel() for weight in model.parameters())
+    seconds = 6 * n_weights * n_tokens / 250e12
+    return model.device.type == "cuda" and seconds / 4 > 60
 
 
 def allow_any_size(batch):
     """Tell torch.compile that the first dimension of every tensor of a Batch (rows, scored tokens,
-    answers, ...) varies. All steps then share one graph, and those without gradients another; only
-    a dimension of size 1 needs its own. The row length stays fixed."""
+    answers, ...) varies. All steps in rows of one length then share a graph, and those without
+    gradients another; only a dimension of size 1 needs its own."""
     for tensor in vars(batch).values():
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -13,7 +13,7 @@ from model import GPT, GPTConfig
 from runtime.cli import choose_row_length, warn_of_large_lr
 from runtime.errors import UserError
 from runtime.files import fingerprint, load_tensors, reading, replacing
-from runtime.parallel import set_compiled, set_precision
+from runtime.parallel import set_precision
 from runtime.report import names_of
 from tasks import task_of
 from tasks.flags import flags_of_sft
@@ -66,9 +66,8 @@ def initial_model(args, tokenizer, device):
 
 
 def prepared(model, args):
-    """A model on its device, with the precision and, in training, the compilation of the flags."""
+    """A model on its device, with the precision of the flags."""
     set_precision(model, args.precision)
-    set_compiled(model, getattr(args, "compile", "off"))
     return model
 
 

@@ -4,16 +4,22 @@
 """
 
 import importlib.util
+import io
 import json
 import math
+import os
 import statistics
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Encoded, pack
+from data import Encoded, pack, pack_for_model
 from experiments import benchmark
 from experiments.benchmark import (
     WORKLOADS,
@@ -30,7 +36,6 @@ from experiments.benchmark import (
     useful_flops,
 )
 from model import GPT, GPTConfig
-from runtime.errors import UserError
 from tasks.tokenizers import get_tokenizer
 from train_dpo import dpo_loss
 
@@ -74,13 +79,11 @@ def test_c1_has_four_answers_six_pairs_and_prompts_of_two_to_eight_tokens():
 
 @pytest.mark.parametrize("workload, asked, pairs", [("hh", 8, 8), ("c1", 8, 12)])
 def test_every_step_has_the_pairs_it_says_and_every_process_gets_the_same(workload, asked, pairs):
-    def steps():
-        args = parse_args(["--workload", workload, "--pairs", str(asked), "--device", "cpu"])
-        return load_steps(args, GPTConfig()), args
-    found, args = steps()
-    assert args.pairs == pairs and len(found) == args.warmup + args.steps
+    args = parse_args(["--workload", workload, "--pairs", str(asked), "--device", "cpu"])
+    found = load_steps(args, GPTConfig())
+    assert len(found) == args.warmup + args.steps
     assert all(sum(len(item.pairs) for item in items) == pairs for items in found)
-    assert found == steps()[0]
+    assert found == load_steps(args, GPTConfig())
 
 
 def test_ids_begin_and_end_as_encoded_text_does_and_fit_in_a_block():
@@ -93,7 +96,8 @@ def test_ids_begin_and_end_as_encoded_text_does_and_fit_in_a_block():
 
 
 def test_your_own_pairs_are_a_workload_too(tmp_path, monkeypatch):
-    """Any file of preferences will do. The reviews tokenizer is used, as it needs no network."""
+    """Any file of preferences will do. (The reviews tokenizer needs no network.) Its ids are in
+    arrays, which make the same batches as lists."""
     monkeypatch.setattr(benchmark, "get_tokenizer", lambda name: get_tokenizer("reviews"))
     rows = [{"prompt": f"The {i}", "chosen": " was good", "rejected": " was dull"}
             for i in range(5)]
@@ -101,6 +105,10 @@ def test_your_own_pairs_are_a_workload_too(tmp_path, monkeypatch):
     args = parse_args(["--data", str(tmp_path / "pairs.jsonl"), "--pairs", "2"])
     steps = load_steps(args, GPTConfig())
     assert args.workload == ["data"] and {len(items) for items in steps} == {2}
+    padded, packed = (collate(steps[0], rungs("cpu")[name], GPTConfig())
+                      for name in ("answer-logits", "packed"))
+    assert sorted(padded.target.tolist()) == sorted(packed.target.tolist())
+    assert len(benchmark.trl_rows(steps)) == 2 * len(steps)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -125,23 +133,13 @@ def test_every_rung_computes_the_loss_and_gradient_of_our_step(name):
     expected.backward()
     assert abs(expected.item() - math.log(2)) > 1e-3
     rung = rungs("cpu")[name]
-    add_reference(reference, [ITEMS], 32)
+    add_reference(reference, ITEMS, rung)
     policy.precision = torch.bfloat16 if rung.bf16 else None
     tolerance = dict(rtol=0.05, atol=0.05) if rung.bf16 else dict(rtol=1e-4, atol=1e-5)
-    loss = gradients(policy, reference, ITEMS, rung, 32)
+    loss = gradients(policy, reference, ITEMS, rung)
     torch.testing.assert_close(loss, expected.detach(), **tolerance)
     for p, q in zip(policy.parameters(), twin.parameters()):
         torch.testing.assert_close(p.grad, q.grad, **tolerance)
-
-
-def test_micro_batches_change_nothing():
-    whole, parts, reference = small_gpt(0), small_gpt(0), small_gpt(1)
-    for name in ("naive", "packed", "shared"):
-        losses = [gradients(model, reference, ITEMS, rungs("cpu")[name], 32, n)
-                  for model, n in [(whole, 1), (parts, 2)]]
-        torch.testing.assert_close(*losses)
-    for p, q in zip(whole.parameters(), parts.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_an_answer_of_three_pairs_is_padded_three_times_and_packed_once():
@@ -153,19 +151,20 @@ def test_an_answer_of_three_pairs_is_padded_three_times_and_packed_once():
     assert batch.n_answers == 6 and pack(ITEMS, 32).n_answers == 5
 
 
-@pytest.mark.parametrize("name, lengths", [("packed", [60, 10]), ("shared", [90, 11])])
+@pytest.mark.parametrize("name, lengths", [
+    ("packed", [60, 10]), ("shared", [90, 11]), ("compile", [256, 256])])
 def test_each_batch_has_rows_of_its_own_best_length(name, lengths):
-    """The first micro-batch, a prompt of 30 tokens with two answers of 30, is one row of 90, or two
-    rows of 60 if nothing is shared. The second, a prompt of 9 tokens with two answers of 1, is one
-    row of 11, or two of 10. A row length that is given is used as it is."""
-    step = [Encoded([1] * 30, [[1] * 30, [1] * 30], [(0, 1)]),
-            Encoded([1] * 9, [[1], [1]], [(0, 1)])]
-    config, rung = GPTConfig(block_size=100), rungs("cpu")[name]
-
-    def row_lengths(*arguments):
-        return [batch.tokens.size(1) for batch in collate(step, rung, config, *arguments)]
-    assert row_lengths(None, 2) == lengths
-    assert row_lengths(95, 2) == [95, 95]
+    """The first batch, a prompt of 30 tokens with two answers of 30, is one row of 90, or two rows
+    of 60 if nothing is shared. The second, a prompt of 9 tokens with two answers of 1, is one row
+    of 11, or two of 10. Compiled rows have the lengths of training."""
+    steps = [[Encoded([1] * 30, [[1] * 30, [1] * 30], [(0, 1)])],
+             [Encoded([1] * 9, [[1], [1]], [(0, 1)])]]
+    config, rung = GPTConfig(block_size=1024), rungs("cpu")[name]
+    assert [collate(items, rung, config).tokens.size(1) for items in steps] == lengths
+    model = GPT(replace(config, vocab_size=2, n_layer=1))
+    model.compiled = name == "compile"
+    if name != "packed":
+        assert [pack_for_model(items, 1024, model).tokens.size(1) for items in steps] == lengths
 
 
 # ------------------------------------------------------------------------------------------------
@@ -192,63 +191,39 @@ def test_executed_flops_are_those_counted_by_hand():
 
         padded  2 rows of 6 places: blocks 12 x 2 x 768 x 2 = 36,864; keys 2 x (1 + 2 + ... + 6) =
                 42, so 42 x 2 x 32 = 2,688; all logits 12 x 8 x 50 x 2 = 9,600, at answers 4,000
-        packed  a row of 16 with a dense mask: blocks 16 x 2 x 768 x 2 = 49,152; keys
-                16 x 16 x 64 = 16,384; with the vocabulary padded from 50 to 64 columns, the head of
-                our own step has 5 x 8 x 64 x 2 = 5,120
+        packed  a row of 11, or of 8 if the prompt is shared, with a dense mask: blocks
+                11 x 2 x 768 x 2 = 33,792 and 24,576; keys 11 x 11 x 64 = 7,744 and 4,096; with the
+                vocabulary padded from 50 to 64 columns, the head has 5 x 8 x 64 x 2 = 5,120
     """
     model = GPT(SMALL)
 
     def executed(name):
-        [batch] = collate(ITEMS[:1], rungs("cpu")[name], SMALL, 16)
-        return executed_flops(model, batch, rungs("cpu")[name])
+        rung = rungs("cpu")[name]
+        return executed_flops(model, collate(ITEMS[:1], rung, SMALL), rung)
     assert executed("naive") == 4 * (36_864 + 2_688 + 9_600)
     assert executed("reference-once") == 3 * (36_864 + 2_688 + 9_600)
     assert executed("answer-logits") == 3 * (36_864 + 2_688 + 4_000)
-    assert executed("packed") == executed("shared") == 3 * (49_152 + 16_384 + 4_000)
+    assert executed("packed") == 3 * (33_792 + 7_744 + 4_000)
+    assert executed("shared") == 3 * (24_576 + 4_096 + 4_000)
     model.vocab_multiple = 64
     assert executed("answer-logits") == 3 * (36_864 + 2_688 + 4_000)
-    assert executed("shared") == 3 * (49_152 + 16_384 + 5_120)
-
-
-def test_a_step_with_fewer_prompts_than_micro_batches_is_refused():
-    """c1 has six pairs to a prompt, so 12 pairs are two prompts."""
-    flags = ["--workload", "c1", "--pairs", "12", "--accumulate"]
-    config = GPTConfig(n_layer=1)
-    assert len(benchmark.load_steps(benchmark.parse_args([*flags, "2"]), config)) == 7
-    with pytest.raises(UserError, match="--accumulate 3: .* 12 pairs are as few as 2"):
-        benchmark.load_steps(benchmark.parse_args([*flags, "3"]), config)
-
-
-def test_the_step_with_the_fewest_prompts_decides(tmp_path, monkeypatch):
-    """One prompt has three pairs and three have one, so of the steps of three pairs some have three
-    prompts, and others one or two."""
-    monkeypatch.setattr(benchmark, "get_tokenizer", lambda name: get_tokenizer("reviews"))
-    rows = [{"prompt": f"The {i}", "answers": [" was good", " was dull", " was"][:n],
-             "ranking": list(range(n))} for i, n in enumerate([3, 2, 2, 2])]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--data", str(tmp_path / "pairs.jsonl"), "--pairs", "3", "--accumulate"]
-    steps = load_steps(parse_args([*flags, "1"]), GPTConfig())
-    assert max(map(len, steps)) == 3 and min(map(len, steps)) < 3
-    with pytest.raises(UserError, match="--accumulate 3: .* 3 pairs are as few as"):
-        load_steps(parse_args([*flags, "3"]), GPTConfig())
+    assert executed("shared") == 3 * (24_576 + 4_096 + 5_120)
 
 
 @pytest.mark.parametrize("name", ["reference-once", "answer-logits", "packed", "shared"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_executed_flops_are_what_torch_counts(name, accumulate):
-    """Torch's counter sees every matrix product of forward and backward, in rows of whatever length
-    they have. It is run with plain attention, which multiplies all T keys, whereas the kernel of
-    the padded rungs leaves out the future ones, T (T - 1) / 2 per row."""
-    rung, model, expected = rungs("cpu")[name], GPT(SMALL), 0
+def test_executed_flops_are_what_torch_counts(name):
+    """Torch's counter sees every matrix product of forward and backward. It is run with plain
+    attention, which multiplies all T keys, whereas the kernel of the padded rungs leaves out the
+    future ones, T (T - 1) / 2 per row."""
+    rung, model = rungs("cpu")[name], GPT(SMALL)
     model.vocab_multiple = 16
-    for batch in collate(ITEMS, rung, SMALL, None, accumulate):
-        B, T = batch.tokens.shape
-        future = B * T * (T - 1) // 2 if rung.layout == "padded" else 0
-        expected += (executed_flops(model, batch, rung)
-                     + 3 * future * 4 * SMALL.n_layer * SMALL.n_embd)
+    batch = collate(ITEMS, rung, SMALL)
+    B, T = batch.tokens.shape
+    future = B * T * (T - 1) // 2 if rung.layout == "padded" else 0
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        gradients(model, None, ITEMS, rung, None, accumulate)
-    assert counter.get_total_flops() == expected
+        gradients(model, None, ITEMS, rung)
+    assert counter.get_total_flops() == (executed_flops(model, batch, rung)
+                                         + 3 * future * 4 * SMALL.n_layer * SMALL.n_embd)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -256,32 +231,55 @@ def test_executed_flops_are_what_torch_counts(name, accumulate):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_each_rung_is_measured_in_its_own_process_and_written_down(tmp_path, capsys):
-    """The first run is in this process, where an error is seen as it is."""
-    flags = [*TINY, "--workload", "c1", "--pairs", "6", "--warmup", "1", "--steps", "2", "--rungs"]
-    benchmark.main([*flags, "shared", "--one-process"])
-    alone, out = json.loads(capsys.readouterr().out.splitlines()[-1]), tmp_path / "result.json"
-    benchmark.main([*flags, "answer-logits", "shared", "--json", str(out)])
+def run_here(command_line, env, **more):
+    """In place of subprocess.run: the command that a process of its own would run."""
+    assert command_line[:3] == [sys.executable, "-m", "experiments.benchmark"]
+    with redirect_stdout(io.StringIO()) as out:
+        benchmark.main(command_line[3:])
+    return SimpleNamespace(returncode=0, stdout=out.getvalue())
+
+
+def test_each_rung_is_measured_by_itself_and_written_down(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark.subprocess, "run", run_here)
+    out = tmp_path / "result.json"
+    benchmark.main([*TINY, "--workload", "c1", "--pairs", "6", "--warmup", "1", "--steps", "2",
+                    "--rungs", "answer-logits", "shared", "shared", "--json", str(out)])
     lines = json.loads(out.read_text())["lines"]
     assert [line["rung"] for line in lines] == ["answer-logits", "shared"]
+    assert [line["steps"] for line in lines] == [2, 4]          # shared was asked for twice
     for line in lines:
-        assert line["steps"] == 2 and line["pairs"] == 6
+        assert line["pairs"] == 6
         assert line["fastest"] <= line["step"] <= line["slowest"]
         assert line["pairs_per_second"] == pytest.approx(6 / line["step"])
         assert line["runs"][0]["losses"][0] == pytest.approx(math.log(2), abs=1e-6)
-        lengths = [T for step in line["runs"][0]["row_lengths"][1:] for T in step]  # after warm-up
+        lengths = line["runs"][0]["row_lengths"][1:]            # after the warm-up
         assert [line["shortest_row"], line["longest_row"]] == [min(lengths), max(lengths)]
     padded, ours = (line["runs"][0]["losses"] for line in lines)
     assert padded == pytest.approx(ours, abs=1e-5)
-    assert alone["losses"] == pytest.approx(ours, abs=1e-5)
     shown = capsys.readouterr().out
     assert "pairs/s" in shown and "answer-logits" in shown and "torch" in shown
-    assert "row length" in shown
 
 
 def test_a_rung_that_fails_is_a_line_without_a_number():
     line = benchmark.summary("hh", "naive", [{"failed": "out of memory"}], 1)
     assert "out of memory" in benchmark.table([line], "naive") and "step" not in line
+
+
+def test_a_rung_finds_packages_that_are_on_the_python_path(monkeypatch):
+    """TRL may be in a folder of its own. Its process looks there too, after this repository."""
+    seen = []
+    monkeypatch.setenv("PYTHONPATH", "/trl")
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda *args, env, **more: (
+        seen.append(env["PYTHONPATH"]), SimpleNamespace(returncode=3))[1])
+    assert benchmark.run_apart([], "hh", "trl") == {"failed": "exit code 3"}
+    assert seen == [str(benchmark.ROOT) + os.pathsep + "/trl"]
+
+
+def test_without_the_resource_module_memory_is_nan(monkeypatch):
+    """Windows has no such module. Elsewhere, a Python with torch takes more than 50 MB."""
+    assert benchmark.resource is None or benchmark.peak_memory("cpu") > 5e7
+    monkeypatch.setattr(benchmark, "resource", None)
+    assert math.isnan(benchmark.peak_memory("cpu"))
 
 
 def test_without_trl_it_says_so_in_one_sentence_and_ends_with_2(monkeypatch, capsys):

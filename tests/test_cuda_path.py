@@ -46,7 +46,6 @@ import train_dpo
 import train_sft
 from data import Encoded, pack
 from experiments import ppo, reward_model
-from experiments.captured import Decoder, decoding_step
 from model import GPT, GPTConfig
 from sample import logps_of, sample_answers
 from tasks.scalar_gpt import ScalarGPT
@@ -206,7 +205,7 @@ def items(n=4):
 def cuda_model(precision, kind=GPT):
     with torch.device(CUDA):
         model = kind(CONFIG)
-    model.precision, model.vocab_multiple = precision, 64       # as set_precision does on CUDA
+    model.precision, model.tf32, model.vocab_multiple = precision, True, 64     # see set_precision
     return model
 
 
@@ -226,14 +225,12 @@ def run_loop(loop, monkeypatch, *arguments, **changes):
     return made[0]
 
 
-@pytest.fixture(params=[1, 2], ids=["one process", "two processes"])
-def processes(request):
-    """One process, or the first of two whose messages nobody receives (backend `fake`)."""
-    if request.param == 2:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield request.param
-    if request.param == 2:
-        dist.destroy_process_group()
+@pytest.fixture
+def two_processes():
+    """The first of two processes, whose messages nobody receives (backend `fake`)."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -242,7 +239,7 @@ def processes(request):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_step_of_sft_reads_nothing_from_the_device(precision, monkeypatch, processes):
+def test_a_step_of_sft_reads_nothing_from_the_device(precision, monkeypatch):
     with fake_cuda():
         texts = [Encoded(item.prompt, item.answers[:1], []) for item in items()]
         run = run_loop(train_sft, monkeypatch, cuda_model(precision), texts, texts)
@@ -252,11 +249,15 @@ def test_a_step_of_sft_reads_nothing_from_the_device(precision, monkeypatch, pro
 
 @pytest.mark.parametrize("precision, loss", [
     (None, "dpo"), (torch.float16, "dpo"), *((torch.bfloat16, loss) for loss in train_dpo.LOSSES)])
-def test_a_step_of_dpo_reads_nothing_from_the_device(precision, loss, monkeypatch, processes):
+def test_a_step_of_dpo_reads_nothing_from_the_device(precision, loss, monkeypatch):
     with fake_cuda():
         run = run_loop(train_dpo, monkeypatch, cuda_model(precision), items(8), items(), loss=loss)
     assert set(run.logged) == set(train_dpo.COLUMNS) - {"lr"}
     assert set(run.logged.values()) == {CUDA}
+
+
+def test_a_step_of_one_of_two_processes_reads_nothing_either(monkeypatch, two_processes):
+    test_a_step_of_dpo_reads_nothing_from_the_device(torch.float16, "dpo", monkeypatch)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -268,15 +269,14 @@ def test_the_reward_model_trains_and_evaluates_on_the_device(precision, monkeypa
     assert run.logged["grad_norm"] == run.logged["loss"] == run.logged["accuracy"] == CUDA
 
 
-@pytest.mark.parametrize("precision", [torch.float16])
-def test_a_step_of_ppo_stays_on_the_device(precision, monkeypatch):
+def test_a_step_of_ppo_stays_on_the_device(monkeypatch):
     """rollout, advantages_and_returns and improve. They read the sampled answers and the number of
     tokens, so reading is allowed; the answers are four times token 0."""
     with fake_cuda(reading=True):
         prompts = [[EOT, 1, 2], [EOT, 3]] * 4
-        run = run_loop(ppo, monkeypatch, cuda_model(precision), cuda_model(precision), prompts,
-                       lambda answers: [1.0] * len(answers), EOT, batch=4, minibatch=2,
-                       max_new_tokens=4)
+        models = [cuda_model(torch.float16) for _ in ("policy", "reference")]
+        run = run_loop(ppo, monkeypatch, *models, prompts, lambda answers: [1.0] * len(answers),
+                       EOT, batch=4, minibatch=2, max_new_tokens=4)
     assert {"reward", "kl", "clipped", "value_loss", "grad_norm"} <= set(run.logged)
 
 
@@ -318,20 +318,6 @@ def test_sampling_stays_on_the_device(precision, settings):
         answers = sample_answers(cuda_model(precision), [[1, 2, 3], [4], [4]], 12, 0, EOT,
                                  **settings)
     assert answers == [[0] * 12] * 3
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_step_that_a_graph_would_capture_stays_on_the_device(precision):
-    """It is not captured here, nor compiled; its own steps read nothing."""
-    with fake_cuda(reading=True) as stand_ins:
-        def step(*arguments):
-            stand_ins.reading = False
-            logits = decoding_step(*arguments)
-            stand_ins.reading = True
-            return logits
-        decoder = Decoder(cuda_model(precision), backend="eager")
-        decoder.step = step
-        assert decoder.generate([[1, 2, 3], [4], [4]], 12, eot=EOT) == [[0] * 12] * 3
 
 
 # ------------------------------------------------------------------------------------------------

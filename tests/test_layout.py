@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Every module of a line may import those of earlier lines, and of its own line those before it.
 ORDER = [
-    "runtime.errors runtime.parallel runtime.files runtime.hub runtime.packing runtime.rows "
+    "runtime.errors runtime.packing runtime.parallel runtime.files runtime.hub runtime.rows "
     "runtime.statistics runtime.report runtime.memory runtime.log runtime.run runtime.cli "
     "runtime.flags",
     "model",
@@ -25,8 +25,8 @@ ORDER = [
     "train_dpo",
     "experiments.plot experiments.squeezing experiments.best_of experiments.packed_row "
     "experiments.curves experiments.distribution experiments.reward_model experiments.ppo "
-    "experiments.credit experiments.captured experiments.margins experiments.frontier "
-    "experiments.win_rate experiments.benchmark experiments.gpu_questions",
+    "experiments.credit experiments.margins experiments.frontier experiments.win_rate "
+    "experiments.benchmark",
     "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers "
     "classroom.course",
     "experiments.symptoms",             # trains with the wrong answers in place

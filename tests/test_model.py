@@ -10,18 +10,22 @@ tolerances can be small.
 import copy
 import math
 import pickle
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as module
 from data import Encoded, pack
 from model import GPT, GPTConfig, choose
 from runtime.errors import UserError
-from runtime.parallel import allow_any_size, set_compiled
+from runtime.parallel import allow_any_size, set_precision
 from tasks.checkpoint import load_checkpoint, save_checkpoint
 
 for_all = settings(deadline=None, max_examples=30, derandomize=True)
@@ -224,16 +228,17 @@ def test_common_mistakes_give_other_numbers():
 
 
 @for_all
-@given(groups(), st.integers(2, 40), st.sampled_from([0.0, -100.0]))
-def test_a_padded_vocabulary_changes_no_log_prob_and_no_gradient(items, multiple, shift):
+@given(groups(), st.integers(2, 40), st.sampled_from([0.0, -100.0]), st.booleans())
+def test_a_padded_vocabulary_changes_no_log_prob_and_no_gradient(items, multiple, shift, tf32):
     """The 13 columns of the head are padded to a multiple, as for the tensor cores. A constant
     first channel shifts every logit by 0 or by -100, where GPT-2's logits lie; there, a padding
-    column of zeros would take all the probability."""
+    column of zeros would take all the probability. What TF32 needs besides, an embedding without
+    its mean, changes none either."""
     plain, padded = small_gpt(), small_gpt()
     for model in (plain, padded):
         with torch.no_grad():
             model.ln_f.weight[0], model.ln_f.bias[0], model.wte.weight[:, 0] = 0.0, shift, 1.0
-    padded.vocab_multiple = multiple
+    padded.vocab_multiple, padded.tf32 = multiple, tf32
     columns = padded.head(torch.ones(2, 8), multiple).size(1)
     assert columns % multiple == 0 and 13 <= columns < 13 + multiple
     batch = pack(items, 16)
@@ -260,19 +265,18 @@ def test_half_precision_logps_are_float32_and_close(precision):
     assert torch.equal(model.logps(pack(items, 16)), exact)
 
 
-def steps_of_any_shape():
-    """Packed batches in rows of 16 tokens, with varying numbers of rows, scored tokens, answers."""
+def steps_of_any_shape(row_length=16):
+    """Packed batches with varying numbers of rows, scored tokens and answers."""
     rng = np.random.default_rng(0)
     for n in (4, 9, 3, 17, 5):
         yield pack([Encoded([1] * rng.integers(1, 7), [[2] * m for m in rng.integers(1, 9, k)], [])
-                    for k in rng.integers(1, 5, n)], 16)
+                    for k in rng.integers(1, 5, n)], row_length)
 
 
 def compile_on(model):
     """What the training loops call if a model is compiled, after marking the batch as
     pack_for_model does."""
-    set_compiled(model, "on")
-    assert model.compiled
+    model.compiled = True
     return lambda batch: allow_any_size(batch) or model.logps(batch)
 
 
@@ -297,10 +301,10 @@ def test_compiled_logps_are_the_eager_ones():
     assert list(compiled.state_dict()) == list(eager.state_dict())
 
 
-def test_nothing_is_compiled_after_the_first_step_and_the_first_look(monkeypatch):
+def test_there_is_a_graph_for_each_row_length_and_no_other(monkeypatch):
     """Compiling takes longer than many steps. Although the numbers of rows, scored tokens and
-    answers differ in each batch, there are only two graphs, one for training steps and one for
-    evaluation (without gradients), and another for batches of a single row."""
+    answers differ in each batch, there are only two graphs for a row length, one for training steps
+    and one for evaluation (without gradients), and another for batches of a single row."""
     graphs, torch_compile = [], torch.compile
 
     def count(graph, inputs):
@@ -318,6 +322,9 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_look(monkeypatch
     for answers in ([[2, 3], [4]], [[2], [3], [4, 5]]):
         logps_of(pack([Encoded([1], answers, [])], 16))
     assert len(graphs) == 3
+    for batch in steps_of_any_shape(row_length=24):
+        logps_of(batch)
+    assert len(graphs) == 4
 
 
 # ------------------------------------------------------------------------------------------------
@@ -629,6 +636,110 @@ def test_logits_far_from_zero_cost_no_precision(precision):
         far = model.logps(pack([item], 32))
     # Eight tokens, each off by float32's rounding error at 100, 4e-6, in its logit and in the sum.
     torch.testing.assert_close(far, near, rtol=0, atol=1e-3)
+
+
+def nearest_tf32(x):
+    """Float32 rounded to TF32, which keeps 10 of the 23 bits of the mantissa."""
+    return ((x.view(torch.int32) + 2**12) & -2**13).view(torch.float32)
+
+
+def truncated_tf32(x):
+    return (x.view(torch.int32) & -2**13).view(torch.float32)
+
+
+@pytest.mark.parametrize("tf32", [nearest_tf32, truncated_tf32])
+def test_a_head_in_tf32_costs_hundredths_of_a_nat(tf32, monkeypatch):
+    """Logits of 512 ids at -100 +- 6, most of it from one channel, as in GPT-2; 20 answers of 60
+    tokens drawn from them. TF32 is off by up to 2^-11 of each of the two factors (by up to 2^-10 if
+    they are cut instead of rounded, as some cards do), so by up to 2^-10 x 100 = 0.1 in a logit and
+    tenths of a nat in an answer. Without its mean, the embedding is off by a tenth of that."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=512, n_layer=1, n_head=1, n_embd=256))
+    hidden, weight = torch.randn(1200, 256), model.wte.weight.data.normal_(std=0.25)
+    hidden[:, 0] = 10 + 0.5 * hidden[:, 0]
+    weight[:, 0] = -10 + weight[:, 0]
+    log_probs = model.double().head(hidden.double()).log_softmax(-1)
+    tokens = log_probs.exp().multinomial(1)
+    expected = log_probs.gather(1, tokens).view(20, 60).sum(1)
+    monkeypatch.setattr(module.F, "linear", lambda x, weight, bias=None: (
+        tf32(x).double() @ tf32(weight.float()).double().T).float())
+    worst = {}
+    for centred in (False, True):
+        model.float().tf32 = centred
+        answers = model.head(hidden).log_softmax(-1).gather(1, tokens).view(20, 60).sum(1)
+        worst[centred] = (answers - expected).abs().max().item()
+    assert worst[True] < 0.05 and worst[False] > 0.15
+
+
+def test_sampling_casts_each_weight_to_half_precision_once():
+    """Not once for every token. There are 4 linear layers in each of 2 blocks, and the casts of
+    their weights are recognised by shape: the rows of an activation are at most 3."""
+    casts = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ == "_to_copy" and args[0].shape[0] >= 8:
+                casts.append(tuple(args[0].shape))
+            return func(*args, **kwargs or {})
+    model = small_gpt().float()
+    model.precision = torch.bfloat16
+    with Watch():
+        model.generate([[1, 2, 3], [4]], 9)
+    matrices = [shape for shape in casts if len(shape) == 2]
+    assert sorted(matrices) == sorted([(24, 8), (8, 8), (32, 8), (8, 32)] * 2)
+
+
+@pytest.fixture
+def settings_of_the_process():
+    """Sets back what set_precision sets for the whole process."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_tf32_is_for_cuda_in_half_precision_and_is_set_back(settings_of_the_process):
+    """It is a setting of the process, which the next model may not want."""
+    for device, precision, tf32 in [("cuda", "bfloat16", True), ("cuda", "float32", False),
+                                    ("cuda", "float16", True), ("cpu", "bfloat16", False)]:
+        model = SimpleNamespace(device=torch.device(device))
+        set_precision(model, precision)
+        assert model.tf32 == tf32
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+
+
+def backends(model, monkeypatch):
+    """What PyTorch would choose for each call of attention: a list of names, filled later."""
+    found, attention = [], F.scaled_dot_product_attention
+
+    def noted(q, k, v, attn_mask=None, is_causal=False):
+        chosen = torch._fused_sdp_choice(q, k, v, attn_mask, 0.0, is_causal)
+        found.append(SDPBackend(chosen).name)
+        return attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", noted)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_on_cuda_attention_goes_to_kernels_that_need_no_plan(precision, monkeypatch,
+                                                             settings_of_the_process):
+    """cuDNN would build a plan for each new shape. With a mask (packed rows, prompts of several
+    lengths) it is the memory-efficient kernel; without one, plain causal or decoding, it is flash
+    attention, which only half precision has. Heads have 64 channels, as in GPT-2."""
+    model = GPT(GPTConfig(64, 13, 1, 2, 128)).cuda()
+    set_precision(model, precision)
+    found = backends(model, monkeypatch)
+    unmasked = "EFFICIENT_ATTENTION" if precision == "float32" else "FLASH_ATTENTION"
+
+    def used(work):
+        found.clear()
+        work()
+        return set(found)
+    batch = pack([Encoded([1, 2], [[3, 4, 5], [6]], [])] * 3, 20).to("cuda")
+    assert used(lambda: model.logps(batch).sum().backward()) == {"EFFICIENT_ATTENTION"}
+    assert used(lambda: model(batch.tokens)) == {unmasked}
+    assert used(lambda: model.generate([[1, 2]] * 3, 5)) == {unmasked}
+    assert used(lambda: model.generate([[1, 2], [3]], 5)) == {"EFFICIENT_ATTENTION"}
 
 
 @pytest.mark.gpu

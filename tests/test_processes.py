@@ -41,7 +41,7 @@ from experiments import benchmark, curves, frontier, ppo, reward_model  # noqa: 
 from model import GPT, GPTConfig  # noqa: E402
 from runtime.cli import set_up  # noqa: E402
 from runtime.errors import UserError  # noqa: E402
-from runtime.parallel import process_rank, set_compiled  # noqa: E402
+from runtime.parallel import process_rank  # noqa: E402
 from runtime.run import Run, load_state  # noqa: E402
 from tasks.checkpoint import load_checkpoint  # noqa: E402
 from tasks.scalar_gpt import ScalarGPT  # noqa: E402
@@ -97,7 +97,7 @@ def train(name, out, **changes):
         model = ScalarGPT.from_gpt(model).double()
         reward_model.train(model, items, items[:3], args)
         return model
-    set_compiled(model, args.compile)
+    model.compiled = args.compile == "on"
     with pytest.MonkeyPatch.context() as patch:     # compiled, except for generating kernels
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         patch.setattr(GPT.logps, "compiled", None)

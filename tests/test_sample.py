@@ -195,10 +195,11 @@ def test_answers_are_judged_by_the_log_ratio_and_stay_with_their_prompt():
 
 
 @pytest.mark.parametrize("n_layer, n_embd, expected", [
-    (12, 768, 65_536 // 100), (48, 1600, 2**31 // (2 * 48 * 1600) // 100)])
+    (6, 256, 65_536 // 100), (12, 768, 291), (48, 1600, 34)])
 def test_large_models_sample_fewer_answers_at_a_time(n_layer, n_embd, expected):
-    """A token has a key and a value of n_embd numbers in each layer. With answers of 100 tokens,
-    GPT-2 124M samples 655 at once, as 2^16 tokens have 1.2e9 numbers; gpt2-xl 139, for 2^31."""
+    """A token has a key and a value of n_embd numbers in each layer, and those of a batch have at
+    most 2^29 numbers. Of texts of 100 tokens, GPT-2 124M samples 2^29 / (2 x 12 x 768 x 100) = 291
+    at once and gpt2-xl 2^29 / (2 x 48 x 1600 x 100) = 34. Smaller models sample 2^16 tokens."""
     sizes = []
     model = SimpleNamespace(
         config=GPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=1), device=torch.device("cpu"),

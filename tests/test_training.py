@@ -35,6 +35,8 @@ from data import Batches, Encoded, micro_batches, pack
 from model import GPT, GPTConfig
 from runtime.errors import UserError
 from runtime.log import Log
+from runtime.packing import compiled_row_length
+from runtime.parallel import worth_compiling
 from runtime.run import Run
 from tasks.checkpoint import load_checkpoint, set_precision
 from tasks.tokenizers import get_tokenizer
@@ -376,6 +378,33 @@ def test_only_on_cuda_is_the_vocabulary_padded():
         assert model.vocab_multiple == multiple
 
 
+@pytest.mark.parametrize("device, n_weights, n_tokens, worth", [
+    ("cuda", 124e6, 25_000 * 295, False), ("cuda", 124e6, 80e6, False), ("cuda", 124e6, 81e6, True),
+    ("cuda", 1.5e9, 7e6, True), ("cuda", 60_000, 1e10, False), ("cpu", 1.5e9, 1e10, False)])
+def test_only_long_runs_of_large_models_on_cuda_are_compiled(device, n_weights, n_tokens, worth):
+    """Saving a minute, a quarter, takes four: 240 s at 250 TFLOP/s are 6e16 FLOPs, which are
+    6 x 124M weights x 80.6M tokens. An epoch of IMDb has 25,000 reviews of 295 tokens."""
+    weights = [torch.empty(int(n_weights), device="meta")]
+    model = SimpleNamespace(device=torch.device(device), parameters=lambda: weights)
+    assert worth_compiling(model, n_tokens) == worth
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("--epochs 2", 2 * 3 * 8), ("--steps 5 --batch 6", 5 * 6 / 9 * 3 * 8)])
+def test_compiling_is_decided_by_all_tokens_of_a_run(flags, expected, monkeypatch):
+    """Three prompts of 8 tokens with three pairs each: an epoch has 24 tokens and 9 pairs."""
+    seen = []
+    monkeypatch.setattr(runtime.parallel, "worth_compiling",
+                        lambda model, n_tokens: seen.append(n_tokens) or True)
+    items = [Encoded([1, 2], [[3, 4], [5, 6], [7, 8]], [(0, 1), (0, 2), (1, 2)])] * 3
+    for choice, compiled in (("auto", True), ("off", False), ("on", True)):
+        model = small_gpt()
+        runtime.parallel.set_compiled(model, items, train_dpo.parse_args(
+            [*flags.split(), "--compile", choice]))
+        assert model.compiled == compiled
+    assert seen == pytest.approx([expected])
+
+
 def test_the_first_step_of_training_moves_the_policy(tmp_path):
     """Although policy and reference are equal, there is a gradient, -beta/2 for the chosen answer,
     so after one step the pairs are ranked. If the reference took part in it, it would be zero."""
@@ -405,14 +434,30 @@ def test_micro_batches_hold_every_prompt_once():
     assert sum(len(batch.chosen) for batch in batches) == 21
 
 
-def test_rows_are_as_long_as_costs_least_but_of_one_length_where_they_are_compiled():
+def test_rows_are_as_long_as_costs_least_and_a_few_lengths_where_they_are_compiled():
     """Three prompts of 20 tokens with their answers, 8 channels: in three rows of 20 they cost
     3 x 20 x (6 x 8 + 20) = 4,080, in one row of 60, with masked keys, 60 x (6 x 8 + 60) = 6,480. A
-    compiled graph is for one row length, so a compiled model gets rows of the full 64."""
+    compiled graph is for one row length, so there are few: a power of two from 256, or the longest
+    allowed. A prompt of 300 tokens with its answer gets 512, or 400 if that is the longest."""
     items, model = [Encoded([1] * 10, [[2] * 10], [])] * 3, small_gpt()
-    assert data.pack_for_model(items, 64, model).tokens.shape == (3, 20)
+    long = [Encoded([1] * 200, [[2] * 100], [])]
+
+    def row_length(items, longest):
+        return data.pack_for_model(items, longest, model).tokens.size(1)
+    assert row_length(items, 64) == 20 and row_length(long, 1024) == 300
     model.compiled = True
-    assert data.pack_for_model(items, 64, model).tokens.shape == (1, 64)
+    assert [row_length(items, longest) for longest in (64, 256, 1024)] == [64, 256, 256]
+    assert [row_length(long, longest) for longest in (400, 1024)] == [400, 512]
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_compiled_rows_have_one_of_few_lengths_and_room_for_every_prompt(a, b):
+    """Up to 1,024 tokens there are three, 256, 512 and 1,024, besides the longest that is allowed;
+    each is less than twice as long as necessary, unless 256 are enough."""
+    best, longest = sorted((a, b))
+    length = compiled_row_length(best, longest)
+    assert best <= length <= longest and length < max(2 * best, 257)
+    assert length in (longest, 256, 512, 1024, 2048, 4096)
 
 
 @given(st.integers(1, 3), st.integers(1, 2), st.sampled_from([32, 64, 128]),
@@ -461,6 +506,21 @@ def test_micro_batches_are_as_few_as_fit_in_the_memory_that_is_free(monkeypatch,
 def test_free_memory_is_more_than_a_megabyte_and_less_than_there_is():
     free = runtime.memory.free_memory(torch.device("cpu"))
     assert 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("folder, limit, used", [
+    (".", "memory.max", "memory.current"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")])
+def test_the_memory_limit_of_a_container_is_known(folder, limit, used, tmp_path):
+    """In both versions of control groups. Of 1,000 bytes 700 are used, 50 of them for files that
+    can be read again. Without a limit or outside of Linux, only MemAvailable counts."""
+    assert runtime.memory.left_in_container(tmp_path) == math.inf
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / used).write_text("700\n")
+    (tmp_path / folder / "memory.stat").write_text("anon 600\ninactive_file 50\nfile 90\n")
+    for text, expected in [("1000", 350), ("600", 0), ("max", math.inf)]:
+        (tmp_path / folder / limit).write_text(text + "\n")
+        assert runtime.memory.left_in_container(tmp_path) == expected
 
 
 def test_evaluations_during_training_read_a_bounded_part_of_the_held_out_prompts(monkeypatch,
