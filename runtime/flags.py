@@ -188,7 +188,7 @@ def parse_sft_flags(doc, argv, lr, sizes):
         args.lr = args.lr or lr.get(args.task, lr["random"])
         return args
     args.lr = args.lr or lr["pretrained"]
-    if args.tokenizer != "gpt2":
+    if args.init in RELEASED and args.tokenizer != "gpt2":
         raise UserError(f"--init {args.init} was trained on GPT-2's tokens: it needs --tokenizer "
                         "gpt2")
     if args.init not in RELEASED:

@@ -1,16 +1,24 @@
-"""The tokenizers: GPT-2's, its smaller version, and the small one of the reviews task."""
+"""The tokenizers: GPT-2's, its smaller version, and the small one of the reviews task. They are
+written to folders in the layout of the Hugging Face hub, and recognised in them."""
 
+import json
+import math
 import re
 
 import tiktoken
 
+from runtime import hub
 from runtime.errors import UserError
+from runtime.files import write_json
 from tasks.reviews import FEELINGS, PLURAL, QUALITIES, SINGULAR, VERDICTS, WHEN, WHO
 
 TOKENIZERS = ["reviews", "gpt2", "gpt2-8k"]
 TOKENIZER = {"reviews": "reviews", "imdb-small": "gpt2-8k"}         # that of other tasks is gpt2
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 EOT = "<|endoftext|>"
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model",
+                   "sentencepiece.bpe.model"]
+OF_A_MODEL = {".json", ".txt", ".jinja", ".model", ".safetensors", ".bin", ".h5", ".msgpack"}
 
 
 class Tokenizer(tiktoken.Encoding):
@@ -69,3 +77,123 @@ def reviews_tokenizer():
     ranks = {bytes([b]): b for b in range(256)}
     ranks |= {token.encode(): 256 + i for i, token in enumerate(tokens)}
     return byte_pairs("reviews", ranks)
+
+
+# The id of end-of-text in each tokenizer, which is the last.
+END_OF_TEXT = {"reviews": reviews_tokenizer().eot_token, "gpt2": 50256, "gpt2-8k": 256 + 8192}
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenizers in folders of the Hugging Face hub
+# ------------------------------------------------------------------------------------------------
+
+
+def tokenizer_of(folder):
+    """The name of the tokenizer that the model in a folder was trained with. Raises UserError if
+    its tokenizer files or its end-of-text are not those of one of ours. A folder without tokenizer
+    files is taken to have GPT-2's tokens."""
+    eos = hub.read_config(folder / "config.json").get("eos_token_id")
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    names = {name_of_vocabulary(path) for path in files} or {"gpt2"}
+    if len(names) > 1:
+        raise UserError(f"{folder}: {' and '.join(path.name for path in files)} are of two "
+                        "tokenizers")
+    name = names.pop()
+    eot = END_OF_TEXT[name]
+    if eos not in (None, eot, [eot]):
+        raise UserError(f"{folder / 'config.json'}: eos_token_id is {json.dumps(eos)}, but answers "
+                        f"end with {EOT} here, which is {eot} in the {name} tokenizer")
+    return name
+
+
+def name_of_vocabulary(path):
+    """The name of our tokenizer that has the tokens and ids of a tokenizer file, which may have
+    more (tokens that somebody added). Raises UserError."""
+    found = {}                                      # {token: id}
+    if path.suffix == ".json":
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if path.name == "tokenizer.json":
+                added = {token["content"]: token["id"] for token in found.get("added_tokens") or []}
+                found = dict(found["model"]["vocab"]) | added
+            found.items()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}: not a tokenizer's file, or a damaged one") from error
+    for name, eot in END_OF_TEXT.items():
+        if found.get(EOT) == eot and found.items() >= vocabulary_of(get_tokenizer(name)).items():
+            return name
+    raise UserError(f"{path}: the tokens of another tokenizer; a model can be used here only if it "
+                    "was trained with GPT-2's")
+
+
+def write_tokenizer(folder, tokenizer, block_size):
+    """Write a tokenizer as tokenizer.json, for transformers' AutoTokenizer and for tokenizer_of. It
+    begins every text with end-of-text, as our prompts do; GPT-2's own files do not."""
+    ranks, eot, letters = tokenizer._mergeable_ranks, tokenizer.eot_token, byte_letters()
+    merges = [[spell(part, letters) for part in merge_of(token, ranks)]
+              for token in sorted(ranks, key=ranks.get)[256:]]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    first = {"SpecialToken": {"id": EOT, "type_id": 0}}
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    write_json(folder / "tokenizer.json", {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [{"id": eot, "content": EOT, "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False, "special": True}],
+        "pre_tokenizer": byte_level, "decoder": byte_level,
+        "post_processor": {"type": "TemplateProcessing", "single": [first, a],
+                           "pair": [first, a, b],
+                           "special_tokens": {EOT: {"id": EOT, "ids": [eot], "tokens": [EOT]}}},
+        # ignore_merges: a word that is a token is that token, even if no merges lead to it.
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                  "vocab": vocabulary_of(tokenizer),
+                  "merges": [parts for parts in merges if len(parts) == 2]}})
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "bos_token": EOT,
+        "eos_token": EOT, "model_max_length": block_size, "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"]})      # no token types
+
+
+def check_export_folder(folder):
+    """Raise UserError if a folder has files of a model that an export does not replace, so that
+    what is opened later would be a mixture."""
+    written = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+               "tokenizer_config.json"}
+    for path in sorted(folder.glob("*")):
+        if path.suffix in OF_A_MODEL and path.name not in written:
+            raise UserError(f"--export {folder}: has {path.name}, which may be another model's; "
+                            "choose a new folder")
+
+
+def merge_of(token, ranks):
+    """The two tokens that a token's own merge joins: what its bytes become by all earlier merges.
+    More than two if no merges lead to it."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, math.inf) for left, right in zip(parts, parts[1:])]
+        i = pairs.index(min(pairs))
+        if pairs[i] == math.inf:
+            break
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def vocabulary_of(tokenizer):
+    """{token: id} as in the files of the hub, where each byte of a token is a printable letter."""
+    letters = byte_letters()
+    return ({spell(token, letters): rank for token, rank in tokenizer._mergeable_ranks.items()}
+            | {EOT: tokenizer.eot_token})
+
+
+def byte_letters():
+    """GPT-2's alphabet for the 256 bytes: printable characters of Latin-1 stand for themselves, the
+    others are written as characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def spell(token, letters):
+    return "".join(letters[b] for b in token)
