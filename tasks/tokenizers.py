@@ -90,10 +90,12 @@ END_OF_TEXT = {"reviews": reviews_tokenizer().eot_token, "gpt2": 50256, "gpt2-8k
 
 def tokenizer_of(folder):
     """The name of the tokenizer that the model in a folder was trained with. Raises UserError if
-    its tokenizer files or its end-of-text are not those of one of ours. A folder without tokenizer
-    files is taken to have GPT-2's tokens."""
+    its tokenizer files or its end-of-text are not those of one of ours. Without such files, its
+    tokens are taken to be GPT-2's, and a line says so."""
     eos = hub.read_config(folder / "config.json").get("eos_token_id")
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if not files:
+        print(f"{folder}: no tokenizer files, so its tokens are taken to be GPT-2's")
     names = {name_of_vocabulary(path) for path in files} or {"gpt2"}
     if len(names) > 1:
         raise UserError(f"{folder}: {' and '.join(path.name for path in files)} are of two "

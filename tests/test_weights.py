@@ -27,9 +27,10 @@ import runtime.checkpoint
 import runtime.hub
 import sample
 import tasks.tokenizers
+import train_sft
 from data import Preference, encode, pack
 from model import GPT, GPTConfig
-from runtime.checkpoint import open_checkpoint, save_checkpoint
+from runtime.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
 from runtime.errors import UserError
 from runtime.files import download
 from runtime.hub import read_weights
@@ -442,16 +443,19 @@ def gpt2_tokens(monkeypatch):
     return gpt2
 
 
-def test_a_folder_says_which_of_our_tokenizers_it_has(tmp_path, gpt2_tokens):
-    """Without tokenizer files it is GPT-2's, which is what most folders of a GPT-2 have."""
+def test_a_folder_says_which_of_our_tokenizers_it_has(tmp_path, gpt2_tokens, capsys):
+    """Without tokenizer files it is taken to be GPT-2's, and that is said. End-of-text stays the
+    same when a vocabulary is padded, as this one is."""
     reviews_folder(tmp_path / "a")
     assert opened(tmp_path / "a") == "reviews"
-    model = random_gpt(GPTConfig(8, 50257, 1, 1, 2))
+    model = random_gpt(GPTConfig(8, 50304, 1, 1, 2))
     model.save_pretrained(tmp_path / "b")
     assert opened(tmp_path / "b") == "gpt2"
+    assert "no tokenizer files, so its tokens are taken to be GPT-2's" in capsys.readouterr().out
     vocabulary = vocabulary_of(gpt2_tokens)
-    (tmp_path / "b/vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "b/vocab.json").write_text(json.dumps(vocabulary | {"[PAD]": 50257}))
     assert opened(tmp_path / "b") == "gpt2"
+    assert "no tokenizer files" not in capsys.readouterr().out
     model.save_pretrained(tmp_path / "a")
     assert "end with <|endoftext|> here, which is 338 in the reviews tokenizer" in opened(
         tmp_path / "a")
@@ -565,6 +569,17 @@ def test_an_export_opens_here_and_answers_as_the_checkpoint_did(tmp_path, capsys
     with pytest.raises(SystemExit):
         sample.main([*there, str(tmp_path / "export.pt"), "--export", folder])
     assert "has vocab.json, which may be another model's" in capsys.readouterr().err
+
+
+def test_sft_continues_from_a_folder_with_the_tokenizer_of_the_run(tmp_path, gpt2_tokens, capsys):
+    quick = ["--task", "reviews", "--reviews", "40", "--steps", "1", "--device", "cpu", "--out"]
+    reviews_folder(tmp_path / "reviews")
+    train_sft.main([*quick, str(tmp_path / "a"), "--init", str(tmp_path / "reviews")])
+    assert load_checkpoint(tmp_path / "a/sft.pt")[1]["tokenizer"] == "reviews"
+    random_gpt(GPTConfig(64, 50257, 1, 1, 2)).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(SystemExit):
+        train_sft.main([*quick, str(tmp_path / "b"), "--init", str(tmp_path / "gpt2")])
+    assert "trained with the gpt2 tokenizer: it needs --tokenizer gpt2" in capsys.readouterr().err
 
 
 def test_transformers_opens_an_export_and_answers_alike(tmp_path):
