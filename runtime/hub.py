@@ -136,9 +136,10 @@ def from_hub_layout(weights, wanted, path):
     head = found.pop("lm_head.weight", None)
     if head is not None and "wte.weight" in found and not torch.equal(head, found["wte.weight"]):
         raise UserError(f"{path}: lm_head.weight is not wte.weight; GPT-2's head is tied to it")
-    for name in sorted(wanted.keys() ^ found.keys()):
-        raise UserError(f"{path}: " + (f"{name} is missing" if name in wanted else
-                                       f"{name} is not a weight of a GPT-2 of this size"))
+    for name in sorted(found.keys() - wanted.keys()):
+        raise UserError(f"{path}: {name} is not a weight of a GPT-2 of this size")
+    for name in sorted(wanted.keys() - found.keys()):
+        raise UserError(f"{path}: {name} is missing")
     state = {}
     for name, tensor in found.items():
         shape, expected = tuple(tensor.shape), tuple(transpose_matrix(name, wanted[name]).shape)

@@ -80,7 +80,7 @@ def reviews_tokenizer():
 
 
 # The id of end-of-text in each tokenizer, which is the last.
-END_OF_TEXT = {"reviews": reviews_tokenizer().eot_token, "gpt2": 50256, "gpt2-8k": 256 + 8192}
+EOT_IDS = {"reviews": reviews_tokenizer().eot_token, "gpt2": 50256, "gpt2-8k": 256 + 8192}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def tokenizer_of(folder):
         raise UserError(f"{folder}: {' and '.join(path.name for path in files)} are of two "
                         "tokenizers")
     name = names.pop()
-    eot = END_OF_TEXT[name]
+    eot = EOT_IDS[name]
     if eos not in (None, eot, [eot]):
         raise UserError(f"{folder / 'config.json'}: eos_token_id is {json.dumps(eos)}, but answers "
                         f"end with {EOT} here, which is {eot} in the {name} tokenizer")
@@ -121,7 +121,7 @@ def name_of_vocabulary(path):
             found.items()
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: not a tokenizer's file, or a damaged one") from error
-    for name, eot in END_OF_TEXT.items():
+    for name, eot in EOT_IDS.items():
         if found.get(EOT) == eot and found.items() >= vocabulary_of(get_tokenizer(name)).items():
             return name
     raise UserError(f"{path}: the tokens of another tokenizer; a model can be used here only if it "
