@@ -138,12 +138,12 @@ def encode(preference, tokenizer, row_length, skipped=None):
     skipped = Skipped() if skipped is None else skipped
     where = f"the prompt {preference.prompt[:40]!r}"
     eot = tokenizer.eot_token
-    prompt = [eot] + to_ids(preference.prompt, tokenizer, where)
+    prompt = [eot] + tokenizer.encode_ordinary(preference.prompt)
     room = row_length - len(prompt)
     if room < 1:
         skipped.add("prompt as long as a row", where)
         return None
-    answers = [to_ids(answer, tokenizer, where) for answer in preference.answers]
+    answers = [tokenizer.encode_ordinary(answer) for answer in preference.answers]
     answers = [ids if i in preference.unfinished else ids + [eot] for i, ids in enumerate(answers)]
     for answer in answers:
         if len(answer) > room:
@@ -165,18 +165,6 @@ def encode_prompt(prompt, tokenizer):
 def decode_answer(ids, tokenizer):
     """The text of an answer, without end-of-text."""
     return tokenizer.decode([i for i in ids if i != tokenizer.eot_token])
-
-
-def to_ids(text, tokenizer, where):
-    """Encode a text. Raises UserError if the tokenizer gives up, as tiktoken does on a million
-    blanks in a row. (Its PanicException is a BaseException, not an Exception.)"""
-    try:
-        return tokenizer.encode_ordinary(text)
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{where}: tiktoken cannot encode this text of {len(text):,} characters") \
-            from error
 
 
 def clear_pairs(item):

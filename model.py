@@ -344,23 +344,23 @@ class GPT(nn.Module):
 
         name_or_dir: "gpt2" (124M parameters), "gpt2-medium" (355M), "gpt2-large" (774M) or
         "gpt2-xl" (1.6B), which are downloaded once; or a folder with config.json and
-        model.safetensors or pytorch_model.bin. Returns the model in float32 on the CPU. Raises
-        UserError if a file is missing, damaged, or not a GPT-2's.
+        model.safetensors or pytorch_model.bin, whole or in shards. Returns the model in float32 on
+        the CPU. Raises UserError if a file is missing, damaged, or not a GPT-2's.
         """
-        sizes, path = hub.find_or_download(name_or_dir)
+        sizes, paths = hub.find_or_download(name_or_dir)
         try:
             config = GPTConfig(**sizes)
         except ValueError as error:
-            raise UserError(f"{path.parent / 'config.json'}: {error}") from error
+            raise UserError(f"{paths[0].parent / 'config.json'}: {error}") from error
         with torch.device("meta"):      # allocates nothing and draws no random numbers
             model = cls(config)
-        state = hub.from_hub_layout(hub.read_weights(path), model.state_dict(), path)
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(hub.read_state(paths, model.state_dict()), assign=True)
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, for from_pretrained and for transformers'
-        GPT2LMHeadModel. The end-of-text id is taken to be the last of the vocabulary, as in GPT-2.
+        """Write config.json, generation_config.json and model.safetensors, for from_pretrained and
+        for transformers' GPT2LMHeadModel. End-of-text is taken to be the last id of the
+        vocabulary, 50256 at most. The tokenizer's files: tasks.tokenizers.write_tokenizer.
         """
         hub.write_pretrained(folder, self.config, self.state_dict())
 

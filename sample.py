@@ -52,6 +52,7 @@ from runtime.statistics import clustered_means, means, wilson
 from tasks import held_out_pairs, held_out_prompts, task_of
 from tasks.checkpoint import open_checkpoint, open_policies, open_with_reference
 from tasks.flags import parse_sample_flags
+from tasks.tokenizers import EOT, check_export_folder, write_tokenizer
 
 # ------------------------------------------------------------------------------------------------
 # Sampling and scoring
@@ -278,13 +279,21 @@ def main(argv=None):
     if args.evaluate is not None:
         evaluate_checkpoints(args.evaluate or [sft, dpo], device, args)
     elif args.export:
-        model, _, _ = open_checkpoint(policy, device, args)
-        model.save_pretrained(args.export)
-        print(f"wrote {args.export}: open it with transformers' GPT2LMHeadModel.from_pretrained")
+        model, tokenizer, _ = open_checkpoint(policy, device, args)
+        export(model, tokenizer, args.export)
     elif args.compare is not None:
         talk(args.compare or [sft, dpo], device, args)
     else:
         talk([policy], device, args)
+
+
+def export(model, tokenizer, folder):
+    """--export: write a model and its tokenizer for transformers."""
+    check_export_folder(folder)
+    model.save_pretrained(folder)
+    write_tokenizer(folder, tokenizer, model.config.block_size)
+    print(f"wrote {folder}: open it with AutoModelForCausalLM and AutoTokenizer of transformers. "
+          f"Every prompt begins with {EOT}, which this tokenizer adds and GPT-2's own does not.")
 
 
 def talk(paths, device, args):

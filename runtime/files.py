@@ -98,8 +98,8 @@ def reading(path, what):
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (MemoryError, torch.OutOfMemoryError):
-        raise                       # the file may be fine
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise                       # said better already, or the file may be fine
     except Exception as error:      # a foreign or damaged file may raise anything in its reader
         raise UserError(f"{path}: not {what}, or a damaged one") from error
 
@@ -211,8 +211,13 @@ def fingerprint(content):
 
 
 def cache_folder():
-    """Where downloads are kept: beside those of torch.hub (TORCH_HOME moves both)."""
-    return Path(torch.hub.get_dir()) / "dpo"
+    """Where downloads are kept: beside those of torch.hub (TORCH_HOME moves both). Raises UserError
+    for a user without a home folder, as in a container that runs under an unknown id."""
+    folder = Path(torch.hub.get_dir()) / "dpo"
+    if folder.parts[0].startswith("~"):
+        raise UserError(f"{folder}: this user has no home folder; set TORCH_HOME to a folder for "
+                        "downloads")
+    return folder
 
 
 def download(url, path, sha256=None, md5=None):
@@ -234,6 +239,10 @@ def download_now(url, path, sha256, md5):
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot make this folder: {error.strerror}; choose "
+                        "another with TORCH_HOME (or --data-dir, for data)") from error
+    try:
         print(f"downloading {url} to {path}")
         with urlopen(Request(url, method="HEAD"), timeout=60) as reply:
             length = reply.headers["Content-Length"]

@@ -1,8 +1,8 @@
 """GPT-2's weights in the layout of the Hugging Face hub: config.json and model.safetensors.
 
-`find_or_download`, `read_weights` and `from_hub_layout` serve GPT.from_pretrained, and
-`write_pretrained` serves GPT.save_pretrained. Weights have the names of our own modules, with
-"transformer." in front in the files.
+`find_or_download` and `read_state` serve GPT.from_pretrained, and `write_pretrained` serves
+GPT.save_pretrained. Weights have the names of our own modules, with "transformer." in front in the
+files.
 """
 
 import json
@@ -32,24 +32,51 @@ GPT2_CONFIG = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_n
                "n_inner": None, "scale_attn_weights": True,
                "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
                "add_cross_attention": False, "tie_word_embeddings": True}
+# The names of its activation, GELU by tanh.
+TANH_GELU = ["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"]
+# {field of GPTConfig: key of config.json}
+SIZES = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer",
+         "n_head": "n_head", "n_embd": "n_embd"}
 
 
 def find_or_download(name_or_dir):
-    """(sizes, path of the weights) of a released GPT-2, which is downloaded once, or of a folder.
+    """(sizes, paths of the weights) of a released GPT-2, which is downloaded once, or of a folder.
     sizes are keyword arguments of GPTConfig. Raises UserError."""
     if name_or_dir in RELEASED:
         url = f"{HUB}/openai-community/{name_or_dir}/resolve/main/model.safetensors"
         path = cache_folder() / name_or_dir / "model.safetensors"
-        return RELEASED[name_or_dir], download(url, path, SHA256.get(name_or_dir))
+        return RELEASED[name_or_dir], [download(url, path, SHA256.get(name_or_dir))]
     folder = Path(name_or_dir)
-    sizes = read_config(folder / "config.json")
-    path = folder / "model.safetensors"
-    return sizes, path if path.exists() else folder / "pytorch_model.bin"
+    config = read_config(folder / "config.json")
+    return {ours: config[theirs] for ours, theirs in SIZES.items()}, find_weights(folder)
+
+
+def find_weights(folder):
+    """The files of weights in a folder: one, or all shards of it. Raises UserError."""
+    digits = "[0-9]" * 5
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if (folder / f"{stem}.{suffix}").exists():
+            return [folder / f"{stem}.{suffix}"]
+        shards = sorted(folder.glob(f"{stem}-{digits}-of-{digits}.{suffix}"))
+        if shards and len(shards) != int(shards[0].stem[-5:]):
+            raise UserError(f"{folder}: {len(shards)} files like {shards[0].name}, expected "
+                            f"{int(shards[0].stem[-5:])}")
+        if shards:
+            return shards
+    raise UserError(f"{folder}: {has(folder)}, but no model.safetensors or pytorch_model.bin; save "
+                    "the whole model with save_pretrained of transformers")
+
+
+def has(folder):
+    """What a folder has, in words."""
+    names = sorted(path.name for path in folder.glob("*"))
+    return f"has {', '.join(names[:6]) or 'no files'}{' and more' if len(names) > 6 else ''}"
 
 
 def write_pretrained(folder, config, state):
-    """Write a GPTConfig and a state dict as config.json and model.safetensors."""
-    eot = config.vocab_size - 1
+    """Write a GPTConfig and a state dict as config.json, generation_config.json (how transformers
+    samples: from the distribution that was trained, until end-of-text) and model.safetensors."""
+    eot = min(config.vocab_size, 50257) - 1         # GPT-2's, even if its vocabulary is padded
     facts = GPT2_CONFIG | {
         "architectures": ["GPT2LMHeadModel"], "n_layer": config.n_layer,
         "n_head": config.n_head, "n_embd": config.n_embd, "n_positions": config.block_size,
@@ -62,28 +89,32 @@ def write_pretrained(folder, config, state):
         write_safetensors(file, {f"transformer.{name}": transpose_matrix(name, weight.cpu())
                                  for name, weight in state.items()})
     write_json(folder / "config.json", facts)
+    write_json(folder / "generation_config.json", {
+        "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot, "do_sample": True,
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0})
 
 
 def read_config(path):
-    """The sizes in config.json of a GPT-2, as keyword arguments of GPTConfig. Raises UserError."""
+    """The config.json of a GPT-2, as a dict. Raises UserError for any other file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {ours: found[theirs] for ours, theirs in [
-            ("block_size", "n_positions"), ("vocab_size", "vocab_size"), ("n_layer", "n_layer"),
-            ("n_head", "n_head"), ("n_embd", "n_embd")]}
+        wanted = {key: [value] for key, value in GPT2_CONFIG.items()} | {
+            "activation_function": TANH_GELU, "n_inner": [None, 4 * found["n_embd"]]}
+        for name in SIZES.values():
+            found[name]
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; expected one of "
+        there = f" (the folder {has(path.parent)})" if path.parent.is_dir() else ""
+        raise UserError(f"{path}: cannot be read: {error.strerror}{there}; expected one of "
                         f"{', '.join(RELEASED)}, or a folder with config.json and "
                         "model.safetensors or pytorch_model.bin") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path}: expected the config.json of a GPT-2, with n_positions, "
-                        "vocab_size, n_layer, n_head and n_embd") from error
-    for key, needed in GPT2_CONFIG.items():
-        value = found.get(key, needed)
-        if value != needed and (key, value) != ("n_inner", 4 * found["n_embd"]):
-            raise UserError(f"{path}: {key} is {json.dumps(value)}; this GPT-2 has "
-                            f"{json.dumps(needed)}")
-    return sizes
+        raise UserError(f"{path}: expected the config.json of a GPT-2, with "
+                        f"{', '.join(SIZES.values())}") from error
+    for key, values in wanted.items():
+        if found.get(key, values[0]) not in values:
+            raise UserError(f"{path}: {key} is {json.dumps(found[key])}; this GPT-2 has "
+                            f"{json.dumps(values[0])}")
+    return found
 
 
 def transpose_matrix(name, weight):
@@ -105,9 +136,10 @@ def from_hub_layout(weights, wanted, path):
     head = found.pop("lm_head.weight", None)
     if head is not None and "wte.weight" in found and not torch.equal(head, found["wte.weight"]):
         raise UserError(f"{path}: lm_head.weight is not wte.weight; GPT-2's head is tied to it")
-    for name in sorted(wanted.keys() ^ found.keys()):
-        raise UserError(f"{path}: " + (f"{name} is missing" if name in wanted else
-                                       f"{name} is not a weight of a GPT-2 of this size"))
+    for name in sorted(found.keys() - wanted.keys()):
+        raise UserError(f"{path}: {name} is not a weight of a GPT-2 of this size")
+    for name in sorted(wanted.keys() - found.keys()):
+        raise UserError(f"{path}: {name} is missing")
     state = {}
     for name, tensor in found.items():
         shape, expected = tuple(tensor.shape), tuple(transpose_matrix(name, wanted[name]).shape)
@@ -118,9 +150,19 @@ def from_hub_layout(weights, wanted, path):
     return state
 
 
+def read_state(paths, wanted):
+    """The weights in files as a state dict of ours; wanted as in from_hub_layout."""
+    weights = {}
+    for path in paths:
+        weights |= read_weights(path)
+    return from_hub_layout(weights, wanted, paths[0] if len(paths) == 1 else paths[0].parent)
+
+
 def read_weights(path):
     """{name: tensor} of model.safetensors or pytorch_model.bin. Raises UserError."""
     with reading(path, "a file of weights"):
+        if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
+            raise UserError(f"{path}: only a pointer of Git LFS; git lfs pull fetches the file")
         found = read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
         if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
             raise ValueError("expected names and tensors, and nothing else")

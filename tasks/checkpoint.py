@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
+from runtime import hub
 from runtime.cli import choose_row_length, warn_of_large_lr
 from runtime.errors import UserError
 from runtime.files import fingerprint, load_tensors, reading, replacing
@@ -17,7 +18,7 @@ from runtime.parallel import set_precision
 from runtime.report import names_of
 from tasks import task_of
 from tasks.flags import flags_of_sft
-from tasks.tokenizers import TOKENIZERS, get_tokenizer
+from tasks.tokenizers import TOKENIZERS, get_tokenizer, tokenizer_of
 
 
 def save_checkpoint(path, model, reference=None, **facts):
@@ -58,11 +59,29 @@ def initial_model(args, tokenizer, device):
                            args.n_embd)
         model = GPT(config, args.init_std)
     else:
-        model = GPT.from_pretrained(args.init)
-    if model.config.vocab_size != tokenizer.n_vocab:
-        raise UserError(f"--init {args.init} has {model.config.vocab_size} ids, but the "
-                        f"{args.tokenizer} tokenizer has {tokenizer.n_vocab}")
+        model, name = open_pretrained(args.init)
+        if name != args.tokenizer:
+            raise UserError(f"--init {args.init} was trained with the {name} tokenizer: it needs "
+                            f"--tokenizer {name}")
     return prepared(model.to(device), args)
+
+
+def open_pretrained(name_or_dir):
+    """(model, name of its tokenizer) of a released GPT-2 or of a folder in the layout of the
+    Hugging Face hub. Raises UserError."""
+    folder = Path(name_or_dir)
+    name = "gpt2" if name_or_dir in hub.RELEASED else tokenizer_of(folder)
+    model = GPT.from_pretrained(name_or_dir)
+    found, wanted = model.config.vocab_size, get_tokenizer(name).n_vocab
+    if found < wanted:
+        raise UserError(f"{folder}: made for {found} ids, but the {name} tokenizer has {wanted}")
+    if found > wanted:
+        print(f"{folder}: has {found:,} ids; those beyond the {wanted:,} of the {name} tokenizer "
+              "are dropped")
+        weight = model.wte.weight.detach()[:wanted].clone()
+        model.wte = torch.nn.Embedding.from_pretrained(weight, freeze=False)
+        model.config.vocab_size = wanted
+    return model, name
 
 
 def prepared(model, args):
@@ -73,10 +92,10 @@ def prepared(model, args):
 
 def open_checkpoint(path, device, args):
     """(model ready for use, tokenizer, facts) of a checkpoint, or of a folder in the layout of the
-    Hugging Face hub, which has GPT-2's tokenizer. Raises UserError."""
+    Hugging Face hub. Raises UserError."""
     if path.is_dir():
-        model = GPT.from_pretrained(path).to(device)
-        facts = {"tokenizer": "gpt2", "init": str(path.resolve())}
+        model, name = open_pretrained(path)
+        model, facts = model.to(device), {"tokenizer": name, "init": str(path.resolve())}
     else:
         model, facts = load_checkpoint(path, device)
     name = facts.get("tokenizer") if isinstance(facts, dict) else None

@@ -135,7 +135,7 @@ def choose_initial_model(args, random):
         if args.n_embd % args.n_head:
             raise UserError(f"--n-embd {args.n_embd} is not a multiple of --n-head {args.n_head}")
         return
-    if args.tokenizer != "gpt2":
+    if args.init in RELEASED and args.tokenizer != "gpt2":
         raise UserError(f"--init {args.init} was trained on GPT-2's tokens: it needs --tokenizer "
                         "gpt2")
     if args.init not in RELEASED:

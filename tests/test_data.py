@@ -20,6 +20,7 @@ import re
 import tracemalloc
 from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import tiktoken
@@ -392,6 +393,20 @@ def test_each_word_and_each_mark_of_a_review_is_one_token():
         assert [TOKENIZER.decode([i]) for i in ids(review)] == re.findall(r" ?\w+|[.,]", review)
 
 
+def test_a_text_that_tiktoken_cannot_encode_is_one_sentence(monkeypatch):
+    """A million blanks and a letter make it panic with an exception that `except Exception` does
+    not catch. Other exceptions, such as Ctrl-C, are none of the tokenizer's business."""
+    class PanicException(BaseException):
+        pass
+    for error, expected in [(PanicException("StackOverflow"), UserError),
+                            (KeyboardInterrupt(), KeyboardInterrupt)]:
+        monkeypatch.setattr(tiktoken.Encoding, "encode_ordinary", Mock(side_effect=error))
+        with pytest.raises(expected) as caught:
+            encode(Preference(" " * 10**6 + "x", ["a", "b"], [(0, 1)]), TOKENIZER, 32)
+        if expected is UserError:
+            assert "cannot encode this text of 1,000,001 characters" in str(caught.value)
+
+
 def test_a_tokenizer_that_cannot_be_had_is_named():
     """A wrong name is for the user to fix, so it raises a UserError that repeats the name."""
     with pytest.raises(UserError, match="no-such-tokenizer"):
@@ -655,20 +670,6 @@ def test_a_split_far_from_a_tenth_is_mentioned(tmp_path, capsys):
     split_of(tmp_path, [{"prompt": f"Prompt {i}", "chosen": "a", "rejected": "b"}
                         for i in range(200)])
     assert "not a tenth" not in capsys.readouterr().out
-
-
-def test_a_text_that_tiktoken_cannot_encode_is_one_sentence():
-    """A million blanks make it panic with an exception that `except Exception` does not catch."""
-    class PanicException(BaseException):
-        pass
-
-    class Panicking:
-        eot_token = 0
-
-        def encode_ordinary(self, text):
-            raise PanicException("StackOverflow")
-    with pytest.raises(UserError, match="tiktoken cannot encode this text of 1,000,000 characters"):
-        encode(Preference(" " * 10**6, ["a", "b"], [(0, 1)]), Panicking(), 32)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""Released weights: GPT-2 in the layout of the Hugging Face hub, loaded, saved and downloaded.
+"""Released weights: GPT-2 and its tokenizer in the layout of the Hugging Face hub, loaded, saved
+and downloaded.
 
     pytest tests/test_weights.py
 
 The loader is compared with two things that are written out here: a reader of the file format that
 parses bytes with struct, and a GPT-2 in NumPy that multiplies x @ W, as the files store W.
-Downloads come from a server on this machine. That transformers opens what we write, and that we
-open what it writes, was checked by hand, because transformers is not a required package.
+Downloads come from a server on this machine. That transformers opens what we write is tested where
+it is installed; it is not a required package.
 """
 
 import http.server
@@ -14,17 +15,35 @@ import math
 import pickle
 import struct
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import regex
 import torch
 from hypothesis import given, settings, strategies as st
 
 import runtime.hub
+import sample
+import tasks.checkpoint
+import tasks.tokenizers
+import train_sft
+from data import Preference, encode, pack
 from model import GPT, GPTConfig
 from runtime.errors import UserError
 from runtime.files import download
 from runtime.hub import read_weights
+from sample import encode_prompt
+from tasks.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
+from tasks.tokenizers import (
+    GPT2_PATTERN,
+    byte_letters,
+    byte_pairs,
+    get_tokenizer,
+    name_of_vocabulary,
+    vocabulary_of,
+    write_tokenizer,
+)
 
 for_all = settings(deadline=None, max_examples=25, derandomize=True)
 
@@ -145,7 +164,8 @@ def test_the_files_have_the_names_and_shapes_of_the_hub(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["GPT2LMHeadModel"]
     assert (config["n_positions"], config["vocab_size"], config["eos_token_id"]) == (24, 13, 12)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors"]
 
 
 def as_the_hub(model):
@@ -180,6 +200,29 @@ def test_older_files_of_the_hub_are_read(tmp_path, change):
         expected = weight.half().float() if change == "float16" else weight
         assert back.state_dict()[name].dtype == torch.float32
         assert torch.equal(back.state_dict()[name], expected), name
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_are_one_model_and_a_missing_one_is_counted(tmp_path, suffix):
+    """Large models are saved in several files, each with some of the tensors."""
+    model = random_gpt(SMALL)
+    names = sorted(model.state_dict())
+    (written(tmp_path, {}) / "pytorch_model.bin").unlink()
+    stem, save = "pytorch_model", lambda file, part: torch.save(part, file)
+    if suffix == "safetensors":
+        stem, save = "model", runtime.hub.write_safetensors
+    for i in range(3):
+        part = {name: as_the_hub(model)[name].contiguous() for name in names[i::3]}
+        with open(tmp_path / f"{stem}-0000{i + 1}-of-00003.{suffix}", "wb") as file:
+            save(file, part)
+    back = GPT.from_pretrained(tmp_path)
+    assert all(torch.equal(back.state_dict()[name], model.state_dict()[name]) for name in names)
+    shard = tmp_path / f"{stem}-00002-of-00003.{suffix}"
+    content = shard.read_bytes()
+    shard.unlink()
+    assert f"2 files like {stem}-00001-of-00003.{suffix}, expected 3" in refusal(tmp_path)
+    shard.write_bytes(content[:100])
+    assert f"{shard.name}: not a file of weights" in refusal(tmp_path)
 
 
 def test_a_model_that_was_loaded_trains_and_samples_like_any_other(tmp_path):
@@ -237,6 +280,7 @@ def test_a_head_of_its_own_is_refused(tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"model_type": "llama"}, 'model_type is "llama"; this GPT-2 has "gpt2"'),
     ({"activation_function": "relu"}, "activation_function"),
+    ({"activation_function": "gelu"}, 'is "gelu"; this GPT-2 has "gelu_new"'),
     ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; this GPT-2 has 1e-05"),
     ({"n_inner": 33}, "n_inner"), ({"scale_attn_weights": False}, "scale_attn_weights"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
@@ -247,16 +291,21 @@ def test_a_head_of_its_own_is_refused(tmp_path):
 ])
 def test_the_configuration_of_another_network_is_refused(tmp_path, change, words):
     random_gpt(SMALL).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    change_config(tmp_path, **change)
     assert words in refusal(tmp_path)
 
 
-def test_four_times_the_channels_may_be_written_out(tmp_path):
+@pytest.mark.parametrize("change", [{"n_inner": 32}, {"activation_function": "gelu_pytorch_tanh"}])
+def test_other_words_for_the_same_network_are_accepted(tmp_path, change):
+    """Four times the channels may be written out, and GELU by tanh has several names."""
     random_gpt(SMALL).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"n_inner": 32}))
+    change_config(tmp_path, **change)
     assert GPT.from_pretrained(tmp_path).config == SMALL
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 class Hostile:
@@ -343,10 +392,211 @@ def test_a_folder_without_the_files_says_which_and_what_else_there_is(tmp_path):
     message = refusal(tmp_path)
     assert "config.json: cannot be read: No such file" in message and "gpt2-medium" in message
     random_gpt(SMALL).save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    assert "pytorch_model.bin: cannot be read: No such file" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "tf_model.h5")
+    assert ("has config.json, generation_config.json, tf_model.h5, but no model.safetensors or "
+            "pytorch_model.bin") in refusal(tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "model.safetensors: only a pointer of Git LFS; git lfs pull" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     assert "expected the config.json of a GPT-2" in refusal(tmp_path)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").touch()
+    assert "(the folder has adapter_model.safetensors)" in refusal(adapter)
+
+
+# ------------------------------------------------------------------------------------------------
+# The tokenizer of a folder
+# ------------------------------------------------------------------------------------------------
+
+REVIEWS = get_tokenizer("reviews")
+ARGS = SimpleNamespace(precision="float32", compile="off")
+
+
+def reviews_folder(folder, surplus=0):
+    """A folder with a model for the reviews tokenizer, with `surplus` more ids, and the tokenizer.
+    Returns the model."""
+    model = random_gpt(GPTConfig(64, REVIEWS.n_vocab + surplus, 1, 2, 8))
+    model.save_pretrained(folder)
+    write_tokenizer(folder, REVIEWS, 64)
+    change_config(folder, eos_token_id=REVIEWS.eot_token)
+    return model
+
+
+def opened(folder):
+    """The refusal of a folder, or the name of its tokenizer."""
+    try:
+        return open_checkpoint(folder, "cpu", ARGS)[2]["tokenizer"]
+    except UserError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+        return str(error)
+
+
+@pytest.fixture
+def gpt2_tokens(monkeypatch):
+    """In place of GPT-2's tokenizer, which needs a file: 256 bytes, and as many others."""
+    ranks = {i.to_bytes(1 if i < 256 else 3, "big"): i for i in range(50256)}
+    gpt2 = byte_pairs("gpt2", ranks)
+    for module in (tasks.tokenizers, tasks.checkpoint):
+        monkeypatch.setattr(module, "get_tokenizer",
+                            lambda name: gpt2 if name == "gpt2" else get_tokenizer(name))
+    return gpt2
+
+
+def test_a_folder_says_which_of_our_tokenizers_it_has(tmp_path, gpt2_tokens, capsys):
+    """Without tokenizer files it is taken to be GPT-2's, and that is said. End-of-text stays the
+    same when a vocabulary is padded, as this one is."""
+    reviews_folder(tmp_path / "a")
+    assert opened(tmp_path / "a") == "reviews"
+    model = random_gpt(GPTConfig(8, 50304, 1, 1, 2))
+    model.save_pretrained(tmp_path / "b")
+    assert opened(tmp_path / "b") == "gpt2"
+    assert "no tokenizer files, so its tokens are taken to be GPT-2's" in capsys.readouterr().out
+    vocabulary = vocabulary_of(gpt2_tokens)
+    (tmp_path / "b/vocab.json").write_text(json.dumps(vocabulary | {"[PAD]": 50257}))
+    assert opened(tmp_path / "b") == "gpt2"
+    assert "no tokenizer files" not in capsys.readouterr().out
+    model.save_pretrained(tmp_path / "a")
+    assert "end with <|endoftext|> here, which is 338 in the reviews tokenizer" in opened(
+        tmp_path / "a")
+    (tmp_path / "a/vocab.json").write_text(json.dumps(vocabulary))
+    assert "tokenizer.json and vocab.json are of two tokenizers" in opened(tmp_path / "a")
+
+
+def test_tokens_of_another_language_are_refused_though_there_are_as_many(tmp_path, gpt2_tokens):
+    """Weights for the tokens of another tokenizer would be trained on ids that mean other text. One
+    token in another place is enough."""
+    random_gpt(GPTConfig(8, 50257, 1, 1, 2)).save_pretrained(tmp_path)
+    vocabulary = vocabulary_of(gpt2_tokens)
+    shifted = {token: (i + 1) % 50257 for token, i in vocabulary.items()}       # end-of-text is 0
+    swapped = vocabulary | {"a": vocabulary["b"], "b": vocabulary["a"]}
+    for wrong in (shifted, swapped, {}):
+        (tmp_path / "vocab.json").write_text(json.dumps(wrong))
+        assert "vocab.json: the tokens of another tokenizer" in opened(tmp_path)
+    for damaged in ("", "[1]", "{", "[" * 10**5):
+        (tmp_path / "vocab.json").write_text(damaged)
+        assert "vocab.json: not a tokenizer's file" in opened(tmp_path)
+    (tmp_path / "vocab.json").unlink()
+    (tmp_path / "spiece.model").touch()
+    assert "spiece.model: the tokens of another tokenizer" in opened(tmp_path)
+    (tmp_path / "spiece.model").unlink()
+    for eos in (0, 50257, [50256, 50257]):
+        change_config(tmp_path, eos_token_id=eos)
+        assert f"eos_token_id is {json.dumps(eos)}, but answers end" in opened(tmp_path)
+
+
+def test_surplus_ids_change_no_log_prob_and_are_never_sampled(tmp_path, capsys):
+    """Some tools pad the vocabulary or add tokens. The surplus rows are dropped: logits of zero
+    would lie far above GPT-2's."""
+    padded = reviews_folder(tmp_path, surplus=5)
+    model, tokenizer, _ = open_checkpoint(tmp_path, "cpu", ARGS)
+    assert "has 344 ids; those beyond the 339 of the reviews tokenizer" in capsys.readouterr().out
+    item = encode(Preference("The plot was", [" good.", " dull."], [(0, 1)]), tokenizer, 64)
+    batch = pack([item], 64)
+    hidden = padded.hidden(batch.tokens, batch.positions, batch.mask()).flatten(0, 1)
+    logits = (hidden[batch.source] @ padded.wte.weight.T)[:, :339]
+    expected = logits.log_softmax(-1).gather(1, batch.target[:, None])[:, 0]
+    torch.testing.assert_close(model.token_logps(batch), expected)
+    answers = model.generate([[338]] * 200, 20, temperature=100.0)
+    assert max(map(max, answers)) < 339
+    model.logps(batch).sum().backward()
+    assert model.wte.weight.grad.shape == (339, 8)
+
+
+def encode_by_hand(folder, text):
+    """The ids of a text by tokenizer.json alone: byte-pair encoding as GPT-2's files describe it,
+    except for words that are tokens."""
+    found = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = found["model"]["vocab"]
+    merges = [tuple(pair) for pair in found["model"]["merges"]]
+    assert found["model"]["ignore_merges"] and found["pre_tokenizer"]["type"] == "ByteLevel"
+    [first, _] = found["post_processor"]["single"]
+    ids = list(found["post_processor"]["special_tokens"][first["SpecialToken"]["id"]]["ids"])
+    for word in regex.findall(GPT2_PATTERN, text):
+        parts = [byte_letters()[b] for b in word.encode()]
+        if "".join(parts) in vocabulary:
+            parts = ["".join(parts)]
+        while possible := [pair for pair in zip(parts, parts[1:]) if pair in merges]:
+            i = list(zip(parts, parts[1:])).index(min(possible, key=merges.index))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        ids += [vocabulary[part] for part in parts]
+    return ids
+
+
+TEXTS = st.text(max_size=30) | st.lists(st.sampled_from(
+    "The| plot| was|My|An| an|Theory| Mya| good|\n\n|  |'s|é|12|?!".split("|"))).map("".join)
+
+
+@for_all
+@given(TEXTS)
+def test_the_written_tokenizer_begins_every_text_with_end_of_text(tmp_path_factory, text):
+    """After it come the ids that training saw. Without it, transformers would condition an answer
+    on another prompt than training did."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, REVIEWS, 64)
+    assert encode_by_hand(folder, text) == [REVIEWS.eot_token, *REVIEWS.encode_ordinary(text)]
+
+
+def test_the_tokens_and_merges_of_gpt2_are_written_as_they_were_published(tmp_path):
+    """encoder.json and vocab.bpe, which tiktoken downloads, are GPT-2's vocab.json and merges.txt.
+    Each tokenizer made of them is recognised when it is read back."""
+    try:
+        gpt2 = get_tokenizer("gpt2")
+    except UserError:
+        pytest.skip("GPT-2's tokenizer is not in tiktoken's cache")
+    write_tokenizer(tmp_path, gpt2, 1024)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    assert model["vocab"] == vocabulary_of(gpt2) and len(model["merges"]) == 50000
+    assert ["Ġ", "t"] == model["merges"][0] and model["vocab"]["Ġthe"] == 262
+    assert name_of_vocabulary(tmp_path / "tokenizer.json") == "gpt2"
+    write_tokenizer(tmp_path, get_tokenizer("gpt2-8k"), 1024)
+    assert name_of_vocabulary(tmp_path / "tokenizer.json") == "gpt2-8k"
+
+
+def test_an_export_opens_here_and_answers_as_the_checkpoint_did(tmp_path, capsys):
+    model = random_gpt(GPTConfig(64, REVIEWS.n_vocab, 1, 2, 8))
+    save_checkpoint(tmp_path / "export.pt", model, tokenizer="reviews")
+    there, asked = ["--device", "cpu", "--checkpoint"], ["--prompt", "The plot", "--top-k", "5"]
+    folder = str(tmp_path / "export")
+    for _ in range(2):                  # a second export replaces the first
+        sample.main([*there, str(tmp_path / "export.pt"), "--export", folder])
+        assert "Every prompt begins with <|endoftext|>" in capsys.readouterr().out
+    sample.main([*there, str(tmp_path / "export.pt"), *asked])
+    expected = capsys.readouterr().out
+    sample.main([*there, folder, *asked])
+    assert "The plot" in expected and capsys.readouterr().out == expected
+    (tmp_path / "export/vocab.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        sample.main([*there, str(tmp_path / "export.pt"), "--export", folder])
+    assert "has vocab.json, which may be another model's" in capsys.readouterr().err
+
+
+def test_sft_continues_from_a_folder_with_the_tokenizer_of_the_run(tmp_path, gpt2_tokens, capsys):
+    quick = ["--task", "reviews", "--reviews", "40", "--steps", "1", "--device", "cpu", "--out"]
+    reviews_folder(tmp_path / "reviews")
+    train_sft.main([*quick, str(tmp_path / "a"), "--init", str(tmp_path / "reviews")])
+    assert load_checkpoint(tmp_path / "a/sft.pt")[1]["tokenizer"] == "reviews"
+    random_gpt(GPTConfig(64, 50257, 1, 1, 2)).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(SystemExit):
+        train_sft.main([*quick, str(tmp_path / "b"), "--init", str(tmp_path / "gpt2")])
+    assert "trained with the gpt2 tokenizer: it needs --tokenizer gpt2" in capsys.readouterr().err
+
+
+def test_transformers_opens_an_export_and_answers_alike(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    reviews_folder(tmp_path)
+    ours, tokenizer, _ = open_checkpoint(tmp_path, "cpu", ARGS)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    settings_of = theirs.generation_config
+    assert settings_of.do_sample and settings_of.temperature == 1 and not settings_of.top_k
+    for prompt in ("", "The plot was", "My sister and I saw it twice. Theory\n\n  é"):
+        ids = their_tokenizer(prompt, return_tensors="pt")
+        assert ids["input_ids"].tolist() == [encode_prompt(prompt, tokenizer)]
+        greedy = theirs.generate(**ids, max_new_tokens=12, do_sample=False)[0].tolist()
+        answer = ours.generate([encode_prompt(prompt, tokenizer)], 12, 0, eot=338)[0]
+        assert greedy == encode_prompt(prompt, tokenizer) + answer
+        assert their_tokenizer.decode(ids["input_ids"][0], skip_special_tokens=True) == prompt
 
 
 # ------------------------------------------------------------------------------------------------
@@ -417,6 +667,22 @@ def test_a_wrong_checksum_a_broken_connection_and_a_web_page_leave_nothing(serve
 def test_without_a_network_one_sentence_says_what_to_fetch_and_where_to_put_it(tmp_path):
     # Nothing listens on port 9 of this machine.
     assert "refused" in refused_download("http://127.0.0.1:9/a", tmp_path / "a").lower()
+
+
+def test_without_a_home_folder_torch_home_is_asked_for(tmp_path, monkeypatch):
+    """Under an unknown user id, as in some containers, ~ stays as it is: a folder of that name
+    would appear wherever the command runs."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(UserError, match="no home folder; set TORCH_HOME"):
+        GPT.from_pretrained("gpt2")
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "a file"))
+    with pytest.raises(UserError, match="a file.*cannot make this folder.*TORCH_HOME"):
+        GPT.from_pretrained("gpt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
 
 
 def test_gpt2_is_downloaded_by_name_and_kept(server, tmp_path, monkeypatch):
