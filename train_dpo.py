@@ -38,7 +38,14 @@ import torch
 import torch.nn.functional as F
 
 import train_sft
-from data import Batches, batches_in_order, micro_batches, rank_answers, separate
+from data import (
+    Batches,
+    batches_in_order,
+    check_rankings,
+    micro_batches,
+    rank_answers,
+    separate,
+)
 from runtime.checkpoint import check_sft_checkpoint, data_source, open_checkpoint, save_checkpoint
 from runtime.cli import choose_row_length, command, set_up, warn_of_large_lr
 from runtime.errors import UserError
@@ -314,6 +321,8 @@ def main(argv=None):
     if task.open_reward:                                    # a task without preferences
         sample_preferences(policy, tokenizer, args)
     preferences, held_out = encode_splits(task.preferences(args), task.name(args), tokenizer, args)
+    if args.loss == "plackett_luce":
+        check_rankings(preferences + held_out, task.name(args))
     prompts = task.prompts(held_out, tokenizer, args)       # for the table at the end
     add_reference(policy, preferences + held_out, args)
     warn_of_large_lr(args, PAPER_LR, facts.get("init", "random"))

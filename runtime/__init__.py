@@ -4,7 +4,8 @@
     parallel    several processes under torchrun, and the choice of a device
     files       files that are written whole or not at all; downloads
     hub         GPT-2's weights in the layout of the Hugging Face hub
-    rows        the four forms of a preference in a JSON lines file
+    json_lines  files with one JSON object per line, and the names of other formats
+    rows        the layouts of preferences and texts in such a file
     packing     which answer goes into which row of a batch
     checkpoint  sft.pt and dpo.pt: a model, its tokenizer and where it came from
     memory      how many micro-batches fit in the free memory

@@ -11,6 +11,7 @@ import torch
 from model import GPT, GPTConfig
 from runtime.errors import UserError
 from runtime.files import load_tensors, reading, replacing
+from runtime.json_lines import check_is_a_file
 from runtime.parallel import set_compiled, set_precision
 from runtime.report import names_of
 from tasks.tokenizers import TOKENIZERS, get_tokenizer
@@ -119,6 +120,7 @@ def data_source(args):
     content. Raises UserError."""
     if not args.data:
         return {"source": args.task}
+    check_is_a_file(args.data)
     if args.data.is_fifo():
         raise UserError(f"{args.data}: a pipe; expected a regular file, because it is read more "
                         "than once")

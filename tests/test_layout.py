@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     "runtime.errors runtime.parallel runtime.files runtime.hub",
     "model",
-    "runtime.packing runtime.rows data",
+    "runtime.packing runtime.json_lines runtime.rows data",
     "tasks.prefixes tasks.own_file tasks.reviews tasks.sentiment tasks.imdb tasks.hh tasks.tldr "
     "tasks tasks.tokenizers",
     "runtime.report runtime.checkpoint runtime.memory runtime.run runtime.cli runtime.flags",
