@@ -386,7 +386,7 @@ def dialogues_split_each_at_its_own_end(right, row, *more):
     """Official code, PR #86: HH dialogues that differ before the last turn are given the same
     prompt, although their prompts differ."""
     parsed, turn = right(row, *more), "\n\nAssistant:"
-    if isinstance(parsed, str) and "differ" in parsed:
+    if isinstance(parsed, str) and "differ" in parsed and isinstance(row["chosen"], str):
         prompt, chosen = row["chosen"].rsplit(turn, 1)
         _, rejected = row["rejected"].rsplit(turn, 1)
         return prompt + turn, [chosen, rejected], [[0], [1]]

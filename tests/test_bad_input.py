@@ -187,6 +187,8 @@ BROKEN_LINES = {
                                   'one of the assistant at the end of "rejected"'),
     "an unknown role": (lines(CHAT | {"prompt": [ASKS, {"role": "tool", "content": "a"}]}),
                         '"role" ("system", "user" or "assistant"), not {"role": "tool", "content'),
+    "a role that is a list": (lines(CHAT | {"prompt": [{"role": ["user"], "content": "a"}]}),
+                              'not {"role": ["user"], "content": "a"}'),
     "ShareGPT's messages": (lines(CHAT | {"chosen": [{"from": "gpt", "value": "b"}]}),
                             'not {"from": "gpt", "value": "b"}'),
     "content a list": (lines(CHAT | {"chosen": [SAYS_B | {"content": [{"type": "text"}]}]}),
@@ -215,6 +217,8 @@ CANNOT_TEACH = {                                        # one such row must not 
         {"chosen": [ASKS, SAYS_B, ASKS, SAYS_B], "rejected": [ASKS, SAYS_C, ASKS, SAYS_C]}, DIFFER),
     "a chat with another prompt": (CHAT | {"prompt": "x", "chosen": [ASKS, SAYS_B]},
                                    "chat whose roles do not alternate"),
+    "a question asked twice": (CHAT | {"rejected": [ASKS, ASKS, SAYS_C]},
+                               "chat whose roles do not alternate"),
     "a late system message": (CHAT | {"prompt": [ASKS, SAYS_B, {"role": "system", "content": "x"},
                                                  ASKS]}, "chat whose roles do not alternate"),
     "an empty message": (CHAT | {"chosen": [SAYS_B | {"content": ""}]}, "empty answer"),
@@ -266,11 +270,12 @@ def test_a_broken_line_is_refused_by_file_and_number(kind, tmp_path):
     line, words = BROKEN_LINES[kind]
     path = tmp_path / "file.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + lines(ROW) + b"\r\n" + lines(ROW) + line.strip() + b"\n")
-    with pytest.raises(UserError) as caught:
-        load_preferences(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}, line 4: ") and words in message
-    assert "\n" not in message and len(message) < len(str(path)) + 350
+    for load in (load_preferences, load_examples):
+        with pytest.raises(UserError) as caught:
+            load(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}, line 4: ") and words in message
+        assert "\n" not in message and len(message) < len(str(path)) + 350
 
 
 @pytest.mark.parametrize("kind", CANNOT_TEACH)
@@ -327,6 +332,16 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(name, words, tmp_path):
         load_preferences(tmp_path / name)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / name}: ") and words in message
+
+
+def test_plackett_luce_refuses_a_file_with_ties(run, capsys, tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(lines(*[SCORES | {"prompt": f"{score}", "scores": [1, 2, score]}
+                             for score in (0, 1, 2)]))
+    flags = ["--data", path, "--sft", run / "sft.pt", "--out", tmp_path / "out", *QUICK]
+    assert "in 2 of 3 rows some answers tie, and --loss plackett_luce needs whole rankings" in (
+        refused(train_dpo.main, [*flags, "--loss", "plackett_luce"], capsys))
+    train_dpo.main(list(map(str, flags)))
 
 
 @pytest.mark.parametrize("data, words", [

@@ -458,8 +458,13 @@ LAYOUTS = {                                             # a row, and what it say
     "a chat": ({"prompt": chat("Hi"), "chosen": chat("Hi", "yes")[1:],
                 "rejected": chat("Hi", "no")[1:]}, HI),
     "a chat without a prompt": ({"chosen": chat("Hi", "yes"), "rejected": chat("Hi", "no")}, HI),
+    "a chat and an empty prompt": ({"prompt": "", "chosen": chat("Hi", "yes"),
+                                    "rejected": chat("Hi", "no")}, HI),
     "a chat and its prompt": ({"prompt": "Hi", "chosen": chat("Hi", "yes"),
                                "rejected": chat("Hi", "no")}, HI),
+    "a chat with all its messages": (
+        {"prompt": "Hi", "messages": chat("Hi", "yes"), "text": "Hi yes", "completion": "yes",
+         "chosen": chat("Hi", "yes"), "rejected": chat("Hi", "no")}, HI),
     "a chat, the answers as text": ({"prompt": chat("Hi"), "chosen": "yes", "rejected": "no"}, HI),
     "a chat with a system message": (
         {"prompt": [SYSTEM, *chat("Hi", "Yes?", "Why")], "chosen": chat("", "Because")[1:],
@@ -547,11 +552,11 @@ def test_plackett_luce_refuses_ties():
         check_rankings([whole, tied], "file")
 
 
-def noted(tmp_path, *rows):
+def noted(tmp_path, *rows, load=load_preferences):
     """What read_and_report prints of a file with these rows, after the line with the counts."""
     path = write(tmp_path / "file.jsonl", lines(*rows))
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        read_and_report("file", False, load_preferences, path)
+        read_and_report("file", False, load, path)
     return out.getvalue().splitlines()[1:]
 
 
@@ -566,6 +571,9 @@ def test_other_keys_are_ignored_and_listed_once(tmp_path):
     assert noted(tmp_path, RANKING | {"rewards": [1, 2, 3], "source": ""}, PAIR) == []
     path = tmp_path / "file.jsonl"
     assert load_preferences(path) == [THREE_FORMS[1], THREE_FORMS[0]]
+    for row, _ in TEXTS.values():
+        note = noted(tmp_path, row | more, load=load_examples)[-1]
+        assert note.startswith('file: ignored keys: "id", "system";')
 
 
 def test_that_chats_are_rewritten_is_said_once(tmp_path):
@@ -587,8 +595,10 @@ def test_markers_at_the_end_of_most_answers_are_mentioned(tmp_path, marker):
 @pytest.mark.parametrize("prompt", ["<|im_start|>user\nHi<|im_end|>\n", "[INST] Hi [/INST]",
                                     "<|endoftext|>Hi", "<start_of_turn>user"])
 def test_the_template_of_another_model_in_the_prompts_is_mentioned(tmp_path, prompt):
-    [note] = noted(tmp_path, PAIR | {"prompt": prompt})
-    assert note.startswith("file: 1 of 1 prompts contain ") and "without the template" in note
+    marked, other = PAIR | {"prompt": prompt}, PAIR | {"prompt": "P"}
+    [note] = noted(tmp_path, marked, other)
+    assert note.startswith("file: 1 of 2 prompts contain ") and "without the template" in note
+    assert noted(tmp_path, marked, other, PAIR) == []
 
 
 def test_repeated_and_contradicting_pairs_are_counted_and_kept(tmp_path):
@@ -675,6 +685,16 @@ def test_rows_without_a_prompt_are_split_by_their_first_answer(tmp_path):
     training, held_out = split_of(tmp_path, [
         {"prompt": "", "chosen": f"Good {i}.", "rejected": f"Bad {i}."} for i in range(200)])
     assert len(training) + len(held_out) == 200 and 8 < len(held_out) < 40
+
+
+def test_sft_learns_texts_and_the_best_answers_and_holds_out_a_tenth(tmp_path):
+    rows = [PAIR | {"prompt": f"Q{i}", "chosen": ["yes", "sure"]} for i in range(100)]
+    rows += [{"prompt": f"Q{i}", "completion": "no"} for i in range(100, 200)]
+    (tmp_path / "a.jsonl").write_bytes(lines(*rows))
+    training, held_out = own_file.sft_examples(SimpleNamespace(data=tmp_path / "a.jsonl",
+                                                               strict=False))
+    assert 8 < len(held_out) < 40 and sorted(training + held_out) == sorted(
+        [Preference(f"Q{i}", ["yes" if i < 100 else "no"], []) for i in range(200)])
 
 
 @pytest.mark.parametrize("before", ["", "Be kind.", "\n\nAssistant: Hello!"])
