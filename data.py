@@ -42,46 +42,69 @@ from runtime.packing import (
     first_fit,
 )
 from runtime.parallel import allow_any_size, process_rank, world_size
-from runtime.rows import Skipped, parse_preference, read_rows
+from runtime.rows import (
+    Skipped,
+    note_markers,
+    note_repetitions,
+    parse_example,
+    parse_preference,
+    read_rows,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Preferences: text
 # ------------------------------------------------------------------------------------------------
 
 # A prompt, its answers, and which answer is better than which: pairs of (chosen, rejected)
-# indices. Pairs of which the best answer is the chosen one come first. A text for SFT is one answer
-# without pairs. unfinished: indices of answers that were cut, so that no end-of-text follows them.
+# indices. Answers that tie have no pair. Pairs of which the best answer is the chosen one come
+# first. A text for SFT is one answer without pairs. unfinished: indices of answers that were cut,
+# so that no end-of-text follows them.
 Preference = namedtuple("Preference", "prompt answers pairs unfinished", defaults=[()])
 
 
 def load_preferences(path, skipped=None):
-    """Read preferences from a .jsonl or .jsonl.gz file, one object per line, in any of four forms
-    (other keys are ignored):
+    """Read preferences from a .jsonl or .jsonl.gz file, one object per line, in any of these
+    layouts (docs/preferences.md has all variants):
 
         {"prompt": "...", "chosen": "...", "rejected": "..."}
-        {"prompt": "...", "answers": ["...", ...], "ranking": [2, 0, 1]}      indices, best first;
-                                                  "unfinished": [1], if given, are those of answers
-                                                  that were cut and get no end-of-text
+        {"prompt": "...", "answers": ["...", ...], "ranking": [2, 0, 1]}      indices, best first
+        {"prompt": "...", "answers": ["...", ...], "scores": [0.1, 3, 0.1]}   equal scores tie
+        {"prompt": [{"role": "user", "content": "..."}], "chosen": [...], "rejected": [...]}
         {"chosen": "...", "rejected": "..."}      dialogues of "\\n\\nHuman:" and "\\n\\nAssistant:"
                                                   turns, equal up to the last (Anthropic's HH)
         {"info": {"subreddit": "...", "title": "...", "post": "..."},             (OpenAI's TL;DR)
          "summaries": [{"text": "..."}, {"text": "..."}], "choice": 1}
 
     Returns a list of Preference. Rows without a usable comparison (empty or equal answers, say) are
-    left out and counted by reason in `skipped`, a runtime.rows.Skipped. Raises UserError, with the
-    line, for a malformed row, and if no row is left.
+    left out and counted by reason in `skipped`, a runtime.rows.Skipped, which also gets notes on
+    the file. Raises UserError, with the line, for a malformed row, and if no row is left.
     """
-    skipped = Skipped() if skipped is None else skipped
-    rows = read_rows(path, parse_preference, skipped)
+    return load(path, parse_preference, Skipped() if skipped is None else skipped)
+
+
+def load_examples(path, skipped=None):
+    """Read a file for SFT: preferences as above, or rows with one answer, {"prompt", "completion"},
+    {"messages"} or {"text"}. Returns a list of Preference."""
+    return load(path, parse_example, Skipped() if skipped is None else skipped)
+
+
+def load(path, parse, skipped):
+    """A list of Preference from the rows of a file, as parse(row, skipped) reads them."""
+    rows = read_rows(path, lambda row: parse(row, skipped), skipped)
     if not rows:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in skipped.items())
         raise UserError(f"{path}: no usable row ({reasons or 'the file is empty'})")
-    return [to_preference(*row) for row in rows]
+    preferences = [to_preference(*row) for row in rows]
+    note_markers(preferences, skipped)
+    note_repetitions(preferences, skipped)
+    return preferences
 
 
-def to_preference(prompt, answers, ranking, unfinished=()):
-    """A Preference with all pairs of a ranking, which lists indices of answers, best first."""
-    return Preference(prompt, answers, ranking_to_pairs(ranking), tuple(unfinished))
+def to_preference(prompt, answers, levels, unfinished=()):
+    """A Preference from levels of answers, lists of indices, best first: each answer is better than
+    all those of later levels, [[0], [1, 2]] becomes [(0, 1), (0, 2)]."""
+    pairs = [(w, l) for better, worse in ranking_to_pairs(levels) for w in better for l in worse]
+    return Preference(prompt, answers, pairs, tuple(unfinished))
 
 
 def ranking_to_pairs(ranking):
@@ -91,10 +114,11 @@ def ranking_to_pairs(ranking):
 
 
 def best_answers(preferences):
-    """What SFT learns from: each prompt with its best answer, as a Preference without pairs."""
+    """What SFT learns from: each prompt with its best answer, as a Preference without pairs. (Of
+    several best answers that tie, the first.)"""
     found = []
     for preference in preferences:
-        best = preference.pairs[0][0]
+        best = preference.pairs[0][0] if preference.pairs else 0
         unfinished = (0,) if best in preference.unfinished else ()
         found.append(Preference(preference.prompt, [preference.answers[best]], [], unfinished))
     return found
@@ -346,6 +370,15 @@ def pack_for_model(items, row_length, model):
 # ------------------------------------------------------------------------------------------------
 # Batches
 # ------------------------------------------------------------------------------------------------
+
+
+def check_rankings(items, name):
+    """Raise UserError unless the answers of each Encoded are ranked from best to worst without
+    ties, as Plackett-Luce requires."""
+    n = sum(len(item.pairs) < math.comb(len(item.answers), 2) for item in items)
+    if n:
+        raise UserError(f"{name}: in {n:,} of {len(items):,} rows some answers tie, and --loss "
+                        "plackett_luce needs whole rankings; use --loss dpo")
 
 
 class Batches:

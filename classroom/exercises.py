@@ -122,7 +122,7 @@ EXERCISES = {exercise.number: exercise for exercise in [
     Exercise(
         8, "from sampled answers to ranked pairs", "C.1: K answers make K (K - 1) / 2 pairs",
         ["tasks.sampled.rank_answers", "data.ranking_to_pairs"], [],
-        "C.1 of the paper; the forms of a preference that data.load_preferences reads",
+        "C.1 of the paper; the layouts of a preference that data.load_preferences reads",
         ["test_a_ranking_of_three_is_three_pairs",
          "test_four_answers_with_four_rewards_make_six_pairs_best_first",
          "test_of_answers_that_tie_the_first_stands_for_all",

@@ -380,15 +380,16 @@ def pairs_of_equal_answers_kept(right, preference, tokenizer, row_length, *more,
     return item
 
 
-@replaces("runtime.rows.parse_preference", "test_a_row_that_cannot_teach_is_left_out_and_counted")
-def dialogues_split_each_at_its_own_end(right, row):
+@replaces("runtime.rows.parse_preference",
+          "test_a_row_that_cannot_teach_is_counted_and_under_strict_an_error")
+def dialogues_split_each_at_its_own_end(right, row, *more):
     """Official code, PR #86: HH dialogues that differ before the last turn are given the same
     prompt, although their prompts differ."""
-    parsed, turn = right(row), "\n\nAssistant:"
-    if isinstance(parsed, str) and "differ" in parsed:
+    parsed, turn = right(row, *more), "\n\nAssistant:"
+    if isinstance(parsed, str) and "differ" in parsed and isinstance(row["chosen"], str):
         prompt, chosen = row["chosen"].rsplit(turn, 1)
         _, rejected = row["rejected"].rsplit(turn, 1)
-        return prompt + turn, [chosen, rejected], [0, 1]
+        return prompt + turn, [chosen, rejected], [[0], [1]]
     return parsed
 
 

@@ -5,7 +5,8 @@ imports the five files or tasks/.
     parallel    several processes under torchrun; device, precision and compilation
     files       files that are written whole or not at all; caches; downloads
     hub         GPT-2's weights in the layout of the Hugging Face hub
-    rows        the forms of a preference in a JSON lines file
+    json_lines  files with one JSON object per line, and the names of other formats
+    rows        the layouts of preferences and texts in such a file
     packing     which answer goes into which row of a batch
     statistics  means, standard errors, intervals
     report      tables and samples for the terminal

@@ -14,6 +14,7 @@ from runtime import hub
 from runtime.cli import choose_row_length, warn_of_large_lr
 from runtime.errors import UserError
 from runtime.files import fingerprint, load_tensors, reading, replacing
+from runtime.json_lines import check_is_a_file
 from runtime.parallel import set_precision
 from runtime.report import names_of
 from tasks import task_of
@@ -158,6 +159,7 @@ def data_source(args):
     content. Raises UserError."""
     if not args.data:
         return {"source": args.task}
+    check_is_a_file(args.data)
     if args.data.is_fifo():
         raise UserError(f"{args.data}: a pipe; expected a regular file, because it is read more "
                         "than once")

@@ -1,7 +1,8 @@
-"""Your own preferences: --data FILE, in any form that data.load_preferences reads. One prompt in
-ten is held out (what_decides), and SFT trains on the best answers."""
+"""Your own preferences: --data FILE, in any layout that data.load_preferences reads. One prompt in
+ten is held out (what_decides), and SFT trains on the best answers. A file of texts is enough for
+SFT."""
 
-from data import best_answers, is_held_out, load_preferences
+from data import best_answers, is_held_out, load_examples, load_preferences
 from runtime.rows import ASSISTANT, HUMAN, read_and_report
 from tasks.task import Task
 
@@ -13,16 +14,19 @@ class OwnFile(Task):
         return read_split(args.data, args)
 
     def sft_examples(self, args):
-        training, held_out = self.preferences(args)
+        training, held_out = read_split(args.data, args, load_examples)
         return best_answers(training), best_answers(held_out)
+
+    def check(self, args):
+        load_preferences(args.data)         # SFT can use files that DPO cannot
 
     def source(self, args):
         return args.data
 
 
-def read_split(path, args):
+def read_split(path, args, load=load_preferences):
     """(training, held-out) lists of Preference from a file."""
-    rows = read_and_report(path, args.strict, load_preferences, path)
+    rows = read_and_report(path, args.strict, load, path)
     training, held_out = [], []
     for row in rows:
         split = held_out if is_held_out(what_decides(row)) else training
@@ -36,8 +40,7 @@ def read_split(path, args):
 
 def what_decides(preference):
     """The text that decides whether a preference is held out: the prompt, or the first answer if
-    the prompt is empty. Of a dialogue the first human turn, so that its continuations go with it.
-    """
-    if preference.prompt.startswith(HUMAN):
-        return preference.prompt.split(ASSISTANT)[0]
-    return preference.prompt or preference.answers[0]
+    the prompt is empty. Of a dialogue, only what comes before the answer to the first human turn,
+    so that its continuations go with it."""
+    before, human, dialogue = preference.prompt.partition(HUMAN)
+    return before + human + dialogue.split(ASSISTANT)[0] or preference.answers[0]

@@ -2,7 +2,7 @@
 
 import zlib
 
-from data import encode_all
+from data import check_rankings, encode_all
 from runtime.errors import UserError
 from runtime.rows import read_and_report
 
@@ -60,8 +60,12 @@ class Task:
         return training, evaluation_subset(held_out)
 
     def encoded_preferences(self, tokenizer, args):
-        """The same of the preferences."""
-        return self.encoded(self.preferences(args), self.source(args), tokenizer, args)
+        """The same of the preferences. Raises UserError if --loss needs rankings without ties and
+        some are not."""
+        splits = self.encoded(self.preferences(args), self.source(args), tokenizer, args)
+        if getattr(args, "loss", None) == "plackett_luce":
+            check_rankings(splits[0] + splits[1], self.source(args))
+        return splits
 
     def source(self, args):
         """What messages call the preferences: a name or the path of their file."""

@@ -26,7 +26,7 @@ import tasks.checkpoint
 import train_dpo
 import train_sft
 from classroom.exercises import is_a_students_copy
-from data import encode_all, load_preferences, pack
+from data import encode_all, load_examples, load_preferences, pack
 from model import GPT, GPTConfig
 from runtime.errors import UserError
 from runtime.rows import Skipped
@@ -45,8 +45,15 @@ QUICK = "--steps 2 --eval-prompts 3 --max-new-tokens 4 --device cpu".split()
 ROW = {"prompt": "a", "chosen": "b", "rejected": "c"}
 RANKING = {"prompt": "a", "answers": ["b", "c", "d"], "ranking": [2, 0, 1]}
 HH = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+SCORES = {"prompt": "a", "answers": ["b", "c", "d"], "scores": [1, 2, 3]}
+ASKS, SAYS_B, SAYS_C = [{"role": role, "content": content} for role, content in [
+    ("user", "a"), ("assistant", "b"), ("assistant", "c")]]
+CHAT = {"prompt": [ASKS], "chosen": [SAYS_B], "rejected": [SAYS_C]}
 TLDR = {"info": {"subreddit": "s", "title": "t", "post": "p"}, "choice": 0,
         "summaries": [{"text": "b"}, {"text": "c"}]}
+
+
+DIFFER = "dialogues that differ before the last answer"
 
 
 def lines(*rows):
@@ -85,16 +92,23 @@ def refused(main, argv, capsys):
 WHOLE_FILES = {                                         # content, and words of the sentence
     "empty": (b"", "the file is empty"), "blank lines": (b"\n \r\n\t\n", "the file is empty"),
     "binary": (bytes(range(128, 256)), "line 1: not UTF-8"),
-    "UTF-16": (json.dumps(ROW).encode("utf-16"), "line 1: not UTF-8"),
-    "a gzip without its name": (gzip.compress(lines(ROW)), "line 1: not UTF-8"),
-    "a web page": (b"<!doctype html>\n<html></html>", "line 1: not JSON"),
-    "CSV": (b"prompt,chosen,rejected\na,b,c\n", "line 1: not JSON"),
-    "one array over many lines": (json.dumps([ROW], indent=1).encode(), "line 1: not JSON"),
-    "one array on one line": (json.dumps([ROW, ROW]).encode(), "line 1: expected a JSON object"),
-    "all answers empty": (lines(ROW | {"chosen": " "}), "1 x empty answer"),
-    "all answers equal": (lines(ROW | {"chosen": "c"}, ROW | {"rejected": "b"}), "2 x equal"),
-    "all prompts too long": (lines(ROW | {"prompt": "x " * 500}), "no row is left to train on"),
-    "a line of many megabytes": (lines(ROW | {"prompt": "x" * 4_000_000}), "no row is left"),
+    "UTF-16": (json.dumps(ROW).encode("utf-16"), "UTF-16 text: save it as UTF-8"),
+    "UTF-16, most significant byte first": (b"\xfe\xff\0{", "UTF-16 text"),
+    "a gzip without its name": (gzip.compress(lines(ROW)), "a gzip file: let its name end in .gz"),
+    "a web page": (b"\n<!doctype html>\n<html></html>", "a web page"),
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\nsize 9", "git lfs pull"),
+    "a zip file": (b"PK\3\4\x14\0\0\0", "a zip file: unpack it"),
+    "Parquet": (b"PAR1\x15\4\x15", "a Parquet file"),
+    "CSV": (b"\xef\xbb\xbfprompt,chosen,rejected\na,b,c\n", "it looks like CSV"),
+    "CSV with tabs": (b"prompt\tchosen\trejected\na\tb\tc\n", "it looks like CSV"),
+    "one array over many lines": (json.dumps([ROW], indent=1).encode(), "a JSON array"),
+    "one array on one line": (json.dumps([ROW, ROW]).encode(), "a JSON array"),
+    "one object over many lines": (json.dumps(ROW, indent=1).encode(), "one whole object per line"),
+    "one object of columns": (lines({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}),
+                              '"prompt", not a list; a file of columns must be written as one'),
+    "columns without a prompt": (lines({"chosen": ["b"], "rejected": ["c"]}), "a file of columns"),
+    "nothing usable": (lines(ROW | {"chosen": " "}, ROW | {"chosen": "c"}, ROW | {"rejected": "b"}),
+                       "no usable row (1 x empty answer; 2 x equal answers)"),
     "a number of many digits": (b'{"prompt": ' + b"7" * 5000 + b"}", "line 1: not JSON"),
 }
 BROKEN_LINES = {
@@ -106,20 +120,61 @@ BROKEN_LINES = {
     "Latin-1": ('{"prompt": "Grüße"}'.encode("latin-1"), "not UTF-8"),
     "a list": (b"[1]", "a JSON object, not [1]"), "a string": (b'"a"', "a JSON object"),
     "null": (b"null", "a JSON object"), "NaN": (b"NaN", "a JSON object"),
-    "no field": (b"{}", '"chosen"'),
-    "no rejected": (b'{"prompt": "a", "chosen": "b"}', '"rejected"'),
+    "no key": (b"{}", 'found no keys; expected "prompt", "chosen" and "rejected"'),
+    "no rejected": (b'{"prompt": "a", "chosen": "b"}',
+                    'found the keys "prompt", "chosen"; expected "prompt", "chosen" and "rej'),
+    "no chosen": (b'{"prompt": "a", "rejected": "b"}', 'found the keys "prompt", "rejected"; exp'),
+    "one dialogue": (lines({"chosen": HH["chosen"]}), 'found the keys "chosen"; expected "prompt"'),
+    "keys of another case": (b'{"Prompt": "a", "Chosen": "b", "REJECTED": "c"}',
+                             'rename "Prompt", "Chosen", "REJECTED" to "prompt", "chosen", "rej'),
+    "keys with a space": (lines({"prompt ": "a", " chosen": "b", "rejected": "c"}),
+                          'rename "prompt ", " chosen" to "prompt", "chosen"'),
+    "prompt under another key": (lines({"question": "a", "chosen": "b", "rejected": "c"}),
+                                 'found the keys "question", "chosen", "rejected"; expected a "pr'),
+    "KTO": (b'{"prompt": "a", "completion": "b", "label": true}', "a label of a single answer"),
+    "Alpaca": (b'{"instruction": "a", "input": "", "output": "b"}',
+               'found the keys "instruction", "input", "output"; expected'),
+    "ShareGPT": (lines({"conversations": [{"from": "human", "value": "a"}]}),
+                 'found the keys "conversations"; expected'),
+    "long keys": (lines({f"\n{i}\U0001f600" * 30: 1 for i in range(80)}), 'found the keys "\\n0'),
     "a key twice": (b'{"prompt": "a", "chosen": "b", "chosen": "x", "rejected": "c"}',
                     "the key 'chosen' appears twice"),
     "a nested key twice": (b'{"prompt": "a", "x": {"y": 1, "y": 2}}', "the key 'y' appears twice"),
+    "a number": (b"7", "a JSON object, not 7"), "not UTF-8": (b"\xff\xfe{\0", "not UTF-8"),
     "chosen a number": (lines(ROW | {"chosen": 3}), 'a string under "chosen"'),
     "chosen null": (lines(ROW | {"chosen": None}), 'a string under "chosen"'),
     "chosen NaN": (lines(ROW | {"chosen": float("nan")}), 'a string under "chosen"'),
-    "rejected a list": (lines(ROW | {"rejected": ["c"]}), 'a string under "rejected"'),
+    "rejected a list of numbers": (lines(ROW | {"rejected": [1]}), 'a string under "rejected"'),
+    "an empty list": (lines(ROW | {"rejected": []}), "one or several under the other"),
+    "several of both": (lines(ROW | {"chosen": ["b", "x"], "rejected": ["c", "d"]}),
+                        'expected one string under "chosen" or "rejected"'),
     "prompt an object": (lines(ROW | {"prompt": {"text": "a"}}), 'a string under "prompt"'),
+    "prompt a number": (lines(ROW | {"prompt": 7}), 'a string under "prompt"'),
+    "prompt null": (lines(ROW | {"prompt": None}), 'a string under "prompt"'),
+    "answers without a prompt": (b'{"answers": ["a", "b"], "ranking": [0, 1]}', 'under "prompt"'),
+    "answers a string": (lines(RANKING | {"answers": "abc"}), "at least two strings"),
+    "answers an object": (lines(RANKING | {"answers": {"a": 0, "b": 1}}), "at least two strings"),
+    "answers with ranks": (lines(RANKING | {"answers": [{"answer": "b", "rank": 1}] * 3}),
+                           "at least two strings"),
+    "no answer": (lines(RANKING | {"answers": [], "ranking": []}), "at least two strings"),
+    "an answer a number": (lines(RANKING | {"answers": ["a", 2, "c"]}), "at least two strings"),
     "one answer": (lines(RANKING | {"answers": ["b"], "ranking": [0]}), "at least two strings"),
     "answers nested": (lines(RANKING | {"answers": [["b"], "c", "d"]}), "at least two strings"),
     "ranking missing": (lines({"prompt": "a", "answers": ["b", "c"]}), '"ranking"'),
-    "ranking no permutation": (lines(RANKING | {"ranking": [0, 0, 1]}), "each of 0 to 2 once"),
+    "ranking null": (lines(RANKING | {"ranking": None}), "each of 0 to 2 once"),
+    "ranking a string": (lines(RANKING | {"ranking": "201"}), "each of 0 to 2 once"),
+    "ranking of strings": (lines(RANKING | {"ranking": ["2", "0", "1"]}), "each of 0 to 2 once"),
+    "ranking of booleans": (lines(RANKING | {"ranking": [True, False, False]}), "each of 0 to 2"),
+    "ranking too long": (lines(RANKING | {"ranking": [2, 0, 1, 3]}), "each of 0 to 2 once"),
+    "ranking too long, with ties": (lines(RANKING | {"ranking": [0, 1, 1, 1]}), "each of 0 to 2"),
+    "ranks out of range": (lines(RANKING | {"ranking": [4, 4, 0]}), "each of 0 to 2 once"),
+    "ranks negative": (lines(RANKING | {"ranking": [-1, -1, 0]}), "each of 0 to 2 once"),
+    "scores too few": (lines(SCORES | {"scores": [1]}), '3 finite numbers under "scores"'),
+    "scores null": (lines(SCORES | {"scores": [1, None, 2]}), '3 finite numbers under "scores"'),
+    "scores NaN": (lines(SCORES | {"scores": [1, float("nan"), 2]}), "3 finite numbers"),
+    "scores infinite": (lines(SCORES | {"scores": [1, float("inf"), 2]}), "3 finite numbers"),
+    "scores as text": (lines(SCORES | {"scores": ["1", "2", "3"]}), "3 finite numbers"),
+    "unfinished out of range": (lines(RANKING | {"unfinished": [3]}), 'under "unfinished"'),
     "ranking out of range": (lines(RANKING | {"ranking": [1, 2, 3]}), "each of 0 to 2 once"),
     "ranking negative": (lines(RANKING | {"ranking": [0, 1, -1]}), "each of 0 to 2 once"),
     "ranking too short": (lines(RANKING | {"ranking": [0, 1]}), "each of 0 to 2 once"),
@@ -127,6 +182,19 @@ BROKEN_LINES = {
     "ranking with NaN": (lines(RANKING | {"ranking": [float("nan"), 0, 1]}), "each of 0 to 2"),
     "no Assistant turn": (lines({"chosen": "b", "rejected": "c"}), "turns"),
     "one Assistant turn": (lines(HH | {"rejected": "\n\nHuman: a"}), "turns"),
+    "a chat without a user": (lines({"chosen": [SAYS_B], "rejected": [SAYS_C]}), "a user message"),
+    "a chat that the user ends": (lines({"chosen": [ASKS, SAYS_B], "rejected": [SAYS_C, ASKS]}),
+                                  'one of the assistant at the end of "rejected"'),
+    "an unknown role": (lines(CHAT | {"prompt": [ASKS, {"role": "tool", "content": "a"}]}),
+                        '"role" ("system", "user" or "assistant"), not {"role": "tool", "content'),
+    "a role that is a list": (lines(CHAT | {"prompt": [{"role": ["user"], "content": "a"}]}),
+                              'not {"role": ["user"], "content": "a"}'),
+    "ShareGPT's messages": (lines(CHAT | {"chosen": [{"from": "gpt", "value": "b"}]}),
+                            'not {"from": "gpt", "value": "b"}'),
+    "content a list": (lines(CHAT | {"chosen": [SAYS_B | {"content": [{"type": "text"}]}]}),
+                       'a string under "content"'),
+    "content null": (lines(CHAT | {"chosen": [SAYS_B | {"content": None}]}), 'under "content"'),
+    "messages of strings": (lines(CHAT | {"chosen": ["b"]}), 'a list of messages under "chosen"'),
     "choice 2": (lines(TLDR | {"choice": 2}), '"choice"'),
     "choice null": (lines(TLDR | {"choice": None}), '"choice"'),
     "three summaries": (lines(TLDR | {"summaries": [{"text": "b"}] * 3}), '"summaries"'),
@@ -141,8 +209,20 @@ CANNOT_TEACH = {                                        # one such row must not 
     "equal in a ranking": (RANKING | {"answers": ["b", "c", "b"]}, "equal answers"),
     "equal but for a space": (TLDR | {"summaries": [{"text": " b"}, {"text": "b "}]},
                               "equal answers"),
-    "parted too early": (HH | {"rejected": "\n\nHuman: x\n\nAssistant: c"},
-                         "dialogues that differ before the last answer"),
+    "equal dialogues": (HH | {"rejected": HH["chosen"]}, "equal answers"),
+    "an empty last turn": (HH | {"rejected": "\n\nHuman: a\n\nAssistant:"}, "empty answer"),
+    "parted too early": (HH | {"rejected": "\n\nHuman: x\n\nAssistant: c"}, DIFFER),
+    "more turns": (HH | {"rejected": HH["rejected"] + "\n\nHuman: x\n\nAssistant: y"}, DIFFER),
+    "chats that part too early": (
+        {"chosen": [ASKS, SAYS_B, ASKS, SAYS_B], "rejected": [ASKS, SAYS_C, ASKS, SAYS_C]}, DIFFER),
+    "a chat with another prompt": (CHAT | {"prompt": "x", "chosen": [ASKS, SAYS_B]},
+                                   "chat whose roles do not alternate"),
+    "a question asked twice": (CHAT | {"rejected": [ASKS, ASKS, SAYS_C]},
+                               "chat whose roles do not alternate"),
+    "a late system message": (CHAT | {"prompt": [ASKS, SAYS_B, {"role": "system", "content": "x"},
+                                                 ASKS]}, "chat whose roles do not alternate"),
+    "an empty message": (CHAT | {"chosen": [SAYS_B | {"content": ""}]}, "empty answer"),
+    "only ties": (SCORES | {"scores": [1, 1, 1.0]}, "answers that all tie"),
     "a lone surrogate": (ROW | {"prompt": "\ud800"}, "half a character (a lone surrogate)"),
     "a lone surrogate in an answer": (ROW | {"chosen": "x\udfff"}, "half a character"),
     "too long a prompt": (ROW | {"prompt": "long " * 400}, "prompt as long as a row"),
@@ -153,15 +233,34 @@ CANNOT_TEACH = {                                        # one such row must not 
 }
 
 
-@pytest.mark.parametrize("script", [train_sft, train_dpo])
 @pytest.mark.parametrize("kind", WHOLE_FILES)
-def test_a_file_without_a_usable_row_is_refused_by_name(script, kind, run, capsys, tmp_path):
+def test_a_file_without_a_usable_row_is_refused_by_name(kind, tmp_path):
     content, words = WHOLE_FILES[kind]
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(content)
+    for load in (load_preferences, load_examples):
+        with pytest.raises(UserError) as caught:
+            load(path)
+        message = str(caught.value)
+        assert message.startswith(str(path)) and words in message and "\n" not in message
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+@pytest.mark.parametrize("content, words", [
+    WHOLE_FILES["CSV"], (lines(ROW | {"prompt": "x " * 500}), "no row is left to train on")])
+def test_both_scripts_refuse_such_a_file(script, content, words, run, capsys, tmp_path):
     path = tmp_path / "file.jsonl"
     path.write_bytes(content)
     flags = TINY if script is train_sft else ["--sft", run / "sft.pt", *QUICK]
     message = refused(script.main, ["--data", path, "--out", tmp_path / "out", *flags], capsys)
     assert message.startswith(f"{script.__name__}.py: {path}") and words in message
+
+
+def test_a_line_of_many_megabytes_is_a_prompt_as_long_as_a_row(tmp_path):
+    path, skipped = tmp_path / "file.jsonl", Skipped()
+    path.write_bytes(lines(ROW | {"prompt": "x" * 4_000_000}))
+    assert encode_all(load_preferences(path), TOKENIZER, 128, skipped) == []
+    assert skipped == {"prompt as long as a row": 1}
 
 
 @pytest.mark.parametrize("kind", BROKEN_LINES)
@@ -171,22 +270,25 @@ def test_a_broken_line_is_refused_by_file_and_number(kind, tmp_path):
     line, words = BROKEN_LINES[kind]
     path = tmp_path / "file.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + lines(ROW) + b"\r\n" + lines(ROW) + line.strip() + b"\n")
-    with pytest.raises(UserError) as caught:
-        load_preferences(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}, line 4: ") and words in message
-    assert "\n" not in message and len(message) < len(str(path)) + 200
+    for load in (load_preferences, load_examples):
+        with pytest.raises(UserError) as caught:
+            load(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}, line 4: ") and words in message
+        assert "\n" not in message and len(message) < len(str(path)) + 350
 
 
 @pytest.mark.parametrize("kind", CANNOT_TEACH)
 def test_a_row_that_cannot_teach_is_counted_and_under_strict_an_error(kind, tmp_path):
+    """A preference needs one prompt and two different, non-empty answers."""
     row, reason = CANNOT_TEACH[kind]
     path = tmp_path / "file.jsonl"
-    path.write_bytes(lines(ROW, row, ROW))
+    path.write_bytes(lines(ROW, row, row))
     skipped = Skipped()
     kept = encode_all(load_preferences(path, skipped), TOKENIZER, 128, skipped)
     cut = reason == "answer cut (kept, without end-of-text)"
-    assert len(kept) == 2 + cut and [name for name in skipped if name.startswith(reason)]
+    assert len(kept) == 1 + 2 * cut
+    assert [n for name, n in skipped.items() if name.startswith(reason)] == [2]
     with pytest.raises(UserError) as caught:
         strict = Skipped(strict=True)
         encode_all(load_preferences(path, strict), TOKENIZER, 128, strict)
@@ -204,24 +306,52 @@ def test_strict_is_obeyed_by_both_scripts_and_without_it_the_run_goes_on(run, ca
         assert f"{path}, line 41: empty answer, and --strict is set" in message
         script.main(flags)
         out = capsys.readouterr().out
-        assert "3 x empty answer; 3 x equal answers; 1 x dialogues that differ" in out
+        assert "5 x empty answer; 4 x equal answers; 3 x dialogues that differ" in out
         assert "2 x half a character" in out and "1 x prompt as long as a row" in out
 
 
 @pytest.mark.parametrize("name, words", [
-    ("no.jsonl", "No such file"), ("folder.jsonl", "Is a directory"),
-    ("cut.jsonl.gz", "end-of-stream"), ("plain.jsonl.gz", "Not a gzipped file"),
-    ("damaged.jsonl.gz", "cannot be read"),
+    ("no.jsonl", "cannot be read: No such file"), ("no.jsonl.gz", "cannot be read: No such file"),
+    ("folder", "a folder; expected a .jsonl or .jsonl.gz file"), ("folder.jsonl.gz", "a folder"),
+    ("cut.jsonl.gz", "end-of-stream"), ("cut by 20 bytes.jsonl.gz", "end-of-stream"),
+    ("plain.jsonl.gz", "Not a gzipped file"), ("empty.jsonl.gz", "the file is empty"),
+    ("damaged.jsonl.gz", "cannot be read"), ("checksum.jsonl.gz", "cannot be read: CRC check"),
 ])
-def test_a_file_that_cannot_be_read_is_refused_by_name(name, words, run, capsys, tmp_path):
+def test_a_file_that_cannot_be_read_is_refused_by_name(name, words, tmp_path):
+    """A truncated file is not taken for a whole one."""
     whole = gzip.compress(lines(*pairs(1000)))
-    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.jsonl.gz").mkdir()
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "cut by 20 bytes.jsonl.gz").write_bytes(whole[:-20])
     (tmp_path / "plain.jsonl.gz").write_bytes(lines(ROW))
+    (tmp_path / "empty.jsonl.gz").write_bytes(b"")
     (tmp_path / "damaged.jsonl.gz").write_bytes(whole[:50] + b"\xff" * 50 + whole[100:])
-    flags = ["--data", tmp_path / name, "--sft", run / "sft.pt", "--out", tmp_path / "out"]
-    message = refused(train_dpo.main, flags, capsys)
-    assert f"{tmp_path / name}: cannot be read" in message and words in message
+    (tmp_path / "checksum.jsonl.gz").write_bytes(whole[:-8] + bytes(8))
+    with pytest.raises(UserError) as caught:
+        load_preferences(tmp_path / name)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / name}: ") and words in message
+
+
+def test_plackett_luce_refuses_a_file_with_ties(run, capsys, tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(lines(*[SCORES | {"prompt": f"{score}", "scores": [1, 2, score]}
+                             for score in (0, 1, 2)]))
+    flags = ["--data", path, "--sft", run / "sft.pt", "--out", tmp_path / "out", *QUICK]
+    assert "in 2 of 3 rows some answers tie, and --loss plackett_luce needs whole rankings" in (
+        refused(train_dpo.main, [*flags, "--loss", "plackett_luce"], capsys))
+    train_dpo.main(list(map(str, flags)))
+
+
+@pytest.mark.parametrize("data, words", [
+    ("no.jsonl", "No such file"), (".", "a folder; expected"),
+    ("https://example.org/pairs.jsonl", "a URL; download the file and give its path"),
+    ("hf://datasets/trl-lib/pairs", "a URL; download the file"),
+])
+def test_dpo_refuses_what_is_no_file(data, words, run, capsys, tmp_path):
+    flags = ["--data", data, "--sft", run / "sft.pt", "--out", tmp_path / "out"]
+    assert words in refused(train_dpo.main, flags, capsys)
 
 
 json_values = st.recursive(
@@ -229,23 +359,26 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner,
                                                                  max_size=4), max_leaves=8)
 fields = st.sampled_from(["prompt", "chosen", "rejected", "answers", "ranking", "info", "summaries",
-                          "choice", "text", "post", "title", "subreddit"])
+                          "choice", "text", "post", "title", "subreddit", "scores", "completion",
+                          "messages", "role", "content", "unfinished", "label", "Prompt"])
 rows = st.one_of(
     json_values, st.dictionaries(fields, json_values | st.dictionaries(fields, st.text())),
-    st.builds(lambda row, change: {**row, **change}, st.sampled_from([ROW, RANKING, HH, TLDR]),
+    st.builds(lambda row, change: {**row, **change},
+              st.sampled_from([ROW, RANKING, SCORES, CHAT, HH, TLDR]),
               st.dictionaries(fields, json_values, max_size=2)))
 
 
 def read_or_refused(path):
     """Read a file as a run does before it trains: it can be packed, or the error is a sentence."""
-    skipped = Skipped()
-    try:
-        items = encode_all(load_preferences(path, skipped), TOKENIZER, 40, skipped)
-    except UserError as error:
-        assert "\n" not in str(error) and str(path) in str(error)
-        return
-    if items:
-        assert pack(items, 40).n_answers == sum(len(item.answers) for item in items)
+    for load in (load_preferences, load_examples):
+        skipped = Skipped()
+        try:
+            items = encode_all(load(path, skipped), TOKENIZER, 40, skipped)
+        except UserError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+            continue
+        if items:
+            assert pack(items, 40).n_answers == sum(len(item.answers) for item in items)
 
 
 @for_all

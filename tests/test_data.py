@@ -11,7 +11,9 @@ TIKTOKEN_CACHE_DIR is a folder with GPT-2's BPE.
 Left out on purpose: what a model makes of a batch. That is in test_model.py.
 """
 
+import contextlib
 import gzip
+import io
 import json
 import math
 import os
@@ -19,6 +21,7 @@ import random
 import re
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -31,17 +34,20 @@ from data import (
     Batches,
     Encoded,
     Preference,
+    best_answers,
     best_row_length,
+    check_rankings,
     encode,
     encode_all,
     is_held_out,
+    load_examples,
     load_preferences,
     pack,
     ranking_to_pairs,
     select_pairs,
 )
 from runtime.errors import UserError
-from runtime.rows import Skipped
+from runtime.rows import Skipped, read_and_report
 from runtime.run import fingerprint
 from tasks import OWN_FILE
 from tasks.reviews import (
@@ -60,6 +66,7 @@ from tasks.reviews import (
 from tasks.sampled import rank_answers
 from tasks.tokenizers import get_tokenizer
 
+ROOT = Path(__file__).parent.parent
 for_all = settings(deadline=None, max_examples=40, derandomize=True)
 
 TOKENIZER = get_tokenizer("reviews")
@@ -440,20 +447,184 @@ THREE_FORMS = [
 ]
 
 
+def chat(*turns):
+    """Messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+HI = Preference("\n\nHuman: Hi\n\nAssistant:", [" yes", " no"], [(0, 1)])
+WHY = Preference("Be kind.\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why\n\nAssistant:",
+                 [" Because", " No"], [(0, 1)])
+LAYOUTS = {                                             # a row, and what it says
+    "several rejected": (PAIR | {"rejected": ["no", "never"]},
+                         Preference("Q", ["yes", "no", "never"], [(0, 1), (0, 2)])),
+    "several chosen": (PAIR | {"chosen": ["yes", "sure"]},
+                       Preference("Q", ["yes", "sure", "no"], [(0, 2), (1, 2)])),
+    "one rejected in a list": (PAIR | {"rejected": ["no"]}, THREE_FORMS[0]),
+    "ranks from 0": (RANKING | {"ranking": [1, 0, 1]},
+                     Preference("Q", ["a", "b", "c"], [(1, 0), (1, 2)])),
+    "ranks from 1, two best": (RANKING | {"ranking": [1, 3, 1]},
+                               Preference("Q", ["a", "b", "c"], [(0, 1), (2, 1)])),
+    "scores": ({"prompt": "Q", "answers": ["a", "b", "c", "d"], "scores": [1, 2.5, 1.0, -3]},
+               Preference("Q", ["a", "b", "c", "d"], [(1, 0), (1, 2), (1, 3), (0, 3), (2, 3)])),
+    "responses": ({"prompt": "Q", "responses": ["a", "b"], "scores": [1, 2]},
+                  Preference("Q", ["a", "b"], [(1, 0)])),
+    "a chat": ({"prompt": chat("Hi"), "chosen": chat("Hi", "yes")[1:],
+                "rejected": chat("Hi", "no")[1:]}, HI),
+    "a chat without a prompt": ({"chosen": chat("Hi", "yes"), "rejected": chat("Hi", "no")}, HI),
+    "a chat and an empty prompt": ({"prompt": "", "chosen": chat("Hi", "yes"),
+                                    "rejected": chat("Hi", "no")}, HI),
+    "a chat and its prompt": ({"prompt": "Hi", "chosen": chat("Hi", "yes"),
+                               "rejected": chat("Hi", "no")}, HI),
+    "a chat with all its messages": (
+        {"prompt": "Hi", "messages": chat("Hi", "yes"), "text": "Hi yes", "completion": "yes",
+         "chosen": chat("Hi", "yes"), "rejected": chat("Hi", "no")}, HI),
+    "a chat, the answers as text": ({"prompt": chat("Hi"), "chosen": "yes", "rejected": "no"}, HI),
+    "a chat with a system message": (
+        {"prompt": [SYSTEM, *chat("Hi", "Yes?", "Why")], "chosen": chat("", "Because")[1:],
+         "rejected": chat("", "No")[1:]}, WHY),
+    "the same without a prompt": (
+        {"chosen": [SYSTEM, *chat("Hi", "Yes?", "Why", "Because")],
+         "rejected": [SYSTEM, *chat("Hi", "Yes?", "Why", "No")]}, WHY),
+    "a prompt after a system message": (
+        {"prompt": "Hi", "chosen": [SYSTEM, *chat("Hi", "Yes?", "Why", "Because")],
+         "rejected": [SYSTEM, *chat("Hi", "Yes?", "Why", "No")]}, WHY),
+}
+TEXTS = {                                               # one answer: enough for SFT
+    "completion": ({"prompt": "Q", "completion": " a"}, Preference("Q", [" a"], [])),
+    "text": ({"text": "A text."}, Preference("", ["A text."], [])),
+    "messages": ({"messages": [SYSTEM, *chat("Hi", "Yes?", "Why", "Because")]},
+                 Preference(WHY.prompt, [" Because"], [])),
+    "a completion of messages": ({"prompt": chat("Hi"), "completion": chat("Hi", "yes")[1:]},
+                                 Preference(HI.prompt, [" yes"], [])),
+}
+
+
 @pytest.mark.parametrize("name", ["plain.jsonl", "zipped.jsonl.gz"])
 def test_the_three_forms_of_a_preference_are_read(tmp_path, name):
     """A pair of answers, a ranking, two dialogues; HH is split at its last "\\n\\nAssistant:"."""
     path, skipped = write(tmp_path / name, lines(PAIR, RANKING, DIALOGUES)), Skipped()
     assert load_preferences(path, skipped) == THREE_FORMS
     assert load_preferences(str(path)) == THREE_FORMS
-    assert skipped == Skipped()
+    assert skipped == Skipped() and not skipped.notes
 
 
-def test_other_keys_are_ignored(tmp_path):
-    """Public files also have ids, scores and sources, which are not needed."""
-    more = {"id": 7, "rewards": [1, 2], "source": None}
-    rows = [row | more for row in (PAIR, RANKING, DIALOGUES)]
-    assert load_preferences(write(tmp_path / "file.jsonl", lines(*rows))) == THREE_FORMS
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_layout_is_read_as_exactly_the_pairs_that_it_states(tmp_path, kind):
+    """Answers that tie have no pair, and a pair of the best answer comes first."""
+    row, expected = LAYOUTS[kind]
+    path = write(tmp_path / "file.jsonl", lines(row))
+    assert load_preferences(path) == load_examples(path) == [expected]
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_row_with_one_answer_is_read_for_sft_and_refused_for_dpo(tmp_path, kind):
+    row, expected = TEXTS[kind]
+    path = write(tmp_path / "file.jsonl", lines(row))
+    assert load_examples(path) == [expected] == best_answers([expected])
+    with pytest.raises(UserError, match="one answer is enough for SFT, but DPO needs \"chosen\""):
+        load_preferences(path)
+
+
+def test_every_row_in_the_table_of_layouts_is_read(tmp_path):
+    """The first column of the table in docs/preferences.md, whose prompts and answers are Q, a, b
+    and c. The second one says which rows are for SFT only."""
+    table = (ROOT / "docs" / "preferences.md").read_text()
+    rows = re.findall(r"^\| `(\{.*?\})` \| (.*) \|$", table, re.MULTILINE)
+    assert len(rows) == 12
+    for row, words in rows:
+        path = write(tmp_path / "file.jsonl", row.encode())
+        [found] = load_examples(path)
+        assert "Q" in found.prompt or "text without a prompt" in words
+        assert [answer.strip() for answer in found.answers] == ["a", "b", "c"][:len(found.answers)]
+        assert (found.pairs == []) == words.startswith("for SFT only")
+        assert found.pairs == [] or load_preferences(path) == [found]
+
+
+def test_ranks_and_indices_in_one_file_are_refused(tmp_path):
+    """[1, 2, 0] as indices puts answer 1 first, as ranks answer 2; ties show that these are ranks.
+    [0, 2, 1] means the same either way."""
+    tied, either, indices = ([0, 1, 1], [0, 2, 1], [1, 2, 0])
+    path = write(tmp_path / "file.jsonl", lines(*[RANKING | {"ranking": ranking}
+                                                  for ranking in (tied, either, tied)]))
+    skipped = Skipped()
+    assert [p.pairs for p in load_preferences(path, skipped)] == [
+        [(0, 1), (0, 2)], [(0, 2), (0, 1), (2, 1)], [(0, 1), (0, 2)]]
+    assert '"ranking" has equal numbers: read as the rank of each answer' in skipped.notes[0]
+    for pair in [(tied, indices), (indices, tied)]:
+        write(path, lines(*[RANKING | {"ranking": ranking} for ranking in pair]))
+        with pytest.raises(UserError, match='line 2: "ranking" has equal numbers in some rows'):
+            load_preferences(path)
+
+
+def test_plackett_luce_refuses_ties():
+    """The ranking of a batch is rebuilt from the pairs, which ties do not allow."""
+    whole = encode(Preference("Q", ["a", "b", "c"], [(0, 1), (0, 2), (1, 2)]), TOKENIZER, 64)
+    tied = encode(Preference("Q", ["a", "b", "c"], [(0, 1), (0, 2)]), TOKENIZER, 64)
+    check_rankings([whole, whole], "file")
+    with pytest.raises(UserError, match="file: in 1 of 2 rows some answers tie, and --loss plack"):
+        check_rankings([whole, tied], "file")
+
+
+def noted(tmp_path, *rows, load=load_preferences):
+    """What read_and_report prints of a file with these rows, after the line with the counts."""
+    path = write(tmp_path / "file.jsonl", lines(*rows))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        read_and_report("file", False, load, path)
+    return out.getvalue().splitlines()[1:]
+
+
+def test_other_keys_are_ignored_and_listed_once(tmp_path):
+    """A "system" beside a prompt changes what the answers mean. Empty values change nothing, nor do
+    the rewards that our own rankings were made from."""
+    more = {"id": 7, "source": None, "history": [], "system": "Be kind."}
+    assert noted(tmp_path, PAIR | more, DIALOGUES | more, RANKING) == [
+        'file: ignored keys: "id", "system"; text that belongs to the prompt must be part of it']
+    assert noted(tmp_path, RANKING | {"scores": [1, 2, 3]})[0].startswith(
+        'file: ignored keys: "scores"')
+    assert noted(tmp_path, RANKING | {"rewards": [1, 2, 3], "source": ""}, PAIR) == []
+    path = tmp_path / "file.jsonl"
+    assert load_preferences(path) == [THREE_FORMS[1], THREE_FORMS[0]]
+    for row, _ in TEXTS.values():
+        note = noted(tmp_path, row | more, load=load_examples)[-1]
+        assert note.startswith('file: ignored keys: "id", "system";')
+
+
+def test_that_chats_are_rewritten_is_said_once(tmp_path):
+    rows = [LAYOUTS[kind][0] for kind in ("a chat", "a chat with a system message")]
+    [note] = noted(tmp_path, *rows)
+    assert note.startswith('file: chats are written as "\\n\\nHuman:" and "\\n\\nAssistant:" turns')
+
+
+@pytest.mark.parametrize("marker", ["<|endoftext|>", "</s>", "<|im_end|>", "<eos>"])
+def test_markers_at_the_end_of_most_answers_are_mentioned(tmp_path, marker):
+    """They are learned as letters, and every sample then ends with them. A third is not most."""
+    marked = {"prompt": "Q", "chosen": f"yes{marker}\n", "rejected": f"no{marker}"}
+    assert noted(tmp_path, marked, PAIR | {"prompt": "P"}) == [
+        f'file: 2 of 4 answers end with "{marker}", which is learned as text: remove it, since '
+        "end-of-text is added to each answer"]
+    assert noted(tmp_path, *[PAIR | {"prompt": f"P {i}"} for i in range(2)], marked) == []
+
+
+@pytest.mark.parametrize("prompt", ["<|im_start|>user\nHi<|im_end|>\n", "[INST] Hi [/INST]",
+                                    "<|endoftext|>Hi", "<start_of_turn>user"])
+def test_the_template_of_another_model_in_the_prompts_is_mentioned(tmp_path, prompt):
+    marked, other = PAIR | {"prompt": prompt}, PAIR | {"prompt": "P"}
+    [note] = noted(tmp_path, marked, other)
+    assert note.startswith("file: 1 of 2 prompts contain ") and "without the template" in note
+    assert noted(tmp_path, marked, other, PAIR) == []
+
+
+def test_repeated_and_contradicting_pairs_are_counted_and_kept(tmp_path):
+    """Three times yes over no is two repetitions; the opposite twice is one more, and the two
+    answers are preferred in both directions. Of the ranking, c over a is repeated."""
+    opposite = {"prompt": "Q", "chosen": "no", "rejected": "yes"}
+    other = {"prompt": "Q", "chosen": "c", "rejected": "a"}
+    assert noted(tmp_path, PAIR, PAIR, opposite, RANKING, PAIR, opposite, other) == [
+        "file: 4 x a pair that repeats another (kept)",
+        "file: 1 x two answers preferred in both directions (kept)"]
+    assert len(load_preferences(tmp_path / "file.jsonl")) == 7
 
 
 @pytest.mark.parametrize("content", [
@@ -478,115 +649,6 @@ def test_text_is_kept_to_the_letter(tmp_path):
 
 EMPTY, EQUAL = "empty answer", "equal answers"
 DIFFER = "dialogues that differ before the last answer"
-
-
-@pytest.mark.parametrize("reason, row", [
-    pytest.param(EMPTY, PAIR | {"chosen": ""}, id="empty"),
-    pytest.param(EMPTY, PAIR | {"rejected": " \n\t "}, id="white space"),
-    pytest.param(EMPTY, RANKING | {"answers": ["a", "", "c"]}, id="empty in a ranking"),
-    pytest.param(EMPTY, DIALOGUES | {"chosen": DIALOGUES["chosen"].replace(" Because", "")},
-                 id="empty last turn"),
-    pytest.param(EQUAL, PAIR | {"chosen": "no"}, id="equal"),
-    pytest.param(EQUAL, DIALOGUES | {"chosen": DIALOGUES["rejected"]}, id="equal dialogues"),
-    pytest.param(DIFFER, DIALOGUES | {"chosen": DIALOGUES["chosen"].replace("Yes?", "What?")},
-                 id="another turn"),
-    pytest.param(DIFFER, DIALOGUES | {"rejected": "\n\nHuman: Hi\n\nAssistant: Yes?"},
-                 id="more turns"),
-])
-def test_a_row_that_cannot_teach_is_left_out_and_counted(tmp_path, reason, row):
-    """A preference needs one prompt and two different, non-empty answers."""
-    path, skipped = write(tmp_path / "file.jsonl", lines(row, PAIR, row)), Skipped()
-    assert load_preferences(path, skipped) == [THREE_FORMS[0]]
-    assert skipped == {reason: 2}
-
-
-def test_a_file_of_which_nothing_is_left_says_why(tmp_path):
-    """Otherwise a run would train on nothing. The error gives each reason and its count."""
-    path = write(tmp_path / "file.jsonl",
-                 lines(PAIR | {"chosen": ""}, PAIR | {"chosen": "no"}, PAIR | {"chosen": " "}))
-    with pytest.raises(UserError) as error:
-        load_preferences(path)
-    assert f"{path}" in str(error.value)
-    assert "2 x empty answer" in str(error.value) and "1 x equal answers" in str(error.value)
-
-
-@pytest.mark.parametrize("line", [
-    pytest.param(b"{'prompt': 1}", id="not JSON"),
-    pytest.param(b'{"prompt": "Q", "chosen": "ye', id="a line cut short"),
-    pytest.param(b"[" * 100_000, id="deeply nested"),
-    pytest.param(b"\xff\xfe{\x00", id="not UTF-8"),
-    pytest.param(lines([PAIR]), id="a list"),
-    pytest.param(b"7", id="a number"),
-    pytest.param(b"NaN", id="not even a number"),
-    pytest.param(b"null", id="null"),
-    pytest.param(lines({}), id="no field"),
-    pytest.param(lines({"prompt": "Q", "chosen": "yes"}), id="no rejected"),
-    pytest.param(lines({"prompt": "Q", "rejected": "no"}), id="no chosen"),
-    pytest.param(lines({"chosen": "\n\nAssistant: yes"}), id="one dialogue"),
-    pytest.param(lines(PAIR | {"chosen": None}), id="chosen null"),
-    pytest.param(lines(PAIR | {"rejected": ["no"]}), id="rejected a list"),
-    pytest.param(lines(PAIR | {"prompt": 7}), id="prompt a number"),
-    pytest.param(lines({"answers": ["a", "b"], "ranking": [0, 1]}), id="answers without prompt"),
-    pytest.param(lines(RANKING | {"answers": "abc"}), id="answers a string"),
-    pytest.param(lines(RANKING | {"answers": {"a": 0, "b": 1, "c": 2}}), id="answers an object"),
-    pytest.param(lines(RANKING | {"answers": ["a"], "ranking": [0]}), id="one answer"),
-    pytest.param(lines(RANKING | {"answers": [], "ranking": []}), id="no answer"),
-    pytest.param(lines(RANKING | {"answers": ["a", 2, "c"]}), id="an answer a number"),
-    pytest.param(lines({"prompt": "Q", "answers": ["a", "b", "c"]}), id="no ranking"),
-    pytest.param(lines(RANKING | {"ranking": None}), id="ranking null"),
-    pytest.param(lines(RANKING | {"ranking": "201"}), id="ranking a string"),
-    pytest.param(lines(RANKING | {"ranking": [2, 0]}), id="ranking too short"),
-    pytest.param(lines(RANKING | {"ranking": [2, 0, 1, 3]}), id="ranking too long"),
-    pytest.param(lines(RANKING | {"ranking": [2, 0, 0]}), id="ranking repeats"),
-    pytest.param(lines(RANKING | {"ranking": [3, 2, 1]}), id="ranking from 1"),
-    pytest.param(lines(RANKING | {"ranking": [0, 1, -1]}), id="ranking negative"),
-    pytest.param(lines(RANKING | {"answers": ["a", "b"], "ranking": [True, False]}), id="bools"),
-    pytest.param(lines(RANKING | {"ranking": [2.0, 0.0, 1.0]}), id="floats"),
-    pytest.param(lines(RANKING | {"ranking": ["2", "0", "1"]}), id="strings"),
-    pytest.param(lines(PAIR | {"prompt": None}), id="prompt null"),
-    pytest.param(lines({"chosen": "yes", "rejected": "no"}), id="no Assistant turn"),
-    pytest.param(lines(DIALOGUES | {"rejected": "\n\nHuman: Hi"}), id="one without the turn"),
-])
-def test_a_broken_line_is_named_by_file_and_number(tmp_path, line):
-    """The user can go to that line: blank lines count, as they do in an editor."""
-    path = write(tmp_path / "file.jsonl", lines(PAIR) + b"\n" + line.strip() + b"\n" + lines(PAIR))
-    with pytest.raises(UserError) as error:
-        load_preferences(path)
-    assert str(error.value).startswith(f"{path}, line 3: ")
-    assert len(str(error.value)) < len(str(path)) + 200
-
-
-GOOD = lines(*[PAIR | {"id": i} for i in range(100)])
-
-
-@pytest.mark.parametrize("name, content", [
-    pytest.param("missing.jsonl", None, id="missing"),
-    pytest.param("missing.jsonl.gz", None, id="missing gz"),
-    pytest.param("empty.jsonl", b"", id="empty"),
-    pytest.param("empty.jsonl.gz", b"", id="empty gz"),
-    pytest.param("blank.jsonl", b"\n  \n\r\n", id="only blank lines"),
-    pytest.param("cut.jsonl.gz", gzip.compress(GOOD)[:-20], id="a download cut short"),
-    pytest.param("plain.jsonl.gz", GOOD, id="not gzip"),
-    pytest.param("bad.jsonl.gz", gzip.compress(GOOD)[:10] + b"\xff" * 50, id="damaged"),
-    pytest.param("sum.jsonl.gz", gzip.compress(GOOD)[:-8] + bytes(8), id="wrong checksum"),
-])
-def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
-    """The error begins with the path, and a truncated file is not taken for a whole one."""
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        load_preferences(path)
-    assert str(error.value).startswith(f"{path}: ")
-
-
-@pytest.mark.parametrize("name", ["folder", "folder.gz"])
-def test_a_folder_is_not_a_file_of_preferences(tmp_path, name):
-    """This happens if --data is given a folder instead of a file in it."""
-    (tmp_path / name).mkdir()
-    with pytest.raises(UserError) as error:
-        load_preferences(tmp_path / name)
-    assert str(error.value).startswith(f"{tmp_path / name}: ")
 
 
 @pytest.mark.skipif("DPO_HH_FILE" not in os.environ, reason="DPO_HH_FILE is not set")
@@ -626,13 +688,6 @@ def test_answers_that_repeat_their_prompt_are_refused_with_what_to_do(tmp_path):
     assert len(load_preferences(tmp_path / "a.jsonl")) == 1
 
 
-def test_a_chat_is_refused_with_what_to_do(tmp_path):
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-    (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": messages, "rejected": messages}) + "\n")
-    with pytest.raises(UserError, match="line 1: .* not a list: join the messages of a chat"):
-        load_preferences(tmp_path / "a.jsonl")
-
-
 def split_of(tmp_path, rows):
     """(training, held-out) of a file with these rows."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -647,11 +702,23 @@ def test_rows_without_a_prompt_are_split_by_their_first_answer(tmp_path):
     assert len(training) + len(held_out) == 200 and 8 < len(held_out) < 40
 
 
-def test_no_dialogue_is_held_out_whose_beginning_or_continuation_is_trained_on(tmp_path):
-    """The first human turn decides for all its continuations."""
+def test_sft_learns_texts_and_the_best_answers_and_holds_out_a_tenth(tmp_path):
+    rows = [PAIR | {"prompt": f"Q{i}", "chosen": ["yes", "sure"]} for i in range(100)]
+    rows += [{"prompt": f"Q{i}", "completion": "no"} for i in range(100, 200)]
+    (tmp_path / "a.jsonl").write_bytes(lines(*rows))
+    training, held_out = own_file.sft_examples(SimpleNamespace(data=tmp_path / "a.jsonl",
+                                                               strict=False))
+    assert 8 < len(held_out) < 40 and sorted(training + held_out) == sorted(
+        [Preference(f"Q{i}", ["yes" if i < 100 else "no"], []) for i in range(200)])
+
+
+@pytest.mark.parametrize("before", ["", "Be kind.", "\n\nAssistant: Hello!"])
+def test_no_dialogue_is_held_out_whose_beginning_or_continuation_is_trained_on(tmp_path, before):
+    """The first human turn decides for all its continuations, whatever was said before it."""
     rows = []
     for i in range(60):
         start = f"\n\nHuman: Question {i}\n\nAssistant:"
+        start = before + start
         for _ in range(3):
             rows.append({"chosen": start + " Yes.", "rejected": start + " No."})
             start += " Yes.\n\nHuman: And then?\n\nAssistant:"

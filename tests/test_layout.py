@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Every module of a line may import those of earlier lines, and of its own line those before it.
 ORDER = [
-    "runtime.errors runtime.packing runtime.parallel runtime.files runtime.hub runtime.rows "
+    "runtime.errors runtime.packing runtime.parallel runtime.files runtime.hub "
+    "runtime.json_lines runtime.rows "
     "runtime.statistics runtime.report runtime.memory runtime.log runtime.run runtime.cli "
     "runtime.flags",
     "model",
