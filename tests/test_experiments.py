@@ -15,6 +15,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from experiments import (
     symptoms,
     win_rate,
 )
-from experiments.plot import BLUE, GREEN
+from experiments.plot import BLUE, GREEN, pyplot, save
 from model import GPT, GPTConfig
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from tasks import held_out_pairs, held_out_prompts
@@ -84,6 +85,37 @@ def test_every_flag_is_read(module):
         name = re.search(r'dest="(\w+)"', rest)
         name = name[1] if name else flag.lstrip("-").replace("-", "_")
         assert re.search(rf"\b(args|own)\.{name}\b", source + shared), flag
+
+
+# ------------------------------------------------------------------------------------------------
+# What all pictures share
+# ------------------------------------------------------------------------------------------------
+
+
+def assert_has_no_background(picture):
+    """Assert that the picture has no filled background, so it is readable on light and on dark."""
+    patch = picture[picture.index('<g id="patch_1">'):]
+    assert "fill: none" in patch[:patch.index("</g>")]
+
+
+@needs_matplotlib
+def test_a_saved_picture_has_few_lines_and_is_the_one_that_matplotlib_draws(tmp_path, capsys):
+    """The same elements with the same attributes and texts. Only blanks differ, which mean nothing
+    between elements, and as much as a line break between the numbers of a path."""
+    figure, ax = pyplot(letters="none").subplots()
+    ax.plot(range(99), [(i * i) % 7 for i in range(99)], label="two\nlines  and $x_0^2$")
+    ax.legend()
+    figure.savefig(tmp_path / "drawn.svg", transparent=True, bbox_inches="tight",
+                   metadata={"Date": None})
+    save(figure, tmp_path / "saved.svg")
+    drawn, saved = [
+        [(node.tag, (node.text or "").strip(),
+          {name: value.split() for name, value in node.attrib.items()})
+         for node in ElementTree.parse(tmp_path / name).iter()]
+        for name in ("drawn.svg", "saved.svg")]
+    assert saved == drawn
+    assert len((tmp_path / "drawn.svg").read_text().splitlines()) > 400
+    assert len((tmp_path / "saved.svg").read_text().splitlines()) < 20
 
 
 # ------------------------------------------------------------------------------------------------
@@ -261,12 +293,6 @@ def test_the_frontier_is_drawn_with_axes_names_and_error_bars(small, tmp_path, c
     assert (tmp_path / "frontier.svg").read_text() == first
 
 
-def assert_has_no_background(picture):
-    """Assert that the picture has no filled background, so it is readable on light and on dark."""
-    patch = picture[picture.index('<g id="patch_1">'):]
-    assert "fill: none" in patch[:patch.index("</g>")]
-
-
 def test_frontier_refuses_what_has_no_ground_truth(capsys, tmp_path, run):
     assert "--data: " in refused(frontier.main, ["--data", run / "pairs.jsonl", "--out", tmp_path],
                                  capsys)
@@ -309,11 +335,9 @@ def test_a_picture_that_cannot_be_finished_leaves_the_one_before(tmp_path, monke
     curves.main([str(tmp_path)])
     before = (tmp_path / "curves.svg").read_bytes()
 
-    def full(figure, file, **_):
-        with (file if hasattr(file, "write") else open(file, "wb")) as opened:
-            opened.write(b"<svg")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("runtime.files.os.fsync", full)
     assert "curves.svg: cannot be written: No space" in refused(curves.main, [tmp_path], capsys)
     assert (tmp_path / "curves.svg").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.csv", "curves.svg"}
