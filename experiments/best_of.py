@@ -30,8 +30,8 @@ from sample import decode_answer, encode_prompt, means, sample, score
 from tasks import held_out_pairs, held_out_prompts, task_of
 
 
-def draw_answers(model, prompts, tokenizer, count, max_new_tokens, seed,
-                 grades=None, judge=None, beta=1.0):
+def sample_and_measure(model, prompts, tokenizer, count, max_new_tokens, seed,
+                       grades=None, judge=None, beta=1.0):
     """Sample `count` answers of a model to each of G prompts (texts) and measure them. Returns
     {measure: (G, count)}. grades: as for sample.evaluate. judge: a policy trained from this model;
     its implicit reward is beta (log judge - log model)."""
@@ -129,8 +129,9 @@ def main(argv=None):
     row_length = common_block_size(models)
     items = [] if task.open_reward else held_out_pairs(tokenizer, row_length, args)
     prompts = held_out_prompts(items, tokenizer, args)
-    columns = draw_answers(pi_ref, prompts, tokenizer, max(args.numbers), args.max_new_tokens,
-                           args.seed + 1, task.open_grades(args, pi_ref, tokenizer), **judge)
+    grades = task.open_grades(args, pi_ref, tokenizer)
+    columns = sample_and_measure(pi_ref, prompts, tokenizer, max(args.numbers),
+                                 args.max_new_tokens, args.seed + 1, grades, **judge)
     measures = best_of(columns, args.numbers, measure)
     print(f"\n{len(prompts):,} held-out prompts, the best of N answers of {reference} by {by}\n"
           f"{table(measures)}")

@@ -194,7 +194,7 @@ def shade(amount):
 # As a page
 # ------------------------------------------------------------------------------------------------
 
-PAGE = Template("""<!DOCTYPE html>
+CREDIT_PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -245,7 +245,7 @@ show();
 """
 
 
-def page(shown, reference):
+def credit_page(shown, reference):
     """An HTML page that needs no other file. shown: (name, beta, views) of each checkpoint, with a
     list of View. reference: its name. All of their texts become text, never markup."""
     full = full_shade([view for _, _, views in shown for view in views])
@@ -255,8 +255,8 @@ def page(shown, reference):
         articles = "\n".join(article(view, full) for view in views)
         sections += f"<section>\n<h2>{title}</h2>\n{articles}\n</section>\n"
     several = len(shown) > 1
-    return PAGE.substitute(blue=paint(1), orange=paint(-1), full=f"{full:.2f}",
-                           slider=SLIDER * several, sections=sections + SCRIPT * several)
+    return CREDIT_PAGE.substitute(blue=paint(1), orange=paint(-1), full=f"{full:.2f}",
+                                  slider=SLIDER * several, sections=sections + SCRIPT * several)
 
 
 def article(view, full):
@@ -431,7 +431,7 @@ def main(argv=None):
         shown.append((name, beta, views))
     if args.html:
         with replacing(args.html) as file:
-            file.write(page(shown, names[reference_path]).encode())
+            file.write(credit_page(shown, names[reference_path]).encode())
         print(f"wrote {args.html}: open it in a browser")
     else:
         print_views(*shown[0], names[reference_path])

@@ -29,7 +29,7 @@ from train_dpo import COLUMNS
 # A run to draw: what read_metrics returned; what is added to its labels; its two colours; the width
 # of its lines and the marker of its dots, which tell two runs apart without colour.
 Run = namedtuple("Run", "metrics suffix colours width marker")
-STYLES = [((BLUE, ORANGE), 1.5, "o"), ((GREEN, PURPLE), 0.8, "s")]
+RUN_STYLES = [((BLUE, ORANGE), 1.5, "o"), ((GREEN, PURPLE), 0.8, "s")]
 GUIDE = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1}
 
 
@@ -75,13 +75,13 @@ def read_row(row, metrics, where):
 # ------------------------------------------------------------------------------------------------
 
 
-def draw(metrics, path):
+def draw_curves(metrics, path):
     """Draw the four panels as an SVG file. metrics: {name of a run: what read_metrics returned}, of
     one run or two."""
     plt = pyplot()
     figure, panels = plt.subplots(2, 2, figsize=(9.5, 6))
     loss, accuracy, rewards, logps = panels.flat
-    for (name, of_run), style in zip(metrics.items(), STYLES):
+    for (name, of_run), style in zip(metrics.items(), RUN_STYLES):
         suffix = f", {name}".replace("$", r"\$") if len(metrics) > 1 else ""    # $ begins formulas
         run = Run(of_run, suffix, *style)
         draw_loss(loss, run)
@@ -170,7 +170,7 @@ def main(argv=None):
     if args.out and args.out.suffix != ".svg":
         raise UserError(f"--out {args.out}: expected a name that ends in .svg")
     metrics = {str(folder): read_metrics(folder / "metrics.csv") for folder in args.folder}
-    draw(metrics, args.out or args.folder[0] / "curves.svg")
+    draw_curves(metrics, args.out or args.folder[0] / "curves.svg")
 
 
 if __name__ == "__main__":

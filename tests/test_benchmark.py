@@ -281,7 +281,7 @@ def test_each_rung_is_measured_in_its_own_process_and_written_down(tmp_path, cap
 
 def test_a_rung_that_fails_is_a_line_without_a_number():
     line = benchmark.summary("hh", "naive", [{"failed": "out of memory"}], 1)
-    assert "out of memory" in benchmark.table([line], "naive") and "step" not in line
+    assert "out of memory" in benchmark.benchmark_table([line], "naive") and "step" not in line
 
 
 def test_without_trl_it_says_so_in_one_sentence_and_ends_with_2(monkeypatch, capsys):

@@ -243,7 +243,7 @@ class Page(HTMLParser):
 def test_the_page_is_well_formed_needs_no_other_file_and_shows_text_as_text(n):
     """A script is there only for the slider over several checkpoints, and texts are not in it."""
     views = [view_of(NASTY, [0.5, -0.5, 0.1] * 3, prompt=text) for text in NASTY]
-    text = credit.page([(f"<i>{k}</i>\n", 0.5, views) for k in range(n)], "<b>sft</b>")
+    text = credit.credit_page([(f"<i>{k}</i>\n", 0.5, views) for k in range(n)], "<b>sft</b>")
     page = Page(text)
     assert page.addresses == [] and "http" not in text and "url(" not in text
     assert "@import" not in text and "\x1b" not in text and "\x00" not in text

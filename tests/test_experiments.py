@@ -115,7 +115,7 @@ def test_a_saved_picture_has_few_lines_and_is_the_one_that_matplotlib_draws(tmp_
         for name in ("drawn.svg", "saved.svg")]
     assert saved == drawn
     assert len((tmp_path / "drawn.svg").read_text().splitlines()) > 400
-    assert len((tmp_path / "saved.svg").read_text().splitlines()) < 20
+    assert len((tmp_path / "saved.svg").read_text().splitlines()) < 30
 
 
 # ------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def small(monkeypatch, run):
 
 
 def no_picture(monkeypatch):
-    monkeypatch.setattr(frontier, "draw", lambda *_: None)
+    monkeypatch.setattr(frontier, "draw_frontier", lambda *_: None)
 
 
 METHODS = ["dpo", "plackett_luce", "unlikelihood", "sft_chosen", "ppo", "ppo_gt"]
@@ -156,9 +156,12 @@ def without_seconds(path):
 def test_the_frontier_trains_each_method_from_one_start_and_measures_it(small, tmp_path,
                                                                         monkeypatch):
     no_picture(monkeypatch)
-    started = []
-    monkeypatch.setattr(frontier, "train", lambda start, *rest, real=frontier.train: started.append(
-        start.model.wte.weight.clone()) or real(start, *rest))
+    started, real = [], frontier.train_method
+
+    def train(start, *rest):
+        started.append(start.model.wte.weight.clone())
+        return real(start, *rest)
+    monkeypatch.setattr(frontier, "train_method", train)
     frontier.main([*small, "--out", str(tmp_path)])
     numbers = json.loads((tmp_path / "frontier.json").read_text())
     assert list(numbers["runs"]) == ["dpo, beta 0.5, 0", "plackett_luce, beta 0.5, 0",
@@ -200,14 +203,14 @@ def test_an_interrupted_frontier_goes_on_and_a_changed_one_starts_again(small, t
     """A run is known by its settings: finished ones are read, an interrupted one is run again, and
     with other settings all are run again."""
     no_picture(monkeypatch)
-    trained, real = [], frontier.train
+    trained, real = [], frontier.train_method
 
     def train(start, method, *rest):
         if len(trained) == broken_at:
             raise KeyboardInterrupt
         trained.append(method)
         return real(start, method, *rest)
-    monkeypatch.setattr(frontier, "train", train)
+    monkeypatch.setattr(frontier, "train_method", train)
     flags, broken_at = [*small, "--out", str(tmp_path)], 2
     with pytest.raises(SystemExit):                     # how the command ends after Ctrl-C
         frontier.main(flags)

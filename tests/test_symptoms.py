@@ -121,7 +121,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(symptoms, "SYMPTOMS", [
         Symptom("healthy", "", "nothing"),
         Symptom("wrong_start", "start", "reference forgotten", "", ("reference_forgotten",))])
-    monkeypatch.setattr(symptoms, "draw", lambda *_: None)
+    monkeypatch.setattr(symptoms, "draw_symptoms", lambda *_: None)
     torch.manual_seed(0)
     save_checkpoint(tmp_path / "sft.pt", GPT(GPTConfig(64, TOKENIZER.n_vocab, 1, 2, 16), 0.3),
                     tokenizer="reviews", source="reviews")
@@ -137,7 +137,7 @@ def test_each_run_is_trained_with_its_mistake_and_measured_without(small, tmp_pa
     """The wrong answer stays in the process of its run: the loss of this one is still right. A
     second start trains nothing, and trains again what is changed in the table."""
     symptoms.main(small)
-    results = {name: json.loads((tmp_path / name / "result.json").read_text())["result"]
+    results = {name: json.loads((tmp_path / name / "result.json").read_text())
                for name in ("healthy", "wrong_start")}
     assert {"reward", "kl", "win_rate", "accuracy", "seconds"} <= set(results["healthy"])
     assert "the policy does not start at its reference" in results["wrong_start"]["stopped"]
@@ -147,7 +147,7 @@ def test_each_run_is_trained_with_its_mistake_and_measured_without(small, tmp_pa
     assert "| `wrong_start` | stopped |" in (tmp_path / "symptoms.md").read_text()
 
     trained = []
-    monkeypatch.setattr(symptoms, "run", lambda symptom, *_: trained.append(symptom.name)
+    monkeypatch.setattr(symptoms, "run_symptom", lambda symptom, *_: trained.append(symptom.name)
                         or {"stopped": ""})
     symptoms.main(small)
     assert trained == []
@@ -159,7 +159,7 @@ def test_each_run_is_trained_with_its_mistake_and_measured_without(small, tmp_pa
 @trains_in_a_child
 def test_only_the_runs_asked_for_are_made_and_the_healthy_one(small, monkeypatch):
     trained = []
-    monkeypatch.setattr(symptoms, "run", lambda symptom, *_: trained.append(symptom.name)
+    monkeypatch.setattr(symptoms, "run_symptom", lambda symptom, *_: trained.append(symptom.name)
                         or {"stopped": ""})
     symptoms.main([*small, "--only", "healthy"])
     assert trained == ["healthy"]
