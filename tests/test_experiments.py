@@ -1,4 +1,4 @@
-"""experiments/: the frontier, the curves, the margins, and the judges of C.2 and D.3.
+"""experiments/: the frontier, the curves, the distributions, and the judges of C.2 and D.3.
 
     pytest tests/test_experiments.py
 """
@@ -29,7 +29,6 @@ from experiments import (
     curves,
     distribution,
     frontier,
-    margins,
     ppo,
     reward_model,
     symptoms,
@@ -38,7 +37,7 @@ from experiments import (
 from experiments.plot import BLUE, GREEN, pyplot, save
 from model import GPT, GPTConfig
 from runtime.checkpoint import load_checkpoint, save_checkpoint
-from tasks import held_out_pairs, held_out_prompts
+from tasks import held_out_pairs, held_out_prompts, reviews
 from tasks.tokenizers import get_tokenizer
 
 TOKENIZER = get_tokenizer("reviews")
@@ -75,8 +74,8 @@ def refused(main, argv, capsys):
     return message
 
 
-@pytest.mark.parametrize("module", [best_of, frontier, curves, margins, win_rate,
-                                    reward_model, ppo, symptoms])
+@pytest.mark.parametrize("module", [best_of, frontier, curves, distribution,
+                                    win_rate, reward_model, ppo, symptoms])
 def test_every_flag_is_read(module):
     source = Path(module.__file__).read_text()
     root = Path(sample.__file__).parent
@@ -409,50 +408,125 @@ def test_a_folder_without_metrics_is_refused(tmp_path, capsys, content, words):
 
 
 # ------------------------------------------------------------------------------------------------
-# The margins
+# The distributions of rewards and of margins
 # ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def with_beta(run, tmp_path):
-    """The flags of experiments.margins for the run, whose policy now says that its beta is 0.5."""
+def of_margins(run, tmp_path):
+    """The flags for the margins of the run, whose policy now says that its beta is 0.5."""
     policy, _ = load_checkpoint(run / "dpo.pt")
     save_checkpoint(tmp_path / "dpo.pt", policy, tokenizer="reviews", beta=0.5)
     reference, _ = load_checkpoint(run / "sft.pt")
-    save_checkpoint(tmp_path / "ref.pt", reference, tokenizer="reviews")
-    return ["--data", str(run / "pairs.jsonl"), "--device", "cpu", "--out", str(tmp_path),
-            "--checkpoint", str(tmp_path / "dpo.pt"), "--reference", str(tmp_path / "ref.pt")]
+    save_checkpoint(tmp_path / "sft.pt", reference, tokenizer="reviews")
+    return ["--of", "margin", "--data", str(run / "pairs.jsonl"), "--device", "cpu",
+            "--out", str(tmp_path)]
 
 
 @needs_matplotlib
-def test_margins_have_the_mean_and_the_accuracy_that_sample_reports(with_beta, tmp_path, capsys):
+def test_margins_have_the_mean_and_the_accuracy_that_sample_reports(of_margins, tmp_path, capsys):
     """The printed mean is that of rate_pairs, and the share below 0 is 1 - accuracy if no pair
-    ties. The picture shows all pairs and has no background."""
-    margins.main(with_beta)
+    ties. The picture has no background."""
+    distribution.main(of_margins)
     row = capsys.readouterr().out.split("< 0\n")[1].splitlines()[0].split()
     policy, _ = load_checkpoint(tmp_path / "dpo.pt")
-    reference, _ = load_checkpoint(tmp_path / "ref.pt")
-    args = margins.parse_args(with_beta)
-    items = held_out_pairs(TOKENIZER, 64, args)
+    reference, _ = load_checkpoint(tmp_path / "sft.pt")
+    items = held_out_pairs(TOKENIZER, 64, distribution.parse_args(of_margins))
     rated = sample.rate_pairs({"pi": policy}, reference, items, {"pi": 0.5})["pi"]
-    assert row[0] == "dpo" and float(row[1]) == pytest.approx(rated["margin"], abs=0.006)
+    assert row[:2] == ["margin,", "dpo"]
+    assert float(row[2]) == pytest.approx(rated["margin"], abs=0.006)
     assert float(row[-1].rstrip("%")) / 100 == pytest.approx(1 - rated["accuracy"], abs=1e-3)
-    assert_has_no_background((tmp_path / "margins.svg").read_text())
+    assert_has_no_background((tmp_path / "margin.svg").read_text())
 
 
-def test_the_quantiles_of_margins_worked_out_by_hand():
+@needs_matplotlib
+def test_rewards_are_those_of_the_table_that_train_dpo_ends_with(run, tmp_path, monkeypatch,
+                                                                 capsys):
+    """The same seeds, so the same answers and the same mean reward. The answers to one prompt can
+    be shown beside them."""
+    drawn = []
+    monkeypatch.setattr(distribution, "draw_distributions", lambda *found: drawn.append(found))
+    flags = ["--out", str(run), "--eval-prompts", "8", "--max-new-tokens", "6", "--device", "cpu"]
+    distribution.main([*flags, "--of", "reward", "well_formed", "--example", "3",
+                       "--svg", str(tmp_path / "a.svg")])
+    [(columns, example, path)] = drawn
+    args = distribution.parse_args(flags)
+    prompts = held_out_prompts([], TOKENIZER, args)
+    models = {name: load_checkpoint(run / f"{name}.pt")[0] for name in ("sft", "dpo")}
+    grades = reviews.open_grades(args, None, TOKENIZER)
+    measures, texts = sample.evaluate(models, models["sft"], prompts, TOKENIZER, 6, args.seed + 1,
+                                      grades)
+    for name in models:
+        for what in ("reward", "well_formed"):
+            assert columns[what][name].mean().item() == pytest.approx(measures[name][what])
+        assert example[name][:2] == (prompts[2], texts[name][2])
+    assert path == tmp_path / "a.svg"
+
+
+@needs_matplotlib
+def test_the_picture_names_each_policy_its_mean_and_what_lies_beyond_its_axis(tmp_path, capsys):
+    """Of 200 margins, the one at 1000 is beyond an axis that shows 98 %: 0.5 %. Grades have a whole
+    axis. Of the rewards of dpo, two in three are above 0."""
+    margins = torch.tensor([0.5, 1.5] * 100, dtype=torch.float64)
+    far = margins.clone()
+    far[-1] = 1000
+    path = tmp_path / "a.svg"
+    distribution.draw_distributions({"margin": {"out/a": margins, "out/b": far}}, {}, path)
+    picture = path.read_text()
+    for words in ("out/a", "out/b", "mean +1.00, 100 % above 0", "mean +5.99, 100 % above 0",
+                  "0.5 % ▸", "% of pairs", "margin of a held-out pair"):
+        assert f"<!-- {words}" in picture, words
+    assert picture.count("▸") == 1 and "◂" not in picture
+    grades = {"sft": torch.tensor([-0.5, 0.5], dtype=torch.float64),
+              "dpo": torch.tensor([-0.5, 0.5, 1], dtype=torch.float64)}
+    example = {"sft": ("The plot", " was dull.", -0.5), "dpo": ("The plot", " was good.", 0.5)}
+    distribution.draw_distributions({"reward": grades}, example, path)
+    picture = path.read_text()
+    for words in ("SFT, before DPO", "after DPO", "mean +0.33, 67 % above 0", "% of answers",
+                  "The plot ...", "... was dull.", "... was good.", "reward −0.50", "reward +0.50"):
+        assert f"<!-- {words}" in picture, words
+    assert "◂" not in picture and "▸" not in picture
+
+
+@for_all
+@given(values=st.lists(st.floats(-9, 9), min_size=1, max_size=30), margins=st.booleans())
+def test_the_bins_are_of_equal_width_and_one_edge_is_the_middle(values, margins):
+    """So that no bar mixes pairs ranked rightly and wrongly, or good and bad texts. All grades are
+    within the axis: from -1 to 1, or from 0 to 1 if none is negative."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    numbers = numbers if margins else numbers / 9
+    edges, below = distribution.bins_of("margin" if margins else "reward", {"pi": numbers})
+    widths = [right - left for left, right in zip(edges, edges[1:])]
+    assert widths == pytest.approx([widths[0]] * len(widths)) and widths[0] > 0
+    assert len(widths) <= 42
+    if margins:
+        assert edges[below] == 0
+    else:
+        assert edges[below] == (edges[0] + 1) / 2 and edges[-1] == 1
+        assert edges[0] == (-1 if min(values) < 0 else 0)
+
+
+def test_the_quantiles_worked_out_by_hand():
     """Of 0, 1, ..., 100, less 10: the quantile q is 100 q - 10, and 10 of 101 are below 0."""
     values = torch.arange(101, dtype=torch.float64) - 10
-    row = margins.as_table({"pi": values}).splitlines()[1]
-    assert row.split() == ["pi", "40.00", "-5.00", "15.00", "40.00", "65.00", "85.00", "9.9%"]
+    row = distribution.quantile_table({"margin": {"pi": values}}).splitlines()[1]
+    assert row.split() == ["margin,", "pi", "40.00", "-5.00", "15.00", "40.00", "65.00", "85.00",
+                           "9.9%"]
 
 
-def test_margins_are_of_a_policy_that_has_a_beta_and_in_an_svg(with_beta, tmp_path, capsys):
-    policy, _ = load_checkpoint(tmp_path / "dpo.pt")
+def test_a_distribution_that_cannot_be_drawn_is_refused(of_margins, run, tmp_path, capsys):
+    policy, _ = load_checkpoint(run / "dpo.pt")
     save_checkpoint(tmp_path / "other.pt", policy, tokenizer="reviews")
-    flags = [*with_beta, "--checkpoint", tmp_path / "other.pt"]
-    assert "other.pt was not trained by train_dpo.py" in refused(margins.main, flags, capsys)
-    assert "ends in .svg" in refused(margins.main, [*with_beta, "--svg", "pic"], capsys)
+    of_rewards = ["--out", run, "--eval-prompts", "2", "--device", "cpu"]
+    for flags, words in [
+            ([*of_margins, "--checkpoint", tmp_path / "other.pt"],
+             "other was not trained by train_dpo.py"),
+            ([*of_margins, "--svg", "pic"], "ends in .svg"),
+            ([*of_margins, "--example", "1"], "stands alone"),
+            (["--data", run / "pairs.jsonl"], "try --of margin"),
+            ([*of_rewards, "--of", "judge"], "the grades of this task are reward, well_formed"),
+            ([*of_rewards, "--example", "3"], "there are 2 prompts")]:
+        assert words in refused(distribution.main, flags, capsys)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -773,31 +847,3 @@ def test_asking_and_reading_are_two_things(run, capsys, tmp_path):
                          (["--questions", "0"], "--questions"),
                          (["--ask", "a.jsonl", "--between", sft, sft], "two different")]:
         assert words in refused(win_rate.main, [*flags, "--out", tmp_path], capsys)
-
-
-# ------------------------------------------------------------------------------------------------
-# The distribution of rewards
-# ------------------------------------------------------------------------------------------------
-
-
-@for_all
-@given(a=st.lists(st.floats(-3, 3), min_size=1, max_size=30),
-       b=st.lists(st.floats(-3, 3), min_size=1, max_size=30))
-def test_each_answer_is_in_one_bin_of_a_histogram(a, b):
-    edges, shares = distribution.histograms({"a": a, "b": b}, n_bins=5)
-    assert len(edges) == 6 and edges == sorted(edges)
-    assert sum(shares["a"]) == pytest.approx(1) and sum(shares["b"]) == pytest.approx(1)
-
-
-def test_a_histogram_has_the_shares_of_equal_intervals():
-    """From 0 to 1 in two bins: of the four numbers of a, three are below 0.5."""
-    _, shares = distribution.histograms({"a": [0.0, 0.1, 0.4, 1.0], "b": [0.9]}, n_bins=2)
-    assert shares == {"a": [0.75, 0.25], "b": [0.0, 1.0]}
-
-
-def test_the_distribution_draws_both_policies(run, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    distribution.main(["--out", str(run), "--policies", str(run / "sft.pt"), str(run / "dpo.pt"),
-                       "--eval-prompts", "8", "--max-new-tokens", "6", "--device", "cpu"])
-    picture = (run / "distribution.svg").read_text()
-    assert "sft, mean" in picture and "dpo, mean" in picture

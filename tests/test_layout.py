@@ -23,7 +23,7 @@ ORDER = [
     "train_dpo",
     "experiments.plot experiments.squeezing experiments.best_of experiments.packed_row "
     "experiments.curves experiments.distribution experiments.reward_model experiments.ppo "
-    "experiments.credit experiments.captured experiments.margins experiments.frontier "
+    "experiments.credit experiments.captured experiments.frontier "
     "experiments.win_rate experiments.benchmark experiments.gpu_questions",
     "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers "
     "classroom.course",
