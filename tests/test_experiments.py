@@ -320,7 +320,7 @@ def test_metrics_are_read_with_the_steps_at_which_they_were_logged(tmp_path):
     metrics = curves.read_metrics(tmp_path / "metrics.csv")
     assert metrics["held_out_loss"] == ([0, 40], [0.69, 0.45])
     assert metrics["rejected_logp"] == ([0, 20, 40], [-21, -23, -24])
-    assert set(metrics) == set(train_dpo.COLUMNS)
+    assert set(metrics) == set(METRICS.splitlines()[0].split(",")) - {"step"}
 
 
 def test_a_picture_has_to_be_named_as_an_svg(tmp_path, capsys):
@@ -350,14 +350,31 @@ def test_curves_name_what_they_show_and_in_which_unit(tmp_path, capsys):
     (tmp_path / "metrics.csv").write_text(METRICS)
     curves.main([str(tmp_path)])
     picture = (tmp_path / "curves.svg").read_text()
-    for words in ("loss, nats", "pairs ranked correctly, %", "implicit reward, beta × nats",
-                  "log π(y|x), nats", "step", "chosen", "rejected", "margin", "held out", "log 2"):
+    for words in ("Loss", "Accuracy: pairs ranked correctly", "Implicit rewards",
+                  "Log-probs of the answers", "nats per pair or ranking", "β log(π / π_ref)",
+                  "log π(y|x), nats", "step", "chosen -->", "rejected -->", "margin", "held out",
+                  "log 2"):
         assert f"<!-- {words}" in picture, words
     assert_has_no_background(picture)
     curves.main([str(tmp_path), "--out", str(tmp_path / "again.svg")])
     assert (tmp_path / "again.svg").read_text() == picture
     (tmp_path / "metrics.csv").write_text(re.sub(",0.69,0.5|,0.45,0.7", ",,", METRICS))
     curves.main([str(tmp_path)])                        # a run without held-out prompts
+
+
+@needs_matplotlib
+def test_log_probs_are_those_of_held_out_answers_if_they_were_logged(tmp_path, capsys):
+    """In training batches, they differ more from batch to batch than they change."""
+    header, *rows = METRICS.splitlines()
+    more = [",held_out_chosen_logp,held_out_rejected_logp", ",-20,-21", ",,", ",-20,-24"]
+    (tmp_path / "metrics.csv").write_text(
+        "".join(f"{row}{cells}\n" for row, cells in zip([header, *rows], more)))
+    metrics = curves.read_metrics(tmp_path / "metrics.csv")
+    assert metrics["held_out_rejected_logp"] == ([0, 40], [-21, -24])
+    curves.main([str(tmp_path)])
+    picture = (tmp_path / "curves.svg").read_text()
+    assert "<!-- chosen, held out -->" in picture and "<!-- rejected, held out -->" in picture
+    assert picture.count("<!-- chosen -->") == 1            # that of the rewards
 
 
 @needs_matplotlib
@@ -373,7 +390,7 @@ def test_two_runs_are_drawn_in_one_picture_and_told_apart_without_colour(tmp_pat
     curves.main([*map(str, folders), "--out", str(tmp_path / "both.svg")])
     picture = (tmp_path / "both.svg").read_text()
     assert picture.count("<!-- log 2 -->") == picture.count("<!-- margin -->") == 1
-    for label in ("training", "held out", "chosen", "rejected"):
+    for label in ("training batches", "held out", "chosen", "rejected"):
         for name in folders:
             assert f"<!-- {label}, {name} -->" in picture, label
     widths = {colour: re.findall(rf"fill: none; (?:stroke-dasharray: \S+; stroke-dashoffset: 0; )?"
