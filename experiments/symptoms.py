@@ -216,7 +216,7 @@ MEASURES = {"reward": "z.2f", "kl": "z.2f", "win_rate": ".2f", "well_formed": ".
 # {title: (columns of metrics.csv, what they are multiplied by, where a run starts)}
 PANELS = {"loss": (["loss"], 1, math.log(2)), "accuracy, %": (["accuracy"], 100, 50),
           "implicit reward": (["chosen_reward", "rejected_reward"], 1, 0),
-          "log-prob, nats": (["chosen_logp", "rejected_logp"], 1, None)}
+          "log-probs, nats": (["chosen_logp", "rejected_logp"], 1, None)}
 # Twenty panels in a picture: no grid and no tick marks, which would make most of the file.
 SMALL = {"font.size": 8, "axes.grid": False, "xtick.bottom": False, "ytick.left": False}
 
@@ -241,8 +241,8 @@ def draw_symptoms(symptoms, out, path):
     plt = pyplot(letters="none")
     plt.rcParams |= SMALL
     healthy = read_metrics(out / "healthy" / "metrics.csv")
-    figure, rows = plt.subplots(len(symptoms), len(PANELS), figsize=(11, 1.9 * len(symptoms)),
-                                squeeze=False)
+    figure, rows = plt.subplots(len(symptoms), len(PANELS), squeeze=False,
+                                figsize=(11, 1.9 * len(symptoms) + 0.3))
     for row, symptom in zip(rows, symptoms):
         broken = read_metrics(out / symptom.name / "metrics.csv")
         for ax, (title, (names, scale, start)) in zip(row, PANELS.items()):
@@ -253,19 +253,30 @@ def draw_symptoms(symptoms, out, path):
             ax.set_title(title, fontsize=8)
             ax.locator_params(nbins=3)
         row[0].set_ylabel(symptom.label.replace(", ", ",\n"))
+    for ax in rows[-1]:
+        ax.set_xlabel("step")
     figure.tight_layout()
+    keys = {"healthy run": dict(color=GREY), "this run; chosen answers": dict(color=BLUE),
+            "rejected answers": dict(color=ORANGE, linestyle="--"),
+            "held out": dict(color=GREY, linestyle="", marker="o", markersize=3)}
+    figure.legend([plt.Line2D([], [], **key) for key in keys.values()], keys, ncols=len(keys),
+                  loc="lower center", bbox_to_anchor=(0.5, 1))
     save(figure, path)
 
 
 def draw_metrics(ax, names, scale, metrics, colours):
     """One or two metrics of a run over its steps: the first solid, the second dashed. Held-out
-    values are dots."""
+    values are dots. Of log-probs only they are shown, if they were logged: those of a training
+    batch say more about the batch than about the run."""
     for name, colour, line in zip(names, colours, ["-", "--"]):
-        if name in metrics:
-            steps, values = metrics[name]
-            ax.plot(steps, [scale * value for value in values], line, color=colour, linewidth=1.2)
-    steps, values = metrics.get(f"held_out_{names[0]}", ([], []))
-    ax.plot(steps, [scale * value for value in values], "o", color=colours[1], markersize=3)
+        steps, values = metrics.get(name, ([], []))
+        held_out_steps, held_out = metrics.get(f"held_out_{name}", ([], []))
+        dots = "o"
+        if held_out and name.endswith("logp"):
+            steps, values, dots = [], [], f"o{line}"
+        ax.plot(steps, [scale * value for value in values], line, color=colour, linewidth=1.2)
+        ax.plot(held_out_steps, [scale * value for value in held_out], dots, color=colour,
+                linewidth=1.2, markersize=3)
 
 
 # ------------------------------------------------------------------------------------------------
