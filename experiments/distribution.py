@@ -163,7 +163,7 @@ def draw_histogram(ax, values, name, colour, edges, below):
         ax.stairs(heights[first], edges, color=GREY, linestyle=(0, (2, 2)))
     share = 100 * (own > edges[below]).double().mean().item()
     ax.set_title(TITLES.get(name, name), loc="left", color=colour, weight="bold")
-    ax.set_title(f"mean {signed(own.mean().item())}, {share:.0f} % above {edges[below]:g}",
+    ax.set_title(f"mean {two_digits(own.mean().item())}, {share:.0f} % above {edges[below]:g}",
                  loc="right", color=colour, fontsize=11)
     ax.set_xlim(edges[0], edges[-1])
     for beyond, x, form in ((own < edges[0], 0, "◂ {:.1f} %"), (own > edges[-1], 1, "{:.1f} % ▸")):
@@ -179,11 +179,11 @@ def draw_example(ax, prompt, answer, reward, colour):
     told = textwrap.fill(f"... {answer.strip()}", 36, max_lines=3, placeholder=" ...")
     ax.text(0.06, 0.62, asked, va="bottom", transform=ax.transAxes, style="italic", fontsize=10)
     ax.text(0.06, 0.52, told, va="top", transform=ax.transAxes, color=colour, weight="bold")
-    ax.text(0.06, 0.05, f"reward {signed(reward)}", transform=ax.transAxes, color=colour)
+    ax.text(0.06, 0.05, f"reward {two_digits(reward)}", transform=ax.transAxes, color=colour)
 
 
-def signed(number):
-    return f"{number:+.2f}".replace("-", "−")
+def two_digits(number):
+    return f"{number:.2f}".replace("-", "−")
 
 
 # ------------------------------------------------------------------------------------------------

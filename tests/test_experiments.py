@@ -490,7 +490,7 @@ def test_the_picture_names_each_policy_its_mean_and_what_lies_beyond_its_axis(tm
     path = tmp_path / "a.svg"
     distribution.draw_distributions({"margin": {"out/a": margins, "out/b": far}}, {}, path)
     picture = path.read_text()
-    for words in ("out/a", "out/b", "mean +1.00, 100 % above 0", "mean +5.99, 100 % above 0",
+    for words in ("out/a", "out/b", "mean 1.00, 100 % above 0", "mean 5.99, 100 % above 0",
                   "0.5 % ▸", "% of pairs", "margin of a held-out pair"):
         assert f"<!-- {words}" in picture, words
     assert picture.count("▸") == 1 and "◂" not in picture
@@ -499,8 +499,8 @@ def test_the_picture_names_each_policy_its_mean_and_what_lies_beyond_its_axis(tm
     example = {"sft": ("The plot", " was dull.", -0.5), "dpo": ("The plot", " was good.", 0.5)}
     distribution.draw_distributions({"reward": grades}, example, path)
     picture = path.read_text()
-    for words in ("SFT, before DPO", "after DPO", "mean +0.33, 67 % above 0", "% of answers",
-                  "The plot ...", "... was dull.", "... was good.", "reward −0.50", "reward +0.50"):
+    for words in ("SFT, before DPO", "after DPO", "mean 0.33, 67 % above 0", "% of answers",
+                  "The plot ...", "... was dull.", "... was good.", "reward −0.50", "reward 0.50"):
         assert f"<!-- {words}" in picture, words
     assert "◂" not in picture and "▸" not in picture
 
