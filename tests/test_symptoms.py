@@ -3,10 +3,12 @@
     pytest tests/test_symptoms.py
 """
 
+import importlib.util
 import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from classroom.exercises import is_a_students_copy
 from classroom.wrong_answers import MUTANTS
 from data import is_held_out, load_preferences
 from experiments import symptoms
+from experiments.plot import BLUE
 from experiments.symptoms import SYMPTOMS, Symptom, flags_of
 from model import GPT, GPTConfig
 from runtime.checkpoint import save_checkpoint
@@ -171,6 +174,36 @@ def test_a_name_that_is_not_in_the_table_is_refused(capsys):
     with pytest.raises(SystemExit) as caught:
         symptoms.main(["--only", "healthy,sick"])
     assert caught.value.code == 2 and "--only sick" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# The pictures
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
+def test_the_pictures_say_what_their_axes_lines_and_dots_are(tmp_path, capsys):
+    """The last row names the x-axis, once for each of the four panels; the legend names the rest.
+    If held-out log-probs were logged, the noisy ones of the training batches are not drawn."""
+    header = ",".join(["step", *train_dpo.COLUMNS])
+    row = {name: -2.0 for name in train_dpo.COLUMNS}
+    for name in ("healthy", "a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text("".join(
+            f"{line}\n" for line in [header, *(",".join(map(str, [step, *row.values()]))
+                                               for step in (0, 5))]))
+    path = tmp_path / "a.svg"
+    symptoms.draw_symptoms([Symptom("a", "x", "one"), Symptom("b", "x", "two")], tmp_path, path)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
+    assert texts.count("step") == 4
+    assert {"healthy run", "this run; chosen answers", "rejected answers", "held out", "one",
+            "two"} <= set(texts)
+
+    drawn = []
+    ax = SimpleNamespace(plot=lambda steps, values, *_, **__: drawn.append(values))
+    metrics = {"chosen_logp": ([0, 5], [-20.0, -25.0]), "held_out_chosen_logp": ([0], [-21.0])}
+    symptoms.draw_metrics(ax, ["chosen_logp"], 1, metrics, [BLUE])
+    assert drawn == [[], [-21.0]]
 
 
 # ------------------------------------------------------------------------------------------------
