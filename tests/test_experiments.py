@@ -490,18 +490,18 @@ def test_rewards_are_those_of_the_table_that_train_dpo_ends_with(run, tmp_path, 
 
 @needs_matplotlib
 def test_the_picture_names_each_policy_its_mean_and_what_lies_beyond_its_axis(tmp_path, capsys):
-    """Of 200 margins, the one at 1000 is beyond an axis that shows 98 %: 0.5 %. Grades have a whole
-    axis. Of the rewards of dpo, two in three are above 0."""
+    """Of 200 margins, those at -1000 and 1000 are beyond an axis that shows 98 %: 0.5 % each.
+    Grades have a whole axis. Of the rewards of dpo, two in three are above 0."""
     margins = torch.tensor([0.5, 1.5] * 100, dtype=torch.float64)
     far = margins.clone()
-    far[-1] = 1000
+    far[0], far[-1] = -1000, 1000               # the mean is (200 - 0.5 - 1.5) / 200
     path = tmp_path / "a.svg"
     distribution.draw_distributions({"margin": {"out/a": margins, "out/b": far}}, {}, path)
     picture = path.read_text()
-    for words in ("out/a", "out/b", "mean 1.00, 100 % above 0", "mean 5.99, 100 % above 0",
-                  "0.5 % ▸", "% of pairs", "margin of a held-out pair"):
+    for words in ("out/a", "out/b", "mean 1.00, 100 % above 0", "mean 0.99, 100 % above 0",
+                  "◂ 0.5 %", "0.5 % ▸", "% of pairs", "margin of a held-out pair"):
         assert f"<!-- {words}" in picture, words
-    assert picture.count("▸") == 1 and "◂" not in picture
+    assert picture.count("▸") == picture.count("◂") == 1
     grades = {"sft": torch.tensor([-0.5, 0.5], dtype=torch.float64),
               "dpo": torch.tensor([-0.5, 0.5, 1], dtype=torch.float64)}
     example = {"sft": ("The plot", " was dull.", -0.5), "dpo": ("The plot", " was good.", 0.5)}
