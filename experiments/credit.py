@@ -393,11 +393,11 @@ def parse_args(argv):
     parser.set_defaults(strict=False)       # rows that teach nothing are counted
     args = parser.parse_args(argv)
     choose_task(args)
-    check_flags(args)
+    check_credit_flags(args)
     return args
 
 
-def check_flags(args):
+def check_credit_flags(args):
     """Raise UserError for flags that contradict each other or would have no effect."""
     typed = [args.prompt, args.chosen, args.rejected]
     is_typed = typed != [None] * 3

@@ -36,7 +36,7 @@ from runtime.report import names_of
 from sample import decode_answer, encode_prompt, log_ratios_of_pairs, sample
 from tasks import held_out_pairs, held_out_prompts, task_of
 
-LABELS = {"reward": "reward: how favourable the text is",
+AXIS_LABELS = {"reward": "reward: how favourable the text is",
           "judge": "the same, according to the judge",
           "well_formed": "1 if the text follows the grammar, else 0",
           "margin": "margin of a held-out pair, β × nats"}
@@ -143,7 +143,7 @@ def draw_distributions(columns, example, path):
         if example:
             draw_example(row[-1], *example[name], colour)
     for ax, what in zip(rows[-1], columns):
-        ax.set_xlabel(LABELS[what])
+        ax.set_xlabel(AXIS_LABELS[what])
         ax.locator_params("x", nbins=5)
     figure.tight_layout()
     save(figure, path)
@@ -196,7 +196,7 @@ def parse_args(argv):
     add_shared_flags(parser)
     add_measuring_flags(parser)
     add = parser.add_argument
-    add("--of", nargs="+", choices=LABELS, default=["reward"], metavar="WHAT",
+    add("--of", nargs="+", choices=AXIS_LABELS, default=["reward"], metavar="WHAT",
         help="reward, judge, well_formed, or several of them; or margin (default reward)")
     add("--checkpoint", type=Path, action="append", metavar="FILE",
         help="a policy; may be given several times (default sft.pt and dpo.pt of the run; for "

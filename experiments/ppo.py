@@ -334,7 +334,7 @@ def train(model, reference, prompts, score_answers, eot, args, reward_digest="")
         rolled = rollout(model, critic.model, reference, [item.prompt for item in batches[step]],
                          score_answers, eot, step, args)
         advantages, returns = advantages_and_returns(rolled, penalty.beta)
-        describe(rolled, returns, penalty.beta, log)
+        log_rollout(rolled, returns, penalty.beta, log)
         improve(policy, critic, rolled, advantages, returns, step, log, args)
         penalty.adapt(rolled.kl().mean().item(), len(rolled.items))
         if is_due(step, n_steps, args.log_every):
@@ -343,7 +343,7 @@ def train(model, reference, prompts, score_answers, eot, args, reward_digest="")
     return penalty.beta
 
 
-def describe(rolled, returns, beta, log):
+def log_rollout(rolled, returns, beta, log):
     """Log a Rollout; see COLUMNS."""
     log.add(len(rolled.items), reward=rolled.scores.sum(), kl=rolled.kl().sum(),
             length=rolled.mask.sum())

@@ -701,12 +701,12 @@ def test_fewer_than_two_prompts_are_too_few_to_measure_on(run, tmp_path, capsys,
     ("I find it More helpful: A", None), ("**More helpful: A**", None),
     ('More helpful: <"A" or "B">', None)])
 def test_only_the_verdict_line_that_was_asked_for_counts(reply, letter):
-    assert win_rate.verdict(reply, "dialogue") == letter
+    assert win_rate.read_verdict(reply, "dialogue") == letter
 
 
 def test_summaries_are_preferred_not_more_helpful():
-    assert win_rate.verdict("Comparison: x\nPreferred: B", "summary_c") == "B"
-    assert win_rate.verdict("Comparison: x\nMore helpful: B", "summary_s") is None
+    assert win_rate.read_verdict("Comparison: x\nPreferred: B", "summary_c") == "B"
+    assert win_rate.read_verdict("Comparison: x\nMore helpful: B", "summary_s") is None
 
 
 def a_key(n):
