@@ -573,7 +573,7 @@ HEADS = ["workload", "rung", "pairs/s", "step s", "fastest-slowest", "memory GB"
          "GFLOP/pair", "MFU useful", "executed", "reference s", "x faster"]
 
 
-def table(lines, baseline):
+def benchmark_table(lines, baseline):
     """All lines as text. baseline: the rung whose speed is 1.0 in the last column."""
     baseline_steps = {line["workload"]: line["step"] for line in lines
                       if line["rung"] == baseline and "step" in line}
@@ -710,7 +710,7 @@ def main(argv=None):
 def print_report(lines, facts, args, config):
     """Print the table, the machine and, for TRL, its loss and log-probs at step 0 beside ours."""
     baseline = "trl" if "trl" in args.rungs else args.rungs[0]
-    print(table(lines, baseline))
+    print(benchmark_table(lines, baseline))
     n = sum(p.numel() for p in GPT(config).parameters())
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     print(f"\n{n / 1e6:.0f}M parameters, {facts['name']}, {args.device}, {facts['threads']} "

@@ -31,8 +31,8 @@ from tasks.checkpoint import open_with_reference
 from tasks.flags import add_measuring_flags, add_task_flags, choose_task
 
 
-def draw_answers(model, prompts, tokenizer, count, max_new_tokens, seed,
-                 grades=None, judge=None, beta=1.0):
+def sample_and_measure(model, prompts, tokenizer, count, max_new_tokens, seed,
+                       grades=None, judge=None, beta=1.0):
     """Sample `count` answers of a model to each of G prompts (texts) and measure them. Returns
     {measure: (G, count)}. grades: as for sample.evaluate. judge: a policy trained from this model;
     its implicit reward is beta (log judge - log model)."""
@@ -129,8 +129,9 @@ def main(argv=None):
     row_length = pi_ref.config.block_size
     items = [] if task.has_reward else held_out_pairs(tokenizer, row_length, args)
     prompts = held_out_prompts(items, tokenizer, args)
-    columns = draw_answers(pi_ref, prompts, tokenizer, max(args.numbers), args.max_new_tokens,
-                           args.seed + 1, task.grades(args, pi_ref, tokenizer), **judge)
+    grades = task.grades(args, pi_ref, tokenizer)
+    columns = sample_and_measure(pi_ref, prompts, tokenizer, max(args.numbers),
+                                 args.max_new_tokens, args.seed + 1, grades, **judge)
     measures = best_of(columns, args.numbers, measure)
     print(f"\n{len(prompts):,} held-out prompts, the best of N answers of {reference} by {by}\n"
           f"{table(measures)}")

@@ -22,6 +22,7 @@ because the sum is exact.
 """
 
 import html
+import math
 import os
 import re
 import shutil
@@ -93,16 +94,15 @@ def total(answer):
 
 
 def full_shade(views):
-    """The share from which on a token is shaded fully: larger than 95 % of all that are shown, so
-    that one extreme token does not make all others pale."""
-    shares = torch.tensor([token.share for view in views for answer in view[1:]
-                           for token in answer])
-    return shares.abs().quantile(0.95).item()
+    """The largest share of all tokens that are shown, up or down, which is shaded fully."""
+    return max(abs(token.share) for view in views for answer in view[1:] for token in answer)
 
 
 def strength(share, full):
-    """How strongly to shade a share, from -1 to 1."""
-    return max(-1.0, min(1.0, share / full)) if full > 0 else 0.0
+    """How strongly to shade a share, from -1 to 1. It grows with the square root, so that one
+    extreme token does not make all others pale: a quarter of the largest share is half as strong.
+    """
+    return math.copysign(math.sqrt(min(1, abs(share) / full)), share) if full > 0 else 0.0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def shade(amount):
 # As a page
 # ------------------------------------------------------------------------------------------------
 
-PAGE = Template("""<!DOCTYPE html>
+CREDIT_PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -216,26 +216,36 @@ PAGE = Template("""<!DOCTYPE html>
   .token:hover .numbers, .token:focus .numbers { display: block }
   .token:hover .numbers { z-index: 1 }
   [hidden] { display: none }
-  input { width: min(30rem, 90%) }
+  #slider { width: min(40rem, 90%) }
+  #slider div { display: flex; justify-content: space-between; gap: 1rem; overflow-wrap: anywhere }
+  .shown { font-weight: bold }
+  input { width: 100%; margin: 0 }
 </style>
 </head>
 <body>
 <h1>The implicit reward, token by token</h1>
 <p>The implicit reward of an answer, β log(π / π_ref), is the sum of the shares of its tokens.
 <span style="background: $blue">Blue</span> tokens are more likely under the policy than under the
-reference, <span style="background: $orange">orange</span> ones less; the colour is full from a
-share of ±$full. Point at a token, or move to it with the tab key, to see its numbers.</p>
+reference, <span style="background: $orange">orange</span> ones less. The largest share, up or down,
+is $full and has the full colour; a quarter of it has half. Point at a token, or move to it with the
+tab key, to see its numbers.</p>
 $slider$sections</body>
 </html>
 """)
 
 # Without scripts, all checkpoints are shown below each other.
-SLIDER = """<p id="slider" hidden><label>checkpoint <input type="range" min="0"></label></p>
+SLIDER = """<div id="slider" hidden><label>checkpoint <input type="range" min="0"></label>
+<div>{names}</div></div>
 """
 SCRIPT = """<script>
 const sections = [...document.querySelectorAll("section")];
 const input = document.querySelector("input");
-const show = () => sections.forEach((section, i) => { section.hidden = i !== +input.value; });
+const names = [...document.querySelectorAll("#slider span")];
+const show = () => {
+  sections.forEach((section, i) => { section.hidden = i !== +input.value; });
+  names.forEach((name, i) => { name.classList.toggle("shown", i === +input.value); });
+  input.setAttribute("aria-valuetext", names[input.value].textContent);
+};
 input.max = sections.length - 1;
 input.value = input.max;
 input.addEventListener("input", show);
@@ -245,7 +255,7 @@ show();
 """
 
 
-def page(shown, reference):
+def credit_page(shown, reference):
     """An HTML page that needs no other file. shown: (name, beta, views) of each checkpoint, with a
     list of View. reference: its name. All of their texts become text, never markup."""
     full = full_shade([view for _, _, views in shown for view in views])
@@ -254,9 +264,12 @@ def page(shown, reference):
         title = html.escape(f"{printable(name)}, β = {beta:g}, reference {printable(reference)}")
         articles = "\n".join(article(view, full) for view in views)
         sections += f"<section>\n<h2>{title}</h2>\n{articles}\n</section>\n"
-    several = len(shown) > 1
-    return PAGE.substitute(blue=paint(1), orange=paint(-1), full=f"{full:.2f}",
-                           slider=SLIDER * several, sections=sections + SCRIPT * several)
+    slider = script = ""
+    if len(shown) > 1:
+        names = "".join(f"<span>{html.escape(printable(name))}</span>" for name, _, _ in shown)
+        slider, script = SLIDER.format(names=names), SCRIPT
+    return CREDIT_PAGE.substitute(blue=paint(1), orange=paint(-1), full=f"{full:.2f}",
+                                  slider=slider, sections=sections + script)
 
 
 def article(view, full):
@@ -273,11 +286,14 @@ def article(view, full):
 
 
 def span(token, full):
-    """A Token as HTML: shaded, with its numbers, which are shown if it is pointed at."""
+    """A Token as HTML: shaded, with its numbers, which are shown if it is pointed at. The blanks
+    that it begins with have no shade: at the end of a line, it would be a sliver."""
     numbers = (f"“{token.text}”: log π {token.logp:.2f}, log π_ref {token.ref_logp:.2f}, "
                f"share {token.share:+.2f}")
-    return (f'<span class="token" tabindex="0" style="background: '
-            f'{paint(strength(token.share, full))}">{html.escape(token.text)}'
+    word = token.text.lstrip(" ") or token.text
+    blanks = token.text[:len(token.text) - len(word)]
+    return (f'{blanks}<span class="token" tabindex="0" style="background: '
+            f'{paint(strength(token.share, full))}">{html.escape(word)}'
             f'<span class="numbers">{html.escape(numbers)}</span></span>')
 
 
@@ -377,11 +393,11 @@ def parse_args(argv):
     parser.set_defaults(strict=False)       # rows that teach nothing are counted
     args = parser.parse_args(argv)
     choose_task(args)
-    check_flags(args)
+    check_credit_flags(args)
     return args
 
 
-def check_flags(args):
+def check_credit_flags(args):
     """Raise UserError for flags that contradict each other or would have no effect."""
     typed = [args.prompt, args.chosen, args.rejected]
     is_typed = typed != [None] * 3
@@ -431,7 +447,7 @@ def main(argv=None):
         shown.append((name, beta, views))
     if args.html:
         with replacing(args.html) as file:
-            file.write(page(shown, reference_name).encode())
+            file.write(credit_page(shown, reference_name).encode())
         print(f"wrote {args.html}: open it in a browser")
     else:
         print_views(*shown[0], reference_name)
@@ -454,7 +470,7 @@ def print_views(name, beta, views, reference):
     print(f"\n{printable(name)}, beta {beta:g}, reference {printable(reference)}: share of the "
           "implicit reward of each token")
     if colour:
-        print(f"{shade(1)}{full:+.2f} or more{RESET}  {shade(-1)}{-full:+.2f} or less{RESET}")
+        print(f"{shade(1)}{full:+.2f}{RESET}  {shade(-1)}{-full:+.2f}{RESET}")
     for view in views:
         print("\n" + show(view, full, width, colour))
 

@@ -4,13 +4,15 @@
     python -m experiments.curves out/hh --out hh.svg
     python -m experiments.curves out/a out/b --out ab.svg  # two runs in one picture
 
-The picture has four panels, over the training steps:
+The picture has four panels, over the training steps, with lines for training batches and dots for
+held-out preferences:
 
-    loss        on training batches (solid) and on held-out preferences (dotted)
-    accuracy    the same
-    reward      the implicit rewards beta log(pi / pi_ref) of chosen and rejected answers; the band
+    loss        and where DPO starts, at log 2
+    accuracy    the share of pairs that are ranked correctly
+    rewards     the implicit rewards beta log(pi / pi_ref) of chosen and rejected answers; the band
                 between them is the margin
-    log-prob    log pi(y|x) of chosen and rejected answers
+    log-probs   log pi(y|x) of chosen and rejected answers: of held-out ones if the run logged them,
+                because in training they differ more from batch to batch than they change
 
 docs/measuring.md explains these numbers. Left out on purpose: smoothing. A jump in the picture is a
 jump in the run.
@@ -26,10 +28,12 @@ from runtime.cli import Parser, command, only_one_process
 from runtime.errors import UserError
 from train_dpo import COLUMNS
 
+ALWAYS_LOGGED = {name for name in COLUMNS if not name.startswith("held_out")}
+
 # A run to draw: what read_metrics returned; what is added to its labels; its two colours; the width
 # of its lines and the marker of its dots, which tell two runs apart without colour.
 Run = namedtuple("Run", "metrics suffix colours width marker")
-STYLES = [((BLUE, ORANGE), 1.5, "o"), ((GREEN, PURPLE), 0.8, "s")]
+RUN_STYLES = [((BLUE, ORANGE), 1.5, "o"), ((GREEN, PURPLE), 0.8, "s")]
 GUIDE = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1}
 
 
@@ -53,14 +57,16 @@ def read_metrics(path):
 
 
 def read_row(row, metrics, where):
-    """Add a row of a dpo_metrics.csv to metrics. Cells of step 0 and of held-out data may be empty.
-    where: file and line, for the message. Raises UserError."""
+    """Add a row of a dpo_metrics.csv to metrics. where: file and line, for the message. Raises
+    UserError."""
     try:
-        step = int(row["step"])
-        for name in COLUMNS:
-            if row[name] == "" and (step == 0 or name.startswith("held_out")):
+        step = int(row.pop("step"))
+        if not ALWAYS_LOGGED <= set(row):
+            raise KeyError
+        for name, cell in row.items():
+            if cell == "" and (step == 0 or name not in ALWAYS_LOGGED):
                 continue
-            value = float(row[name])
+            value = float(cell)
             if not math.isfinite(step + value):
                 raise ValueError
             steps, values = metrics.setdefault(name, ([], []))
@@ -75,13 +81,13 @@ def read_row(row, metrics, where):
 # ------------------------------------------------------------------------------------------------
 
 
-def draw(metrics, path):
+def draw_curves(metrics, path):
     """Draw the four panels as an SVG file. metrics: {name of a run: what read_metrics returned}, of
     one run or two."""
     plt = pyplot()
-    figure, panels = plt.subplots(2, 2, figsize=(9.5, 6))
+    figure, panels = plt.subplots(2, 2, figsize=(9.5, 6.4))
     loss, accuracy, rewards, logps = panels.flat
-    for (name, of_run), style in zip(metrics.items(), STYLES):
+    for (name, of_run), style in zip(metrics.items(), RUN_STYLES):
         suffix = f", {name}".replace("$", r"\$") if len(metrics) > 1 else ""    # $ begins formulas
         run = Run(of_run, suffix, *style)
         draw_loss(loss, run)
@@ -97,9 +103,10 @@ def draw(metrics, path):
 
 
 def draw_loss(ax, run):
-    draw_line(ax, run, "loss", "training", 0)
-    draw_line(ax, run, "held_out_loss", "held out", 1, ":", dots=True)
-    ax.set_ylabel("loss, nats per pair or ranking")
+    draw_line(ax, run, "loss", "training batches")
+    draw_dots(ax, run, "held_out_loss", "held out")
+    ax.set_title("Loss")
+    ax.set_ylabel("nats per pair or ranking")
     steps, losses = run.metrics.get("held_out_loss", run.metrics["loss"])
     if math.isclose(losses[0], math.log(2), abs_tol=0.01) and not ax.texts:
         # Where DPO on pairs starts, once for two runs.
@@ -109,38 +116,50 @@ def draw_loss(ax, run):
 
 
 def draw_accuracy(ax, run):
-    draw_line(ax, run, "accuracy", "training", 0, scale=100)
-    draw_line(ax, run, "held_out_accuracy", "held out", 1, ":", scale=100, dots=True)
-    ax.set_ylabel("pairs ranked correctly, %")
+    draw_line(ax, run, "accuracy", "training batches", scale=100)
+    draw_dots(ax, run, "held_out_accuracy", "held out", scale=100)
+    ax.set_title("Accuracy: pairs ranked correctly")
+    ax.set_ylabel("%")
 
 
 def draw_rewards(ax, run):
-    draw_line(ax, run, "chosen_reward", "chosen", 0)
+    draw_line(ax, run, "chosen_reward", "chosen")
     draw_line(ax, run, "rejected_reward", "rejected", 1, "--")
     steps, chosen = run.metrics["chosen_reward"]
     _, rejected = run.metrics["rejected_reward"]
     ax.fill_between(steps, chosen, rejected, color=GREY, alpha=0.2, linewidth=0,
                     label=None if ax.collections else "margin")         # once for two runs
-    ax.set_ylabel("implicit reward, beta × nats")
+    draw_dots(ax, run, "held_out_chosen_reward", "held out")
+    draw_dots(ax, run, "held_out_rejected_reward", None, 1)
+    ax.set_title("Implicit rewards")
+    ax.set_ylabel("β log(π / π_ref)")
 
 
 def draw_logps(ax, run):
-    draw_line(ax, run, "chosen_logp", "chosen", 0)
-    draw_line(ax, run, "rejected_logp", "rejected", 1, "--")
+    if "held_out_chosen_logp" in run.metrics:
+        draw_dots(ax, run, "held_out_chosen_logp", "chosen, held out")
+        draw_dots(ax, run, "held_out_rejected_logp", "rejected, held out", 1)
+    else:
+        draw_line(ax, run, "chosen_logp", "chosen")
+        draw_line(ax, run, "rejected_logp", "rejected", 1, "--")
+    ax.set_title("Log-probs of the answers")
     ax.set_ylabel("log π(y|x), nats")
 
 
-def draw_line(ax, run, name, label, colour, style="-", scale=1, dots=False):
+def draw_line(ax, run, name, label, colour=0, style="-", scale=1, **marks):
     """One metric over the steps, in the run's first or second colour (0 or 1); nothing if the run
-    did not log it. dots: mark each value, on a thin line."""
-    if name not in run.metrics:
-        return
-    steps, values = run.metrics[name]
-    scaled = [scale * value for value in values]
-    options = {"linewidth": run.width}
-    if dots:
-        options = {"marker": run.marker, "markersize": 5, "linewidth": 0.8}
-    ax.plot(steps, scaled, style, color=run.colours[colour], label=label + run.suffix, **options)
+    did not log it."""
+    if name in run.metrics:
+        steps, values = run.metrics[name]
+        marks = {"linewidth": run.width, **marks}
+        ax.plot(steps, [scale * value for value in values], style, color=run.colours[colour],
+                label=label and label + run.suffix, **marks)
+
+
+def draw_dots(ax, run, name, label, colour=0, scale=1):
+    """The same for a metric of held-out data: a dot for each value, hollow in the second colour."""
+    draw_line(ax, run, name, label, colour, ":", scale, linewidth=0.8, marker=run.marker,
+              markersize=4.5, fillstyle="none" if colour else "full")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -170,7 +189,7 @@ def main(argv=None):
     if args.out and args.out.suffix != ".svg":
         raise UserError(f"--out {args.out}: expected a name that ends in .svg")
     metrics = {str(folder): read_metrics(folder / "dpo_metrics.csv") for folder in args.folder}
-    draw(metrics, args.out or args.folder[0] / "curves.svg")
+    draw_curves(metrics, args.out or args.folder[0] / "curves.svg")
 
 
 if __name__ == "__main__":

@@ -49,12 +49,12 @@ import train_dpo
 import train_sft
 from data import Encoded
 from experiments import ppo, reward_model
-from experiments.best_of import best_of, draw_answers
+from experiments.best_of import best_of, sample_and_measure
 from experiments.plot import BLUE, GOLD, GREEN, GREY, ORANGE, PURPLE, pyplot, save
 from model import GPT
 from runtime.cli import Parser, command, number_type, only_one_process, set_up
 from runtime.errors import UserError
-from runtime.files import fingerprint, make_folder, write_json
+from runtime.files import cached, fingerprint, make_folder, write_json
 from runtime.flags import as_flags
 from runtime.report import side_by_side, table
 from sample import add_reference, evaluate, sample_answers
@@ -122,7 +122,7 @@ class Start:
     key: list               # fingerprints of the model and of the preferences
 
 
-def prepare(args):
+def prepare_start(args):
     """Open the SFT model, sample preferences and compute their reference log-probs. Returns a
     Start. If no SFT model is named and the default run has none, it is trained first.
 
@@ -155,7 +155,7 @@ def fit_reward_model(start, args):
             **json.loads((args.out / "reward.json").read_text())}
 
 
-def train(start, method, flags, folder):
+def train_method(start, method, flags, folder):
     """Train a copy of the SFT model with one of the methods. Returns the policy."""
     policy = copy.deepcopy(start.model)
     remove_training_state(folder)   # an interrupted run starts over
@@ -204,7 +204,7 @@ def train_and_measure(start, args, method, flags, folder):
     """Train and measure one run. Returns what `measure` returns, and the cost: seconds of CPU time
     of the training, and the tokens sampled in it."""
     began = time.process_time()
-    policy = train(start, method, flags, folder)
+    policy = train_method(start, method, flags, folder)
     seconds = time.process_time() - began
     tokens = 0
     if method in ("ppo", "ppo_gt"):
@@ -214,21 +214,12 @@ def train_and_measure(start, args, method, flags, folder):
     return {**measure(policy, start, args), "seconds": seconds, "sampled_tokens": tokens}
 
 
-def cached(folder, config, compute, *arguments):
-    """compute(*arguments), a dict. It is saved in result.json together with config, the settings it
-    depends on, and read from there as long as config stays the same."""
-    path = folder / "result.json"
-    try:
-        saved = json.loads(path.read_text())
-        if saved["config"] == config:
-            return saved["result"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass                        # no result yet, or not a whole one
+def computed_once(folder, config, compute, *arguments):
+    """compute(*arguments), a dict. It is saved in result.json, and read from there as long as
+    config, the settings it depends on, stays the same."""
     make_folder(folder)
-    result = compute(*arguments)
-    # The file is complete or absent, so an interrupted run is run again.
-    write_json(path, {"config": config, "result": result})
-    return result
+    return json.loads(cached(folder / "result.json", json.dumps(config),
+                             lambda: json.dumps(compute(*arguments), indent=2) + "\n"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -249,8 +240,8 @@ def measure(policy, start, args):
 def measure_reference(start, args, numbers):
     """Measure best of N, for each N of `numbers`, and the optimum, both over answers of the SFT
     model. Returns {"best_of": {"N = ...": measures}, "optimum": [{beta, reward, kl}, ...]}."""
-    columns = draw_answers(start.model, start.prompts[:256], start.tokenizer, max(numbers),
-                           args.max_new_tokens, args.seed + 1, start.grades)
+    columns = sample_and_measure(start.model, start.prompts[:256], start.tokenizer, max(numbers),
+                                 args.max_new_tokens, args.seed + 1, start.grades)
     betas = torch.logspace(1, -1.7, 55).tolist()
     return {"best_of": best_of(columns, numbers, "reward"),
             "optimum": [optimum(columns["reward"], beta) for beta in betas]}
@@ -279,12 +270,11 @@ STYLES = {"dpo": (BLUE, "o", "-", "DPO, pairs"),
           "ppo": (GOLD, "v", "-", "PPO, learned reward"),
           "ppo_gt": (GOLD, "P", "--", "PPO, true reward")}
 # Where the names stand for the reviews task: KL and reward, or KL and share of well-formed texts.
-NAMES = {"reward": {"dpo": (5.9, 0.46), "plackett_luce": (4.95, 0.43),
-                    "sft_chosen": (1.25, 0.222),
-                    "unlikelihood": (4.6, 0.355), "ppo": (4.75, 0.575), "ppo_gt": (4.75, 0.64)},
-         "well_formed": {"dpo": (5.5, 0.65), "plackett_luce": (4.95, 0.78),
-                         "sft_chosen": (0.1, 0.74), "unlikelihood": (6.9, 0.57),
-                         "ppo": (4.85, 0.975), "ppo_gt": (4.75, 0.92)}}
+NAME_PLACES = {
+    "reward": {"dpo": (5.9, 0.46), "plackett_luce": (4.95, 0.43), "sft_chosen": (1.25, 0.222),
+               "unlikelihood": (4.6, 0.355), "ppo": (4.75, 0.575), "ppo_gt": (4.75, 0.64)},
+    "well_formed": {"dpo": (5.5, 0.65), "plackett_luce": (4.95, 0.78), "sft_chosen": (0.1, 0.74),
+                    "unlikelihood": (6.9, 0.57), "ppo": (4.85, 0.975), "ppo_gt": (4.75, 0.92)}}
 
 REWARD = {"well_formed": "ground-truth reward, from -1 to 1",
           "judge": "probability of a favourable text, labeller"}
@@ -293,7 +283,7 @@ SECOND = {"well_formed": "share of well-formed texts",
 FURTHEST = 8.5          # KL in nats at the right edge, where runs beyond it are marked
 
 
-def draw(runs, reference, second, path):
+def draw_frontier(runs, reference, second, path):
     """Draw reward and a second measure against KL, as an SVG file.
 
     runs: {name: a result of `measure`, with its method and setting}. reference: what
@@ -307,8 +297,8 @@ def draw(runs, reference, second, path):
             if drawn:
                 draw_method(ax, measure, method, drawn)
             if drawn and second == "well_formed":
-                ax.text(*NAMES[measure][method], STYLES[method][-1], color=STYLES[method][0],
-                        fontsize=9)
+                ax.text(*NAME_PLACES[measure][method], STYLES[method][-1], fontsize=9,
+                        color=STYLES[method][0])
         draw_best_of(ax, measure, reference["best_of"])
         ax.set_xlabel("KL to the SFT model, nats")
         ax.set_xlim(-0.15, FURTHEST)
@@ -422,31 +412,32 @@ def main(argv=None):
     args, own, rest = parse_args(argv)
     only_one_process("the frontier")
     make_folder(args.out)
-    start = prepare(args)
+    start = prepare_start(args)
     shared = {"start": start.key, "prompts": args.eval_prompts, "flags": rest,
               "defaults": train_dpo.DEFAULTS | task_of(args).dpo}
-    reference = cached(args.out / "reference", {**shared, "numbers": NUMBERS},
-                       measure_reference, start, args, NUMBERS)
+    reference = computed_once(args.out / "reference", {**shared, "numbers": NUMBERS},
+                              measure_reference, start, args, NUMBERS)
     learned = None
     if "ppo" in own.only:
-        learned = cached(args.out / "reward_model", shared, fit_reward_model, start, args)
+        learned = computed_once(args.out / "reward_model", shared, fit_reward_model, start, args)
     runs = {}
     for name, method, own_flags in tqdm(list(grid(own.seeds, own.only)), "runs", disable=None):
         folder = args.out / name.replace(", ", "-").replace(" ", "_")
         config = {**shared, "method": method, "own": own_flags}
         flags = [*(rest if method in LOSSES else start.flags), *own_flags]
-        result = cached(folder, config, train_and_measure, start, args, method, flags, folder)
+        result = computed_once(folder, config, train_and_measure, start, args, method, flags,
+                               folder)
         _, setting, _ = name.split(", ")
         runs[name] = {"method": method, "setting": setting, **result}
-    print_report(runs, reference, start.grades["reward"])
+    print_frontier(runs, reference, start.grades["reward"])
     write_json(args.out / "frontier.json", {"runs": runs, "reference": reference,
                                             "reward_model": learned})
     print(f"\nwrote {args.out / 'frontier.json'}")
     second = next(measure for measure in start.grades if measure != "reward")
-    draw(runs, reference, second, args.out / "frontier.svg")
+    draw_frontier(runs, reference, second, args.out / "frontier.svg")
 
 
-def print_report(runs, reference, reward):
+def print_frontier(runs, reference, reward):
     """Print the measures of all runs, two answers of the first run of each setting with their
     rewards, and the costs."""
     measures = {name: run["measures"] for name, run in runs.items()}

@@ -6,6 +6,9 @@ Ito, darkened to one brightness, which colour-blind readers can tell apart; stil
 differ by colour alone.
 """
 
+import io
+import re
+
 from runtime.errors import UserError
 from runtime.files import replacing
 
@@ -37,7 +40,17 @@ def pyplot(letters="path"):
 
 def save(figure, path):
     """Write a figure as an SVG file with a transparent background."""
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", transparent=True, bbox_inches="tight",
+                   metadata={"Date": None})
     with replacing(path) as file:
-        figure.savefig(file, format="svg", transparent=True, bbox_inches="tight",
-                       metadata={"Date": None})
+        file.write(compact(drawn.getvalue()).encode())
     print(f"wrote {path}")
+
+
+def compact(svg):
+    """The same picture in fewer lines: matplotlib writes one for every point of a path, and here
+    the lines of a path, and all that is inside an axis, a legend or the like, are joined."""
+    svg = re.sub(r" ?\n(?=[^\s<])", " ", svg)       # a path goes on
+    svg = re.sub(r"\n {3,}", "", svg)               # nested more deeply than the axes
+    return re.sub(r"\n +", "\n", svg)

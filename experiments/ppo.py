@@ -332,14 +332,14 @@ def train(model, reference, prompts, score_answers, eot, args, reward_digest="")
         rolled = rollout(model, critic.model, reference, [item.prompt for item in batches[step]],
                          score_answers, eot, step, args)
         advantages, returns = advantages_and_returns(rolled, penalty.beta)
-        describe_rollout(rolled, returns, penalty.beta, run.log)
+        log_rollout(rolled, returns, penalty.beta, run.log)
         improve(policy, critic, rolled, advantages, returns, step, run.log, args,
                 warmup(step, run.n_warmup))
         penalty.adapt(rolled.kl().mean().item(), len(rolled.items))
     return penalty.beta
 
 
-def describe_rollout(rolled, returns, beta, log):
+def log_rollout(rolled, returns, beta, log):
     """Log a Rollout; see COLUMNS."""
     log.add(len(rolled.items), reward=rolled.scores.sum(), kl=rolled.kl().sum(),
             length=rolled.mask.sum())

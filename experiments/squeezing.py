@@ -64,13 +64,14 @@ def name_of(i, chosen, reference):
     return "", GREY
 
 
-def draw(beta, lr, path):
+def draw_squeezing(beta, lr, path):
     """Draw the panels as an SVG file."""
     plt = pyplot()
     figure, panels = plt.subplots(2, 2, figsize=(9.5, 6.2), sharey="row")
     for row, (reference, before) in zip(panels, REFERENCES.items()):
         for ax, (place, chosen) in zip(row, PLACES.items()):
-            draw_panel(ax, before, dpo_step(before, chosen, REJECTED, beta, lr), chosen, reference)
+            after = dpo_step(before, chosen, REJECTED, beta, lr)
+            draw_changes(ax, before, after, chosen, reference)
             ax.set_title(f"{reference} reference, {place}", fontsize=11)
         row[0].set_ylabel("change, points of percent")
     for ax in panels[1]:
@@ -79,7 +80,7 @@ def draw(beta, lr, path):
     save(figure, path)
 
 
-def draw_panel(ax, before, after, chosen, reference):
+def draw_changes(ax, before, after, chosen, reference):
     """A bar for each answer: the change of its probability, in points of percent."""
     changes = 100 * (after.exp() - before.exp())
     for i, change in enumerate(changes.tolist()):
@@ -98,7 +99,7 @@ def draw_panel(ax, before, after, chosen, reference):
     ax.set_xticks(range(N), [f"{p:.1f}" if p > 1 else f"{p:.1g}" for p in percents], fontsize=8)
 
 
-def show(beta, lr):
+def steps_as_text(beta, lr):
     """The same numbers as text: probabilities before and after the step, in percent."""
     lines = []
     for reference, before in REFERENCES.items():
@@ -130,9 +131,9 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     only_one_process("drawing")
-    print(show(args.beta, args.lr) + "\n")
+    print(steps_as_text(args.beta, args.lr) + "\n")
     make_folder(args.out.parent)
-    draw(args.beta, args.lr, args.out)
+    draw_squeezing(args.beta, args.lr, args.out)
 
 
 if __name__ == "__main__":

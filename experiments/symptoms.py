@@ -36,7 +36,7 @@ import train_sft
 from classroom import wrong_answers
 from data import is_held_out
 from experiments.curves import GUIDE, read_metrics
-from experiments.frontier import cached, remove_training_state
+from experiments.frontier import computed_once, remove_training_state
 from experiments.plot import BLUE, GREY, ORANGE, pyplot, save
 from runtime.cli import Parser, command, number_type, only_one_process
 from runtime.errors import UserError
@@ -144,7 +144,7 @@ SYMPTOMS = [
 # ------------------------------------------------------------------------------------------------
 
 
-def prepare(out):
+def prepare_shared_files(out):
     """Make what all runs share: the SFT model, the preferences, and a model without SFT."""
     if not (out / "preferences.jsonl").exists():
         train_dpo.main(["--out", str(out), "--steps", "1", "--eval-prompts", "2", "--resume"])
@@ -160,7 +160,7 @@ def flags_of(symptom, out):
                        + symptom.flags.format(out=out))
 
 
-def run(symptom, out, eval_prompts):
+def run_symptom(symptom, out, eval_prompts):
     """Train and measure. Returns the measures of sample.py --evaluate, and the seconds of CPU time;
     of a run that stopped, its last sentence instead of the measures."""
     folder, began = out / symptom.name, sum(os.times()[:4])
@@ -172,7 +172,8 @@ def run(symptom, out, eval_prompts):
         text = "".join(json.dumps(row) + "\n" for row in changed)
         (folder / "changed.jsonl").write_text(text, encoding="utf-8")
     process = multiprocessing.get_context("spawn").Process(
-        target=train, args=(symptom.wrong, flags_of(symptom, out), folder / "log.txt"), daemon=True)
+        target=train_with_mistakes, daemon=True,
+        args=(symptom.wrong, flags_of(symptom, out), folder / "log.txt"))
     process.start()
     process.join()
     remove_training_state(folder)
@@ -186,7 +187,7 @@ def run(symptom, out, eval_prompts):
     return found | {"seconds": sum(os.times()[:4]) - began}
 
 
-def train(wrong, flags, path):
+def train_with_mistakes(wrong, flags, path):
     """Run train_dpo.py with wrong answers in place; what it prints goes to a file."""
     with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         for name in wrong:
@@ -215,13 +216,14 @@ MEASURES = {"reward": "z.2f", "kl": "z.2f", "win_rate": ".2f", "well_formed": ".
 # {title: (columns of dpo_metrics.csv, what they are multiplied by, where a run starts)}
 PANELS = {"loss": (["loss"], 1, math.log(2)), "accuracy, %": (["accuracy"], 100, 50),
           "implicit reward": (["chosen_reward", "rejected_reward"], 1, 0),
-          "log-prob, nats": (["chosen_logp", "rejected_logp"], 1, None)}
+          "log-probs, nats": (["chosen_logp", "rejected_logp"], 1, None)}
 # Twenty panels in a picture: no grid and no tick marks, which would make most of the file.
 SMALL = {"font.size": 8, "axes.grid": False, "xtick.bottom": False, "ytick.left": False}
 
 
 def as_table(results):
-    """The measures of all runs as a table in markdown. results: {name: what `run` returned}."""
+    """The measures of all runs as a table in markdown. results: {name: what run_symptom
+    returned}."""
     lines = ["| run | " + " | ".join(f"`{name}`" for name in MEASURES) + " |",
              "|---" * (len(MEASURES) + 1) + "|"]
     for name, found in results.items():
@@ -233,37 +235,48 @@ def as_table(results):
     return "\n".join(lines) + "\n"
 
 
-def draw(symptoms, out, path):
+def draw_symptoms(symptoms, out, path):
     """Draw the curves of several runs as an SVG file, a row for each, with the healthy run in
     grey behind them."""
     plt = pyplot(letters="none")
     plt.rcParams |= SMALL
     healthy = read_metrics(out / "healthy" / "dpo_metrics.csv")
-    figure, rows = plt.subplots(len(symptoms), len(PANELS), figsize=(11, 1.9 * len(symptoms)),
-                                squeeze=False)
+    figure, rows = plt.subplots(len(symptoms), len(PANELS), squeeze=False,
+                                figsize=(11, 1.9 * len(symptoms) + 0.3))
     for row, symptom in zip(rows, symptoms):
         broken = read_metrics(out / symptom.name / "dpo_metrics.csv")
         for ax, (title, (names, scale, start)) in zip(row, PANELS.items()):
             if start is not None:
                 ax.axhline(start, **GUIDE)
-            draw_panel(ax, names, scale, healthy, [GREY, GREY])
-            draw_panel(ax, names, scale, broken, [BLUE, ORANGE])
+            draw_metrics(ax, names, scale, healthy, [GREY, GREY])
+            draw_metrics(ax, names, scale, broken, [BLUE, ORANGE])
             ax.set_title(title, fontsize=8)
             ax.locator_params(nbins=3)
         row[0].set_ylabel(symptom.label.replace(", ", ",\n"))
+    for ax in rows[-1]:
+        ax.set_xlabel("step")
     figure.tight_layout()
+    keys = {"healthy run": dict(color=GREY), "this run; chosen answers": dict(color=BLUE),
+            "rejected answers": dict(color=ORANGE, linestyle="--"),
+            "held out": dict(color=GREY, linestyle="", marker="o", markersize=3)}
+    figure.legend([plt.Line2D([], [], **key) for key in keys.values()], keys, ncols=len(keys),
+                  loc="lower center", bbox_to_anchor=(0.5, 1))
     save(figure, path)
 
 
-def draw_panel(ax, names, scale, metrics, colours):
+def draw_metrics(ax, names, scale, metrics, colours):
     """One or two metrics of a run over its steps: the first solid, the second dashed. Held-out
-    values are dots."""
+    values are dots. Of log-probs only they are shown, if they were logged: those of a training
+    batch say more about the batch than about the run."""
     for name, colour, line in zip(names, colours, ["-", "--"]):
-        if name in metrics:
-            steps, values = metrics[name]
-            ax.plot(steps, [scale * value for value in values], line, color=colour, linewidth=1.2)
-    steps, values = metrics.get(f"held_out_{names[0]}", ([], []))
-    ax.plot(steps, [scale * value for value in values], "o", color=colours[1], markersize=3)
+        steps, values = metrics.get(name, ([], []))
+        held_out_steps, held_out = metrics.get(f"held_out_{name}", ([], []))
+        dots = "o"
+        if held_out and name.endswith("logp"):
+            steps, values, dots = [], [], f"o{line}"
+        ax.plot(steps, [scale * value for value in values], line, color=colour, linewidth=1.2)
+        ax.plot(held_out_steps, [scale * value for value in held_out], dots, color=colour,
+                linewidth=1.2, markersize=3)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -306,12 +319,12 @@ def main(argv=None):
     only_one_process("comparing runs")
     chosen = [symptom for symptom in SYMPTOMS if symptom.name in ["healthy", *args.names]]
     claim_folder(args.out)
-    prepare(args.out)
+    prepare_shared_files(args.out)
     results = {}
     for symptom in chosen:
         print(f"{symptom.name}: {symptom.label}")
-        results[symptom.name] = cached(args.out / symptom.name, config_of(symptom, args), run,
-                                       symptom, args.out, args.eval_prompts)
+        results[symptom.name] = computed_once(args.out / symptom.name, config_of(symptom, args),
+                                              run_symptom, symptom, args.out, args.eval_prompts)
     (args.out / "symptoms.md").write_text(as_table(results), encoding="utf-8")
     print(as_table(results))
     draw_groups(chosen, args)
@@ -324,7 +337,7 @@ def draw_groups(chosen, args):
         symptoms = [symptom for symptom in chosen if symptom.group == group
                     and (args.out / symptom.name / "dpo_metrics.csv").exists()]
         if symptoms:
-            draw(symptoms, args.out, (args.assets or args.out) / f"symptoms-{group}.svg")
+            draw_symptoms(symptoms, args.out, (args.assets or args.out) / f"symptoms-{group}.svg")
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def ask(args):
 # ------------------------------------------------------------------------------------------------
 
 
-def verdict(reply, form):
+def read_verdict(reply, form):
     """"A" or "B", if the last line of a reply is the verdict in exactly the format asked for and no
     other line begins like a verdict; otherwise None."""
     label = FORMS[form].splitlines()[-1].split(":")[0]      # "More helpful" or "Preferred"
@@ -352,7 +352,7 @@ def read_reply(line, form, where):
                         "downloaded") from error
     try:
         reply = row["response"]["body"]["choices"][0]["message"]["content"]
-        return question, verdict(reply, form)
+        return question, read_verdict(reply, form)
     except (KeyError, IndexError, TypeError, AttributeError):
         return question, None           # a request that failed has no reply
 

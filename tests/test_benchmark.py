@@ -262,7 +262,7 @@ def test_each_rung_is_measured_by_itself_and_written_down(tmp_path, capsys, monk
 
 def test_a_rung_that_fails_is_a_line_without_a_number():
     line = benchmark.summary("hh", "naive", [{"failed": "out of memory"}], 1)
-    assert "out of memory" in benchmark.table([line], "naive") and "step" not in line
+    assert "out of memory" in benchmark.benchmark_table([line], "naive") and "step" not in line
 
 
 def test_a_rung_finds_packages_that_are_on_the_python_path(monkeypatch):

@@ -193,14 +193,16 @@ def test_shades_are_blue_above_zero_and_orange_below_and_stronger_further_out():
     assert list(dict.fromkeys(found)) == [208, 215, 223, None, 153, 75, 33]
     assert [amount for amount, colour in zip(range(-12, 13), found) if colour is None] == [
         -2, -1, 0, 1, 2]
-    assert credit.strength(-3.0, 1.5) == -1 and credit.strength(0.75, 1.5) == 0.5
 
 
-def test_the_fullest_shade_is_that_of_the_twentieth_largest_share_in_a_hundred():
-    """So that one extreme token does not make all others pale: the 95 % quantile of 0 to 100."""
-    view = View("", [Token("a", 0, 0, float(i)) for i in range(0, 101, 2)],
-                [Token("a", 0, 0, float(-i)) for i in range(1, 101, 2)])
-    assert credit.full_shade([view]) == pytest.approx(95)
+def test_the_largest_share_has_the_fullest_shade_and_a_quarter_of_it_half():
+    """So one extreme token does not make all others pale, and no two shares look the same that are
+    not: with a largest share of 1.19, one of 0.24 has a shade of sqrt(0.24 / 1.19) = 0.449."""
+    view = View("", [Token("a", 0, 0, 0.24), Token("a", 0, 0, -1.19)], [Token("a", 0, 0, 1.0)])
+    full = credit.full_shade([view])
+    assert full == 1.19 and credit.strength(-1.19, full) == -1
+    assert credit.strength(full / 4, full) == 0.5
+    assert credit.strength(0.24, full) == pytest.approx(0.449, abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -243,7 +245,7 @@ class Page(HTMLParser):
 def test_the_page_is_well_formed_needs_no_other_file_and_shows_text_as_text(n):
     """A script is there only for the slider over several checkpoints, and texts are not in it."""
     views = [view_of(NASTY, [0.5, -0.5, 0.1] * 3, prompt=text) for text in NASTY]
-    text = credit.page([(f"<i>{k}</i>\n", 0.5, views) for k in range(n)], "<b>sft</b>")
+    text = credit.credit_page([(f"<i>{k}</i>\n", 0.5, views) for k in range(n)], "<b>sft</b>")
     page = Page(text)
     assert page.addresses == [] and "http" not in text and "url(" not in text
     assert "@import" not in text and "\x1b" not in text and "\x00" not in text
@@ -255,16 +257,29 @@ def test_the_page_is_well_formed_needs_no_other_file_and_shows_text_as_text(n):
     assert len(tokens) == n * len(NASTY) * 2 * len(NASTY)
     assert all(attributes["tabindex"] == "0" for attributes in tokens)
     assert "<i>0</i>\\n, β = 0.5, reference <b>sft</b>" in page.text
+    # The slider has the names as well, in the order of the checkpoints.
+    assert page.text.count("<i>0</i>\\n") == 1 + (n > 1)
+    assert (n == 1) == ("<i>0</i>\\n<i>1</i>\\n<i>2</i>\\n" not in page.text)
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 
 def test_a_token_of_the_page_has_its_shade_and_its_numbers():
-    token = Token(" good", -2.0, -1.0, 0.5)
+    token = Token(" good", -2.0, -1.0, 0.25)
     page = Page(f"<p>{credit.span(token, 1.0)}</p>")
-    assert page.text == " good“ good”: log π -1.00, log π_ref -2.00, share +0.50"
+    assert page.text == " good“ good”: log π -1.00, log π_ref -2.00, share +0.25"
     # Blue, at half of the 60 % that are the strongest; letters can be read on it.
     assert page.tags[1][1]["style"] == "background: rgb(31 127 196 / 30%)"
-    assert "213 94 0 / 60%" in credit.span(token._replace(share=-9.0), 1.0)
+    assert "213 94 0 / 60%" in credit.span(token._replace(share=-1.0), 1.0)
+
+
+def test_the_blanks_before_a_word_are_not_shaded():
+    """At the end of a line they would be a sliver of colour. A token of blanks alone is shaded."""
+    def parts(text):
+        page = credit.span(Token(text, 0, 0, 1.0), 1.0)
+        before, rest = page.split("<span", 1)
+        return before, rest[rest.index(">") + 1:rest.index("<")]
+    assert parts(" good") == (" ", "good") and parts("good") == ("", "good")
+    assert parts("   ") == ("", "   ") and parts("  <") == ("  ", "&lt;")
 
 
 def luminance(colour):

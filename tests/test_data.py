@@ -706,7 +706,7 @@ def test_sft_learns_texts_and_the_best_answers_and_holds_out_a_tenth(tmp_path):
     rows = [PAIR | {"prompt": f"Q{i}", "chosen": ["yes", "sure"]} for i in range(100)]
     rows += [{"prompt": f"Q{i}", "completion": "no"} for i in range(100, 200)]
     (tmp_path / "a.jsonl").write_bytes(lines(*rows))
-    training, held_out = own_file.sft_examples(SimpleNamespace(data=tmp_path / "a.jsonl",
+    training, held_out = OWN_FILE.sft_examples(SimpleNamespace(data=tmp_path / "a.jsonl",
                                                                strict=False))
     assert 8 < len(held_out) < 40 and sorted(training + held_out) == sorted(
         [Preference(f"Q{i}", ["yes" if i < 100 else "no"], []) for i in range(200)])

@@ -1,4 +1,4 @@
-"""experiments/: the frontier, the curves, the margins, and the judges of C.2 and D.3.
+"""experiments/: the frontier, the curves, the distributions, and the judges of C.2 and D.3.
 
     pytest tests/test_experiments.py
 """
@@ -15,6 +15,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -28,16 +29,15 @@ from experiments import (
     curves,
     distribution,
     frontier,
-    margins,
     ppo,
     reward_model,
     symptoms,
     win_rate,
 )
-from experiments.plot import BLUE, GREEN
+from experiments.plot import BLUE, GREEN, pyplot, save
 from model import GPT, GPTConfig
 from runtime.statistics import wilson
-from tasks import held_out_pairs, held_out_prompts, sampled
+from tasks import held_out_pairs, held_out_prompts, reviews, sampled
 from tasks.checkpoint import load_checkpoint, save_checkpoint
 from tasks.tokenizers import get_tokenizer
 
@@ -75,8 +75,8 @@ def refused(main, argv, capsys):
     return message
 
 
-@pytest.mark.parametrize("module", [best_of, frontier, curves, margins, win_rate,
-                                    reward_model, ppo, symptoms])
+@pytest.mark.parametrize("module", [best_of, frontier, curves, distribution,
+                                    win_rate, reward_model, ppo, symptoms])
 def test_every_flag_is_read(module):
     source = Path(module.__file__).read_text()
     root = Path(sample.__file__).parent
@@ -85,6 +85,37 @@ def test_every_flag_is_read(module):
         name = re.search(r'dest="(\w+)"', rest)
         name = name[1] if name else flag.lstrip("-").replace("-", "_")
         assert re.search(rf"\b(args|own)\.{name}\b", source + shared), flag
+
+
+# ------------------------------------------------------------------------------------------------
+# What all pictures share
+# ------------------------------------------------------------------------------------------------
+
+
+def assert_has_no_background(picture):
+    """Assert that the picture has no filled background, so it is readable on light and on dark."""
+    patch = picture[picture.index('<g id="patch_1">'):]
+    assert "fill: none" in patch[:patch.index("</g>")]
+
+
+@needs_matplotlib
+def test_a_saved_picture_has_few_lines_and_is_the_one_that_matplotlib_draws(tmp_path, capsys):
+    """The same elements with the same attributes and texts. Only blanks differ, which mean nothing
+    between elements, and as much as a line break between the numbers of a path."""
+    figure, ax = pyplot(letters="none").subplots()
+    ax.plot(range(99), [(i * i) % 7 for i in range(99)], label="two\nlines  and $x_0^2$")
+    ax.legend()
+    figure.savefig(tmp_path / "drawn.svg", transparent=True, bbox_inches="tight",
+                   metadata={"Date": None})
+    save(figure, tmp_path / "saved.svg")
+    drawn, saved = [
+        [(node.tag, (node.text or "").strip(),
+          {name: value.split() for name, value in node.attrib.items()})
+         for node in ElementTree.parse(tmp_path / name).iter()]
+        for name in ("drawn.svg", "saved.svg")]
+    assert saved == drawn
+    assert len((tmp_path / "drawn.svg").read_text().splitlines()) > 400
+    assert len((tmp_path / "saved.svg").read_text().splitlines()) < 30
 
 
 # ------------------------------------------------------------------------------------------------
@@ -109,7 +140,7 @@ def small(monkeypatch, run):
 
 
 def no_picture(monkeypatch):
-    monkeypatch.setattr(frontier, "draw", lambda *_: None)
+    monkeypatch.setattr(frontier, "draw_frontier", lambda *_: None)
 
 
 METHODS = ["dpo", "plackett_luce", "unlikelihood", "sft_chosen", "ppo", "ppo_gt"]
@@ -123,9 +154,12 @@ def without_seconds(path):
 def test_the_frontier_trains_each_method_from_one_start_and_measures_it(small, tmp_path,
                                                                         monkeypatch):
     no_picture(monkeypatch)
-    started = []
-    monkeypatch.setattr(frontier, "train", lambda start, *rest, real=frontier.train: started.append(
-        start.model.wte.weight.clone()) or real(start, *rest))
+    started, real = [], frontier.train_method
+
+    def train(start, *rest):
+        started.append(start.model.wte.weight.clone())
+        return real(start, *rest)
+    monkeypatch.setattr(frontier, "train_method", train)
     frontier.main([*small, "--out", str(tmp_path)])
     numbers = json.loads((tmp_path / "frontier.json").read_text())
     assert list(numbers["runs"]) == ["dpo, beta 0.5, 0", "plackett_luce, beta 0.5, 0",
@@ -167,21 +201,22 @@ def test_an_interrupted_frontier_goes_on_and_a_changed_one_starts_again(small, t
     """A run is known by its settings: finished ones are read, an interrupted one is run again, and
     with other settings all are run again."""
     no_picture(monkeypatch)
-    trained, real = [], frontier.train
+    trained, real = [], frontier.train_method
 
     def train(start, method, *rest):
         if len(trained) == broken_at:
             raise KeyboardInterrupt
         trained.append(method)
         return real(start, method, *rest)
-    monkeypatch.setattr(frontier, "train", train)
-    flags, broken_at = [*small, "--out", str(tmp_path)], 2
+    monkeypatch.setattr(frontier, "train_method", train)
+    methods = ["dpo", "unlikelihood", "sft_chosen"]
+    flags, broken_at = [*small, "--out", str(tmp_path), "--only", ",".join(methods)], 1
     with pytest.raises(SystemExit):                     # how the command ends after Ctrl-C
         frontier.main(flags)
-    assert trained == METHODS[:2]
+    assert trained == methods[:1]
     trained, broken_at = [], None
     frontier.main(flags)
-    assert trained == METHODS[2:]
+    assert trained == methods[1:]
     whole = without_seconds(tmp_path / "frontier.json")
     trained = []
     frontier.main(flags)
@@ -192,7 +227,7 @@ def test_an_interrupted_frontier_goes_on_and_a_changed_one_starts_again(small, t
     assert without_seconds(tmp_path / "frontier.json") == whole
     trained = []
     frontier.main([*flags, "--lr", "1e-3"])
-    assert trained == METHODS
+    assert trained == methods
 
 
 def test_the_sft_on_chosen_answers_reads_the_best_answers_only(small, tmp_path, monkeypatch):
@@ -247,23 +282,24 @@ def test_best_of_n_is_never_above_the_optimum_at_its_kl_bound():
 
 
 @needs_matplotlib
-def test_the_frontier_is_drawn_with_axes_names_and_error_bars(small, tmp_path, capsys):
-    frontier.main([*small, "--out", str(tmp_path)])
-    picture = (tmp_path / "frontier.svg").read_text()
+def test_the_frontier_is_drawn_with_axes_and_names_and_is_the_same_every_time(tmp_path, capsys):
+    def at(kl):
+        return {"kl": kl, "kl_se": 0.1, "kl_bound": kl, "reward": 0.1 * kl, "reward_se": 0.01,
+                "well_formed": 0.9, "well_formed_se": 0.01}
+    runs = {f"{method}, {setting}, 0": {"method": method, "setting": setting, "measures": at(kl)}
+            for method in METHODS for setting, kl in [("beta 0.5", 1.0), ("beta 0.1", 9.0)]}
+    reference = {"best_of": {"N = 1": at(0.0), "N = 2": at(0.2)},
+                 "optimum": [{"beta": 1.0, "reward": 0.1 * kl, "kl": kl} for kl in (0, 1, 2)]}
+    for name in ("once", "again"):
+        frontier.draw_frontier(runs, reference, "well_formed", tmp_path / f"{name}.svg")
+    picture = (tmp_path / "once.svg").read_text()
     for words in ("KL to the SFT model, nats", "ground-truth reward, from -1 to 1",
                   "share of well-formed texts", "best of", "unlikelihood", "beta 0.5",
-                  "the best possible", "PPO, true reward", "PPO, learned reward"):
+                  "beta 0.1: KL 9", "the best possible", "PPO, true reward",
+                  "PPO, learned reward"):
         assert f"<!-- {words}" in picture, words
     assert_has_no_background(picture)
-    first = picture
-    frontier.main([*small, "--out", str(tmp_path)])
-    assert (tmp_path / "frontier.svg").read_text() == first
-
-
-def assert_has_no_background(picture):
-    """Assert that the picture has no filled background, so it is readable on light and on dark."""
-    patch = picture[picture.index('<g id="patch_1">'):]
-    assert "fill: none" in patch[:patch.index("</g>")]
+    assert (tmp_path / "again.svg").read_text() == picture
 
 
 def test_frontier_refuses_what_has_no_ground_truth(capsys, tmp_path, run):
@@ -309,11 +345,9 @@ def test_a_picture_that_cannot_be_finished_leaves_the_one_before(tmp_path, monke
     curves.main([str(tmp_path)])
     before = (tmp_path / "curves.svg").read_bytes()
 
-    def full(figure, file, **_):
-        with (file if hasattr(file, "write") else open(file, "wb")) as opened:
-            opened.write(b"<svg")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("runtime.files.os.fsync", full)
     assert "curves.svg: cannot be written: No space" in refused(curves.main, [tmp_path], capsys)
     assert (tmp_path / "curves.svg").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"dpo_metrics.csv", "curves.svg"}
@@ -324,8 +358,10 @@ def test_curves_name_what_they_show_and_in_which_unit(tmp_path, capsys):
     (tmp_path / "dpo_metrics.csv").write_text(METRICS)
     curves.main([str(tmp_path)])
     picture = (tmp_path / "curves.svg").read_text()
-    for words in ("loss, nats", "pairs ranked correctly, %", "implicit reward, beta × nats",
-                  "log π(y|x), nats", "step", "chosen", "rejected", "margin", "held out", "log 2"):
+    for words in ("Loss", "Accuracy: pairs ranked correctly", "Implicit rewards",
+                  "Log-probs of the answers", "nats per pair or ranking", "β log(π / π_ref)",
+                  "log π(y|x), nats", "step", "chosen -->", "rejected -->", "margin", "held out",
+                  "log 2"):
         assert f"<!-- {words}" in picture, words
     assert_has_no_background(picture)
     curves.main([str(tmp_path), "--out", str(tmp_path / "again.svg")])
@@ -334,6 +370,18 @@ def test_curves_name_what_they_show_and_in_which_unit(tmp_path, capsys):
     rows = [row[:row.index("1e-06") + 5] + 7 * "," for row in rows]
     (tmp_path / "dpo_metrics.csv").write_text("\n".join([header, *rows, ""]))
     curves.main([str(tmp_path)])
+
+
+@needs_matplotlib
+def test_log_probs_are_those_of_held_out_answers_if_they_were_logged(tmp_path, capsys):
+    """In training batches, they differ more from batch to batch than they change."""
+    (tmp_path / "dpo_metrics.csv").write_text(METRICS)
+    metrics = curves.read_metrics(tmp_path / "dpo_metrics.csv")
+    assert metrics["held_out_rejected_logp"] == ([0, 40], [-21, -24])
+    curves.main([str(tmp_path)])
+    picture = (tmp_path / "curves.svg").read_text()
+    assert "<!-- chosen, held out -->" in picture and "<!-- rejected, held out -->" in picture
+    assert picture.count("<!-- chosen -->") == 1            # that of the rewards
 
 
 @needs_matplotlib
@@ -349,7 +397,7 @@ def test_two_runs_are_drawn_in_one_picture_and_told_apart_without_colour(tmp_pat
     curves.main([*map(str, folders), "--out", str(tmp_path / "both.svg")])
     picture = (tmp_path / "both.svg").read_text()
     assert picture.count("<!-- log 2 -->") == picture.count("<!-- margin -->") == 1
-    for label in ("training", "held out", "chosen", "rejected"):
+    for label in ("training batches", "held out", "chosen", "rejected"):
         for name in folders:
             assert f"<!-- {label}, {name} -->" in picture, label
     widths = {colour: re.findall(rf"fill: none; (?:stroke-dasharray: \S+; stroke-dashoffset: 0; )?"
@@ -384,50 +432,125 @@ def test_a_folder_without_metrics_is_refused(tmp_path, capsys, content, words):
 
 
 # ------------------------------------------------------------------------------------------------
-# The margins
+# The distributions of rewards and of margins
 # ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def with_beta(run, tmp_path):
-    """The flags of experiments.margins for the run, whose policy now says that its beta is 0.5."""
+def of_margins(run, tmp_path):
+    """The flags for the margins of the run, whose policy now says that its beta is 0.5."""
     policy, _ = load_checkpoint(run / "dpo.pt")
     save_checkpoint(tmp_path / "dpo.pt", policy, tokenizer="reviews", beta=0.5)
     reference, _ = load_checkpoint(run / "sft.pt")
-    save_checkpoint(tmp_path / "ref.pt", reference, tokenizer="reviews")
-    return ["--data", str(run / "pairs.jsonl"), "--device", "cpu", "--out", str(tmp_path),
-            "--checkpoint", str(tmp_path / "dpo.pt"), "--reference", str(tmp_path / "ref.pt")]
+    save_checkpoint(tmp_path / "sft.pt", reference, tokenizer="reviews")
+    return ["--of", "margin", "--data", str(run / "pairs.jsonl"), "--device", "cpu",
+            "--out", str(tmp_path)]
 
 
 @needs_matplotlib
-def test_margins_have_the_mean_and_the_accuracy_that_sample_reports(with_beta, tmp_path, capsys):
+def test_margins_have_the_mean_and_the_accuracy_that_sample_reports(of_margins, tmp_path, capsys):
     """The printed mean is that of rate_pairs, and the share below 0 is 1 - accuracy if no pair
-    ties. The picture shows all pairs and has no background."""
-    margins.main(with_beta)
+    ties. The picture has no background."""
+    distribution.main(of_margins)
     row = capsys.readouterr().out.split("< 0\n")[1].splitlines()[0].split()
     policy, _ = load_checkpoint(tmp_path / "dpo.pt")
-    reference, _ = load_checkpoint(tmp_path / "ref.pt")
-    args = margins.parse_args(with_beta)
-    items = held_out_pairs(TOKENIZER, 64, args)
+    reference, _ = load_checkpoint(tmp_path / "sft.pt")
+    items = held_out_pairs(TOKENIZER, 64, distribution.parse_args(of_margins))
     rated = sample.rate_pairs({"pi": policy}, reference, items, {"pi": 0.5})["pi"]
-    assert row[0] == "dpo" and float(row[1]) == pytest.approx(rated["margin"], abs=0.006)
+    assert row[:2] == ["margin,", "dpo"]
+    assert float(row[2]) == pytest.approx(rated["margin"], abs=0.006)
     assert float(row[-1].rstrip("%")) / 100 == pytest.approx(1 - rated["accuracy"], abs=1e-3)
-    assert_has_no_background((tmp_path / "margins.svg").read_text())
+    assert_has_no_background((tmp_path / "margin.svg").read_text())
 
 
-def test_the_quantiles_of_margins_worked_out_by_hand():
+@needs_matplotlib
+def test_rewards_are_those_of_the_table_that_train_dpo_ends_with(run, tmp_path, monkeypatch,
+                                                                 capsys):
+    """The same seeds, so the same answers and the same mean reward. The answers to one prompt can
+    be shown beside them."""
+    drawn = []
+    monkeypatch.setattr(distribution, "draw_distributions", lambda *found: drawn.append(found))
+    flags = ["--out", str(run), "--eval-prompts", "8", "--max-new-tokens", "6", "--device", "cpu"]
+    distribution.main([*flags, "--of", "reward", "well_formed", "--example", "3",
+                       "--svg", str(tmp_path / "a.svg")])
+    [(columns, example, path)] = drawn
+    args = distribution.parse_args(flags)
+    prompts = held_out_prompts([], TOKENIZER, args)
+    models = {name: load_checkpoint(run / f"{name}.pt")[0] for name in ("sft", "dpo")}
+    grades = reviews.open_grades(args, None, TOKENIZER)
+    measures, texts = sample.evaluate(models, models["sft"], prompts, TOKENIZER, 6, args.seed + 1,
+                                      grades)
+    for name in models:
+        for what in ("reward", "well_formed"):
+            assert columns[what][name].mean().item() == pytest.approx(measures[name][what])
+        assert example[name][:2] == (prompts[2], texts[name][2])
+    assert path == tmp_path / "a.svg"
+
+
+@needs_matplotlib
+def test_the_picture_names_each_policy_its_mean_and_what_lies_beyond_its_axis(tmp_path, capsys):
+    """Of 200 margins, those at -1000 and 1000 are beyond an axis that shows 98 %: 0.5 % each.
+    Grades have a whole axis. Of the rewards of dpo, two in three are above 0."""
+    margins = torch.tensor([0.5, 1.5] * 100, dtype=torch.float64)
+    far = margins.clone()
+    far[0], far[-1] = -1000, 1000               # the mean is (200 - 0.5 - 1.5) / 200
+    path = tmp_path / "a.svg"
+    distribution.draw_distributions({"margin": {"out/a": margins, "out/b": far}}, {}, path)
+    picture = path.read_text()
+    for words in ("out/a", "out/b", "mean 1.00, 100 % above 0", "mean 0.99, 100 % above 0",
+                  "◂ 0.5 %", "0.5 % ▸", "% of pairs", "margin of a held-out pair"):
+        assert f"<!-- {words}" in picture, words
+    assert picture.count("▸") == picture.count("◂") == 1
+    grades = {"sft": torch.tensor([-0.5, 0.5], dtype=torch.float64),
+              "dpo": torch.tensor([-0.5, 0.5, 1], dtype=torch.float64)}
+    example = {"sft": ("The plot", " was dull.", -0.5), "dpo": ("The plot", " was good.", 0.5)}
+    distribution.draw_distributions({"reward": grades}, example, path)
+    picture = path.read_text()
+    for words in ("SFT, before DPO", "after DPO", "mean 0.33, 67 % above 0", "% of answers",
+                  "The plot ...", "... was dull.", "... was good.", "reward −0.50", "reward 0.50"):
+        assert f"<!-- {words}" in picture, words
+    assert "◂" not in picture and "▸" not in picture
+
+
+@for_all
+@given(values=st.lists(st.floats(-9, 9), min_size=1, max_size=30), margins=st.booleans())
+def test_the_bins_are_of_equal_width_and_one_edge_is_the_middle(values, margins):
+    """So that no bar mixes pairs ranked rightly and wrongly, or good and bad texts. All grades are
+    within the axis: from -1 to 1, or from 0 to 1 if none is negative."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    numbers = numbers if margins else numbers / 9
+    edges, below = distribution.bins_of("margin" if margins else "reward", {"pi": numbers})
+    widths = [right - left for left, right in zip(edges, edges[1:])]
+    assert widths == pytest.approx([widths[0]] * len(widths)) and widths[0] > 0
+    assert len(widths) <= 42
+    if margins:
+        assert edges[below] == 0
+    else:
+        assert edges[below] == (edges[0] + 1) / 2 and edges[-1] == 1
+        assert edges[0] == (-1 if min(values) < 0 else 0)
+
+
+def test_the_quantiles_worked_out_by_hand():
     """Of 0, 1, ..., 100, less 10: the quantile q is 100 q - 10, and 10 of 101 are below 0."""
     values = torch.arange(101, dtype=torch.float64) - 10
-    row = margins.as_table({"pi": values}).splitlines()[1]
-    assert row.split() == ["pi", "40.00", "-5.00", "15.00", "40.00", "65.00", "85.00", "9.9%"]
+    row = distribution.quantile_table({"margin": {"pi": values}}).splitlines()[1]
+    assert row.split() == ["margin,", "pi", "40.00", "-5.00", "15.00", "40.00", "65.00", "85.00",
+                           "9.9%"]
 
 
-def test_margins_are_of_a_policy_that_has_a_beta_and_in_an_svg(with_beta, tmp_path, capsys):
-    policy, _ = load_checkpoint(tmp_path / "dpo.pt")
+def test_a_distribution_that_cannot_be_drawn_is_refused(of_margins, run, tmp_path, capsys):
+    policy, _ = load_checkpoint(run / "dpo.pt")
     save_checkpoint(tmp_path / "other.pt", policy, tokenizer="reviews")
-    flags = [*with_beta, "--checkpoint", tmp_path / "other.pt"]
-    assert "other.pt was not trained by train_dpo.py" in refused(margins.main, flags, capsys)
-    assert "ends in .svg" in refused(margins.main, [*with_beta, "--svg", "pic"], capsys)
+    of_rewards = ["--out", run, "--eval-prompts", "2", "--device", "cpu"]
+    for flags, words in [
+            ([*of_margins, "--checkpoint", tmp_path / "other.pt"],
+             "other was not trained by train_dpo.py"),
+            ([*of_margins, "--svg", "pic"], "ends in .svg"),
+            ([*of_margins, "--example", "1"], "stands alone"),
+            (["--data", run / "pairs.jsonl"], "try --of margin"),
+            ([*of_rewards, "--of", "judge"], "the grades of this task are reward, well_formed"),
+            ([*of_rewards, "--example", "3"], "there are 2 prompts")]:
+        assert words in refused(distribution.main, flags, capsys)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -577,12 +700,12 @@ def test_fewer_than_two_prompts_are_too_few_to_measure_on(run, tmp_path, capsys,
     ("I find it More helpful: A", None), ("**More helpful: A**", None),
     ('More helpful: <"A" or "B">', None)])
 def test_only_the_verdict_line_that_was_asked_for_counts(reply, letter):
-    assert win_rate.verdict(reply, "dialogue") == letter
+    assert win_rate.read_verdict(reply, "dialogue") == letter
 
 
 def test_summaries_are_preferred_not_more_helpful():
-    assert win_rate.verdict("Comparison: x\nPreferred: B", "summary_c") == "B"
-    assert win_rate.verdict("Comparison: x\nMore helpful: B", "summary_s") is None
+    assert win_rate.read_verdict("Comparison: x\nPreferred: B", "summary_c") == "B"
+    assert win_rate.read_verdict("Comparison: x\nMore helpful: B", "summary_s") is None
 
 
 def a_key(n):
@@ -748,31 +871,3 @@ def test_asking_and_reading_are_two_things(run, capsys, tmp_path):
                          (["--questions", "0"], "--questions"),
                          (["--ask", "a.jsonl", "--between", sft, sft], "two different")]:
         assert words in refused(win_rate.main, [*flags, "--out", tmp_path], capsys)
-
-
-# ------------------------------------------------------------------------------------------------
-# The distribution of rewards
-# ------------------------------------------------------------------------------------------------
-
-
-@for_all
-@given(a=st.lists(st.floats(-3, 3), min_size=1, max_size=30),
-       b=st.lists(st.floats(-3, 3), min_size=1, max_size=30))
-def test_each_answer_is_in_one_bin_of_a_histogram(a, b):
-    edges, shares = distribution.histograms({"a": a, "b": b}, n_bins=5)
-    assert len(edges) == 6 and edges == sorted(edges)
-    assert sum(shares["a"]) == pytest.approx(1) and sum(shares["b"]) == pytest.approx(1)
-
-
-def test_a_histogram_has_the_shares_of_equal_intervals():
-    """From 0 to 1 in two bins: of the four numbers of a, three are below 0.5."""
-    _, shares = distribution.histograms({"a": [0.0, 0.1, 0.4, 1.0], "b": [0.9]}, n_bins=2)
-    assert shares == {"a": [0.75, 0.25], "b": [0.0, 1.0]}
-
-
-def test_the_distribution_draws_both_policies(run, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    distribution.main(["--out", str(run), "--policies", str(run / "sft.pt"), str(run / "dpo.pt"),
-                       "--eval-prompts", "8", "--max-new-tokens", "6", "--device", "cpu"])
-    picture = (run / "distribution.svg").read_text()
-    assert "sft, mean" in picture and "dpo, mean" in picture

@@ -26,8 +26,7 @@ ORDER = [
     "train_dpo",
     "experiments.plot experiments.squeezing experiments.best_of experiments.packed_row "
     "experiments.curves experiments.distribution experiments.reward_model experiments.ppo "
-    "experiments.credit experiments.margins experiments.frontier experiments.win_rate "
-    "experiments.benchmark",
+    "experiments.credit experiments.frontier experiments.win_rate experiments.benchmark",
     "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers "
     "classroom.course",
     "experiments.symptoms",             # trains with the wrong answers in place

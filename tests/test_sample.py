@@ -170,10 +170,10 @@ def test_shares_of_best_sum_to_one_and_favour_the_better(m, data):
 
 
 def test_answers_are_judged_by_the_log_ratio_and_stay_with_their_prompt():
-    """The implicit rewards of draw_answers are beta (log judge - log model), answer by answer."""
+    """Implicit rewards are beta (log judge - log model), answer by answer."""
     model, judge, prompts = small_gpt(0), small_gpt(1), ["The plot", "I liked"]
-    columns = best_of_py.draw_answers(model, prompts, TOKENIZER, 3, 5, 0, LENGTH,
-                                      judge=judge, beta=0.5)
+    columns = best_of_py.sample_and_measure(model, prompts, TOKENIZER, 3, 5, 0, LENGTH,
+                                            judge=judge, beta=0.5)
     ids = [[TOKENIZER.eot_token] + TOKENIZER.encode_ordinary(p) for p in prompts]
     drawn = sample.sample_answers(model, [i for i in ids for _ in range(3)], 5, 0,
                                   TOKENIZER.eot_token)

@@ -3,10 +3,12 @@
     pytest tests/test_symptoms.py
 """
 
+import importlib.util
 import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from classroom.exercises import is_a_students_copy
 from classroom.wrong_answers import MUTANTS
 from data import is_held_out, load_preferences
 from experiments import symptoms
+from experiments.plot import BLUE
 from experiments.symptoms import SYMPTOMS, Symptom, flags_of
 from model import GPT, GPTConfig
 from tasks.checkpoint import save_checkpoint
@@ -121,7 +124,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(symptoms, "SYMPTOMS", [
         Symptom("healthy", "", "nothing"),
         Symptom("wrong_start", "start", "reference forgotten", "", ("reference_forgotten",))])
-    monkeypatch.setattr(symptoms, "draw", lambda *_: None)
+    monkeypatch.setattr(symptoms, "draw_symptoms", lambda *_: None)
     torch.manual_seed(0)
     save_checkpoint(tmp_path / "sft.pt", GPT(GPTConfig(64, TOKENIZER.n_vocab, 1, 2, 16), 0.3),
                     tokenizer="reviews", source="reviews")
@@ -137,7 +140,7 @@ def test_each_run_is_trained_with_its_mistake_and_measured_without(small, tmp_pa
     """The wrong answer stays in the process of its run: the loss of this one is still right. A
     second start trains nothing, and trains again what is changed in the table."""
     symptoms.main(small)
-    results = {name: json.loads((tmp_path / name / "result.json").read_text())["result"]
+    results = {name: json.loads((tmp_path / name / "result.json").read_text())
                for name in ("healthy", "wrong_start")}
     assert {"reward", "kl", "win_rate", "accuracy", "seconds"} <= set(results["healthy"])
     assert "the policy does not start at its reference" in results["wrong_start"]["stopped"]
@@ -147,7 +150,7 @@ def test_each_run_is_trained_with_its_mistake_and_measured_without(small, tmp_pa
     assert "| `wrong_start` | stopped |" in (tmp_path / "symptoms.md").read_text()
 
     trained = []
-    monkeypatch.setattr(symptoms, "run", lambda symptom, *_: trained.append(symptom.name)
+    monkeypatch.setattr(symptoms, "run_symptom", lambda symptom, *_: trained.append(symptom.name)
                         or {"stopped": ""})
     symptoms.main(small)
     assert trained == []
@@ -159,7 +162,7 @@ def test_each_run_is_trained_with_its_mistake_and_measured_without(small, tmp_pa
 @trains_in_a_child
 def test_only_the_runs_asked_for_are_made_and_the_healthy_one(small, monkeypatch):
     trained = []
-    monkeypatch.setattr(symptoms, "run", lambda symptom, *_: trained.append(symptom.name)
+    monkeypatch.setattr(symptoms, "run_symptom", lambda symptom, *_: trained.append(symptom.name)
                         or {"stopped": ""})
     symptoms.main([*small, "--only", "healthy"])
     assert trained == ["healthy"]
@@ -171,6 +174,36 @@ def test_a_name_that_is_not_in_the_table_is_refused(capsys):
     with pytest.raises(SystemExit) as caught:
         symptoms.main(["--only", "healthy,sick"])
     assert caught.value.code == 2 and "--only sick" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# The pictures
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
+def test_the_pictures_say_what_their_axes_lines_and_dots_are(tmp_path, capsys):
+    """The last row names the x-axis, once for each of the four panels; the legend names the rest.
+    If held-out log-probs were logged, the noisy ones of the training batches are not drawn."""
+    header = ",".join(["step", *train_dpo.COLUMNS])
+    row = {name: -2.0 for name in train_dpo.COLUMNS}
+    for name in ("healthy", "a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dpo_metrics.csv").write_text("".join(
+            f"{line}\n" for line in [header, *(",".join(map(str, [step, *row.values()]))
+                                               for step in (0, 5))]))
+    path = tmp_path / "a.svg"
+    symptoms.draw_symptoms([Symptom("a", "x", "one"), Symptom("b", "x", "two")], tmp_path, path)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
+    assert texts.count("step") == 4
+    assert {"healthy run", "this run; chosen answers", "rejected answers", "held out", "one",
+            "two"} <= set(texts)
+
+    drawn = []
+    ax = SimpleNamespace(plot=lambda steps, values, *_, **__: drawn.append(values))
+    metrics = {"chosen_logp": ([0, 5], [-20.0, -25.0]), "held_out_chosen_logp": ([0], [-21.0])}
+    symptoms.draw_metrics(ax, ["chosen_logp"], 1, metrics, [BLUE])
+    assert drawn == [[], [-21.0]]
 
 
 # ------------------------------------------------------------------------------------------------
