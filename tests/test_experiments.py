@@ -477,7 +477,7 @@ def test_rewards_are_those_of_the_table_that_train_dpo_ends_with(run, tmp_path, 
     args = distribution.parse_args(flags)
     prompts = held_out_prompts([], TOKENIZER, args)
     models = {name: load_checkpoint(run / f"{name}.pt")[0] for name in ("sft", "dpo")}
-    grades = reviews.open_grades(args, None, TOKENIZER)
+    grades = reviews.Reviews().grades(args, None, TOKENIZER)
     measures, texts = sample.evaluate(models, models["sft"], prompts, TOKENIZER, 6, args.seed + 1,
                                       grades)
     for name in models:
