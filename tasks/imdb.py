@@ -249,7 +249,7 @@ class IMDbSmall(IMDb):
     summary = "the same with a small model from random weights"
     tokenizer = "gpt2-8k"
     random = {"lr": 2e-3, "n_layer": 6, "n_head": 8, "n_embd": 256, "init_std": 0.03}
-    dpo = {"beta": 0.5, "lr": 1e-4, "prefixes": 4000, "gap": 0.5}
+    dpo = {"beta": 0.5, "lr": 1e-4, "clip": 1.0, "prefixes": 4000, "gap": 0.5}
     reward_lr = 3e-4
     ppo_preset = "small"
     judge_lr = 1e-3
