@@ -572,7 +572,7 @@ def noted(tmp_path, *rows, load=load_preferences):
     path = write(tmp_path / "file.jsonl", lines(*rows))
     with contextlib.redirect_stdout(io.StringIO()) as out:
         read_and_report("file", False, load, path)
-    return out.getvalue().splitlines()[1:]
+    return out.getvalue().splitlines()
 
 
 def test_other_keys_are_ignored_and_listed_once(tmp_path):
