@@ -141,7 +141,8 @@ def command(main):
             if rank > 0:
                 script = f"{script}, process {rank}"
             with suppress(OSError):     # stderr may be what cannot be written
-                print(f"{script}: {printable(message)}", file=sys.stderr)
+                print(f"{script}: {printable(message)}",     # within a command, stderr is devnull
+                      file=sys.__stderr__ if rank > 0 else sys.stderr)
         sys.exit(code)
     return run
 

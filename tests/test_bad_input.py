@@ -556,6 +556,13 @@ def test_an_output_on_a_full_disk_is_named(full, tmp_path):
         assert "train_sft.py: the output or a file: No space left on device\n" in done.stderr
 
 
+def test_an_evaluation_without_a_line_in_the_log_is_refused(run, capsys, tmp_path):
+    message = refused(train_sft.main, ["--data", run / "pairs.jsonl", "--out", tmp_path, *TINY,
+                                       "--log-every", "2", "--eval-every", "3"], capsys)
+    assert "--eval-every 3 is not a multiple of --log-every 2" in message
+    assert not list(tmp_path.iterdir())
+
+
 def test_control_characters_in_a_name_are_escaped(capsys, tmp_path):
     """A line end would make two sentences of one, and an escape sequence may do anything."""
     message = refused(sample.main, ["--checkpoint", tmp_path / "a\nb\x1b[31mé.pt"], capsys)

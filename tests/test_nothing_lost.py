@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,12 @@ import train_sft
 from data import Batches, Encoded
 from model import GPT, GPTConfig
 from runtime.errors import UserError
-from runtime.files import replacing, write_json
+from runtime.files import fingerprint, replacing, write_json
 from runtime.log import Log
 from runtime.run import load_state
+from tasks import task_of
 from tasks.checkpoint import load_checkpoint, save_checkpoint
+from tasks.tokenizers import get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 for_all = settings(deadline=None, max_examples=20, derandomize=True)
@@ -480,6 +483,105 @@ def test_a_run_says_when_there_is_something_to_resume_and_when_there_is_not(tmp_
 
 
 # ------------------------------------------------------------------------------------------------
+# What the log says, and a second round
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first_round(tmp_path_factory):
+    """(folder, flags) of a run of both commands on a file of preferences."""
+    out = tmp_path_factory.mktemp("first")
+    rows = [{"prompt": f"P {i}", "chosen": f" good {i}", "rejected": " bad"} for i in range(30)]
+    (out / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", str(out / "a.jsonl"), *"--tokenizer reviews --device cpu".split()]
+    train_sft.main([*flags, "--out", str(out), "--steps", "1",
+                    *"--n-layer 1 --n-head 1 --n-embd 8 --block-size 64".split()])
+    flags += "--steps 5 --batch 8 --lr 1e-2 --eval-prompts 3 --max-new-tokens 8".split()
+    train_dpo.main([*flags, "--out", str(out)])
+    return out, flags
+
+
+def test_the_last_row_of_the_log_is_of_the_weights_that_are_saved(first_round):
+    """Eq. 7 of the held-out pairs, from the log-probs under the two files. Row 0 is log 2."""
+    out, flags = first_round
+    args = train_dpo.parse_args([*flags, "--out", str(out)])
+    args.row_length = 64
+    _, held_out = task_of(args).encoded_preferences(get_tokenizer("reviews"), args)
+    of_sft, of_dpo = [sample.logps_of(load_checkpoint(out / name)[0], held_out, 64)
+                      for name in ("sft.pt", "dpo.pt")]
+    losses = [math.log1p(math.exp(-args.beta * ((pi[w] - pi[l]) - (ref[w] - ref[l]))))
+              for item, pi, ref in zip(held_out, of_dpo, of_sft) for w, l in item.pairs]
+    rows = rows_of(out / "dpo_metrics.csv")
+    assert [row["step"] for row in rows] == list("012345") and len(losses) > 1
+    assert rows[0]["loss"] == "" and rows[0]["held_out_loss"] == "0.693147"
+    mean = sum(losses) / len(losses)
+    assert float(rows[-1]["held_out_loss"]) == pytest.approx(mean, rel=1e-5)
+    assert float(rows[-2]["held_out_loss"]) != pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_a_second_round_does_not_overwrite_the_policy_it_starts_from(
+        first_round, tmp_path, link, capsys):
+    out, flags = first_round
+    start = out / "dpo.pt"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    if link:
+        start = tmp_path / "start.pt"
+        link(out / "dpo.pt", start)
+    with pytest.raises(SystemExit) as caught:
+        train_dpo.main([*flags, "--out", str(out), "--sft", str(start)])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (f"train_dpo.py: --sft {start}: this run would overwrite it; "
+                                       "choose another folder with --out\n")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_second_round_in_another_folder_is_measured_against_its_own_start(
+        first_round, tmp_path, capsys):
+    """Its reference is the policy of the first round. Measured against another one, it warns."""
+    out, flags = first_round
+    train_dpo.main([*flags, "--out", str(tmp_path), "--sft", str(out / "dpo.pt"), "--lr", "0.1"])
+    measured = json.loads((tmp_path / "results.json").read_text())["policies"]
+    assert measured["sft"]["kl"] == 0 < measured["dpo"]["kl"]
+    start, _ = load_checkpoint(out / "dpo.pt")
+    _, facts = load_checkpoint(tmp_path / "dpo.pt")
+    assert facts["reference"] == fingerprint(start)
+    capsys.readouterr()
+    kls = []
+    for reference, lines in (("dpo.pt", 0), ("sft.pt", 1)):
+        sample.main([*flags[:2], *"--device cpu --eval-prompts 3 --max-new-tokens 8 --out".split(),
+                     str(tmp_path), "--evaluate", str(out / "dpo.pt"), str(tmp_path / "dpo.pt"),
+                     "--reference", str(out / reference)])
+        err = capsys.readouterr().err
+        assert err.count("\n") == err.count(
+            f"{tmp_path / 'dpo.pt'} was not trained from {out / reference}") == lines
+        written = json.loads((tmp_path / "evaluation.json").read_text())["policies"]
+        kls.append(written[str(tmp_path / "dpo.pt")]["kl"])
+    assert kls[0] == pytest.approx(measured["dpo"]["kl"]) and kls[0] != kls[1]
+
+
+def test_a_warm_up_takes_at_most_half_of_the_run_and_says_so(tmp_path, capsys):
+    """Of seven steps it takes three, with a third, two thirds and all of the learning rate."""
+    train(train_dpo, tmp_path, warmup=100, log_every=1)
+    said = "warm-up: 3 steps, half of the run, instead of --warmup 100\n"
+    assert said in capsys.readouterr().out
+    rates = [float(row["lr"]) for row in rows_of(tmp_path / "dpo_metrics.csv")[1:]]
+    assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, *[1e-2] * 5], rel=1e-5)
+    train(train_dpo, tmp_path, warmup=3, log_every=1)
+    assert "warm-up" not in capsys.readouterr().out
+
+
+def test_both_commands_run_outside_of_the_main_thread(first_round, tmp_path):
+    """There, Python allows no handlers of signals; a notebook server may run commands there."""
+    out, flags = first_round
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with ThreadPoolExecutor(1) as thread:           # result() raises what was raised in it
+        thread.submit(train_dpo.main, [*flags, "--out", str(tmp_path)]).result()
+    assert (tmp_path / "sft.pt").exists() and (tmp_path / "dpo.pt").exists()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# ------------------------------------------------------------------------------------------------
 # Ctrl-C and SIGTERM
 # ------------------------------------------------------------------------------------------------
 
@@ -511,8 +613,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
             runtime.cli.command(main)()
     err = capsys.readouterr().err
     assert caught.value.code == code and "Traceback" not in err
-    assert err.splitlines()[-1] == (f"{script.__name__}.py: stopped after 4 steps; the same command "
-                                    "with --resume, without --fresh, goes on from there")
+    assert err.splitlines()[-1] == (f"{script.__name__}.py: stopped after 4 steps; the same "
+                                    "command with --resume, without --fresh, goes on from there")
     [path] = tmp_path.glob("*_state.pt")
     assert load_state(path)["step"] == 4
     assert signal.getsignal(number) == before
@@ -775,7 +877,8 @@ def test_an_sft_run_that_did_not_end_is_not_mistaken_for_an_older_one_that_did(
     monkeypatch.setattr(train_dpo, "open_start", lambda *arguments: exit(0))
     with pytest.raises(SystemExit):
         train_dpo.main(["--out", str(tmp_path), "--seed", "1", "--device", "cpu"])
-    assert "a later SFT run did not finish, and --resume would continue it" in capsys.readouterr().out
+    words = "a later SFT run did not finish, and --resume would continue it"
+    assert words in capsys.readouterr().out
 
 
 def test_flags_that_begin_again_and_go_on_contradict_each_other(capsys):

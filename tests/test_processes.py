@@ -60,10 +60,10 @@ RUNS = {
     "PPO": (ppo, dict(batch=8, minibatch=4, accumulate=2, max_new_tokens=8, critic_lr=1e-2)),
 }
 STEPS = 4
-SFT = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 64 --reviews 600 --batch 31 --lr 1e-2 "
-       "--steps 40 --device cpu").split()
+SFT = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 64 --reviews 600 --batch 93 --lr 2e-2 "
+       "--warmup 4 --steps 40 --device cpu").split()
 DPO = ("--prefixes 60 --samples 3 --max-new-tokens 40 --steps 6 --batch 13 --log-every 2 "
-       "--eval-every 3 --eval-prompts 40 --warmup 2 --device cpu").split()
+       "--eval-every 4 --eval-prompts 40 --warmup 2 --device cpu").split()
 
 
 def train(name, out, **changes):
@@ -256,7 +256,7 @@ def folders(pair, tmp_path_factory):
 
 
 def test_the_float32_weights_of_two_processes_are_those_of_one_to_1e_6(folders):
-    """After 40 steps of 31 texts. The bias of the keys, the middle third of c_attn's, is left out:
+    """After 40 steps of 93 texts. The bias of the keys, the middle third of c_attn's, is left out:
     it adds the same number to all scores of a query, so its gradient is rounding error, which Adam
     scales up to a step."""
     two, _, alone = folders
@@ -283,7 +283,7 @@ def test_both_commands_write_under_torchrun_what_they_write_alone(folders):
 
 def test_the_first_process_alone_speaks(pair):
     printed = (pair / "printed").read_text()
-    for line in ("starting from", "wrote", "DPO of", "SFT of", "held-out prompts, one sample"):
+    for line in ("starting from", "wrote", "DPO on", "SFT of", "held-out prompts, one sample"):
         count = printed.count(line)
         assert count == (3 if line == "wrote" else 1), line
 
@@ -294,6 +294,27 @@ def test_bad_input_under_torchrun_is_said_once_by_the_script():
     assert done.returncode != 0
     assert done.stderr.count("train_dpo.py: argument --beta: expected") == 1
     assert "train_dpo.py, process 1" not in done.stderr
+
+
+@pytest.mark.parametrize("asked_before, said", [(0, True), (1, False)])
+def test_an_error_is_said_by_the_process_that_has_it_first(asked_before, said, monkeypatch, capfd):
+    """Of two processes that are joined, this is the second. SFT is a command within the command of
+    DPO, whose stderr is already closed to the second process."""
+    class Store:
+        def add(self, message, n):
+            return asked_before + n
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runtime.parallel, "STORES", [Store()])
+
+    @runtime.cli.command
+    def inner(argv):
+        raise UserError("half of a file")
+    with pytest.raises(SystemExit) as caught:
+        runtime.cli.command(lambda argv: inner(argv))([])
+    assert caught.value.code == 2
+    words = "test_processes.py, process 1: half of a file\n"
+    assert capfd.readouterr().err == (words if said else "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can do this")
@@ -379,6 +400,8 @@ def test_what_is_no_tensor_of_a_gpu_goes_by_way_of_the_cpu(monkeypatch, tmp_path
     """By default PyTorch chooses only the accelerator's backend, which cannot send CPU tensors."""
     asked = []
     monkeypatch.setattr(runtime.parallel, "end_with_torchrun", lambda: None)
+    monkeypatch.setattr(runtime.parallel, "STORES", [])
+    monkeypatch.setattr(runtime.parallel.dist, "rendezvous", lambda url: iter([("store", 1, 2)]))
     monkeypatch.setattr(runtime.parallel.dist, "init_process_group",
                         lambda *a, **k: asked.append(a[0]))
     monkeypatch.setenv("WORLD_SIZE", "2")
