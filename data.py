@@ -79,16 +79,16 @@ def load_preferences(path, skipped=None):
     left out and counted by reason in `skipped`, a runtime.rows.Skipped, which also gets notes on
     the file. Raises UserError, with the line, for a malformed row, and if no row is left.
     """
-    return load(path, parse_preference, Skipped() if skipped is None else skipped)
+    return read_preferences(path, parse_preference, Skipped() if skipped is None else skipped)
 
 
 def load_examples(path, skipped=None):
     """Read a file for SFT: preferences as above, or rows with one answer, {"prompt", "completion"},
     {"messages"} or {"text"}. Returns a list of Preference."""
-    return load(path, parse_example, Skipped() if skipped is None else skipped)
+    return read_preferences(path, parse_example, Skipped() if skipped is None else skipped)
 
 
-def load(path, parse, skipped):
+def read_preferences(path, parse, skipped):
     """A list of Preference from the rows of a file, as parse(row, skipped) reads them."""
     rows = read_rows(path, lambda row: parse(row, skipped), skipped)
     if not rows:

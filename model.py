@@ -226,6 +226,13 @@ class GPT(nn.Module):
 
         batch: a packed data.Batch. owner (S,): the answer that each scored token belongs to. N is
         batch.n_answers. Returns (N,) in the dtype of the weights, so in float32 under autocast too.
+
+        For one answer in a row of its own, this is the usual shift of logits against labels:
+
+            ids = torch.tensor([prompt + answer])           # (1, T); the prompt begins with <eot>
+            logits, labels = model(ids)[:, :-1], ids[:, 1:]
+            token_logps = logits.log_softmax(-1).gather(2, labels[:, :, None])[0, :, 0]
+            logp = token_logps[len(prompt) - 1:].sum()      # without those of the prompt
         """
         token_logps = self.token_logps(batch)                                    # (S,)
         return token_logps.new_zeros(batch.n_answers).index_add(0, batch.owner, token_logps)

@@ -350,7 +350,7 @@ def peak_memory(device):
 
 
 @torch.no_grad()
-def add_reference(model, items, rung):
+def set_reference(model, items, rung):
     """Compute the reference log-probs of a list of Encoded, in packed rows with shared prompts."""
     rung = replace(rung, layout="shared", logits="answers")
     batch = collate(items, rung, model.config).to(model.device)
@@ -377,7 +377,7 @@ def measure_rung(name, args, config):
     if rung.reference == "each step":
         reference = copy.deepcopy(model)
     else:
-        reference_seconds = [seconds_of(lambda: add_reference(model, items, rung), args.device)
+        reference_seconds = [seconds_of(lambda: set_reference(model, items, rung), args.device)
                              for items in steps]
     optimizer, scaler = model.optimizer(LR), grad_scaler(model)
     peak = peak_tflops(args, model.precision or torch.float32)

@@ -201,7 +201,7 @@ def remove_training_state(folder):
 
 
 def train_and_measure(start, args, method, flags, folder):
-    """Train and measure one run. Returns what `measure` returns, and the cost: seconds of CPU time
+    """Train and measure one run. Returns what `measure_policy` returns, and the cost: seconds of CPU time
     of the training, and the tokens sampled in it."""
     began = time.process_time()
     policy = train_method(start, method, flags, folder)
@@ -211,7 +211,7 @@ def train_and_measure(start, args, method, flags, folder):
         with open(folder / "ppo_metrics.csv", newline="") as file:
             lengths = [float(row["length"]) for row in csv.DictReader(file)]
         tokens = round(ppo.parse_args(flags).batch * sum(lengths))
-    return {**measure(policy, start, args), "seconds": seconds, "sampled_tokens": tokens}
+    return {**measure_policy(policy, start, args), "seconds": seconds, "sampled_tokens": tokens}
 
 
 def computed_once(folder, config, compute, *arguments):
@@ -227,7 +227,7 @@ def computed_once(folder, config, compute, *arguments):
 # ------------------------------------------------------------------------------------------------
 
 
-def measure(policy, start, args):
+def measure_policy(policy, start, args):
     """Measure a policy on held-out prompts. Returns {"measures": reward, kl and so on, "prompts":
     the first two prompts, "answers": the answers to these}."""
     measures, texts = evaluate({"policy": policy}, start.model, start.prompts, start.tokenizer,
@@ -286,7 +286,7 @@ FURTHEST = 8.5          # KL in nats at the right edge, where runs beyond it are
 def draw_frontier(runs, reference, second, path):
     """Draw reward and a second measure against KL, as an SVG file.
 
-    runs: {name: a result of `measure`, with its method and setting}. reference: what
+    runs: {name: a result of `measure_policy`, with its method and setting}. reference: what
     measure_reference returns. second: well_formed or judge.
     """
     plt = pyplot()

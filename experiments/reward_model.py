@@ -32,7 +32,7 @@ from data import Batches, Encoded, decode_answer
 from runtime.cli import Parser, begin_run, command
 from runtime.errors import UserError
 from runtime.files import write_json
-from runtime.flags import add_evaluation_flag, add_training_flags, fill_in
+from runtime.flags import add_evaluation_flag, add_training_flags, check_intervals, fill_in
 from runtime.parallel import set_precision
 from runtime.report import table
 from runtime.run import Run
@@ -255,6 +255,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     choose_task(args)
     fill_in(args, {"lr": task_of(args).reward_lr}, DEFAULTS)
+    check_intervals(args)
     return args
 
 

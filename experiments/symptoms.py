@@ -178,7 +178,7 @@ def run_symptom(symptom, out, eval_prompts):
     process.join()
     remove_training_state(folder)
     if process.exitcode == 0:
-        found = measure(out, folder, eval_prompts)
+        found = measure_run(out, folder, eval_prompts)
     elif process.exitcode == 2:
         log = (folder / "log.txt").read_text(encoding="utf-8")
         found = {"stopped": log.split("train_dpo.py: ")[-1].strip()}
@@ -195,7 +195,7 @@ def train_with_mistakes(wrong, flags, path):
         train_dpo.main(flags)
 
 
-def measure(out, folder, eval_prompts):
+def measure_run(out, folder, eval_prompts):
     """What sample.py measures of the policy in a folder, compared to the SFT model, on the true
     labels. Its samples go to a file."""
     shutil.copy(out / "preferences.jsonl", folder)      # where sample.py looks for held-out pairs

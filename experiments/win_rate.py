@@ -362,7 +362,7 @@ def read_reply(line, form, where):
 # ------------------------------------------------------------------------------------------------
 
 
-def report(files, key):
+def report_verdicts(files, key):
     """The report as text. files: a list of Answers."""
     lines = []
     for kind in ("raters", "model"):
@@ -476,7 +476,7 @@ def main(argv=None):
     key_path, *paths = args.read
     key = read_key(key_path)
     files = [read_answers(path, key) for path in paths]
-    print(report(latest_of_each(files), key))
+    print(report_verdicts(latest_of_each(files), key))
 
 
 if __name__ == "__main__":

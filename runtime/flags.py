@@ -7,6 +7,7 @@ may differ from it; see tasks/task.py.
 import math
 
 from runtime.cli import number_type
+from runtime.errors import UserError
 
 
 def add_speed_flags(parser):
@@ -67,6 +68,13 @@ def add_evaluation_flag(parser):
         "--eval-every", type=number_type(int, 1),
         help="steps between evaluations on held-out data, a multiple of --log-every (default: "
              "about a tenth of the run)")
+
+
+def check_intervals(args):
+    """Raise UserError if evaluations would have no line in the log."""
+    if args.eval_every and args.log_every and args.eval_every % args.log_every:
+        raise UserError(f"--eval-every {args.eval_every} is not a multiple of --log-every "
+                        f"{args.log_every}: every evaluation needs its line in the log")
 
 
 def default_of(name, defaults, tasks):

@@ -186,17 +186,12 @@ class Run:
 
 def intervals(args, n_steps):
     """(steps between lines of the log, steps between evaluations): those of the flags, or about a
-    tenth of the run. Every evaluation has its line. Raises UserError."""
+    tenth of the run. The second is a multiple of the first, so every evaluation has its line."""
     log_every = args.log_every or math.ceil(n_steps / 10)
     eval_every = getattr(args, "eval_every", None)
     if eval_every is None:
         return log_every, log_every * max(1, round(n_steps / 10 / log_every))
-    if args.log_every is None:
-        log_every = eval_every
-    if eval_every % log_every:
-        raise UserError(f"--eval-every {eval_every} is not a multiple of --log-every {log_every}: "
-                        "every evaluation needs its line in the log")
-    return log_every, eval_every
+    return args.log_every or eval_every, eval_every
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def check_sft_checkpoint(path, model, facts, wanted, args):
     if args.tokenizer not in (None, facts["tokenizer"]):
         raise UserError(f"{path} was trained with --tokenizer {facts['tokenizer']}, "
                         f"not {args.tokenizer}")
-    if args.sft == args.out / "sft.pt" and {name: facts.get(name) for name in wanted} != wanted:
+    if not args.sft and {name: facts.get(name) for name in wanted} != wanted:
         other = "other content of " if facts.get("source") == wanted["source"] else ""
         raise UserError(f"{path} was trained on {other}{facts.get('source')}, not on "
                         f"{args.data or args.task}: name it with --sft to start from it anyway, or "
@@ -193,29 +193,28 @@ def check_sft_checkpoint(path, model, facts, wanted, args):
 
 def plan_sft(args):
     """(the flags of train_sft.py if train_dpo.py has to run it first, else None; what happens, in
-    words). Sets --sft to sft.pt of the run if it was not given."""
+    words)."""
     own = args.out / "sft.pt"
-    given, args.sft = args.sft, args.sft or own
-    unfinished = (args.out / "sft_state.pt").exists() and not given
+    unfinished = (args.out / "sft_state.pt").exists() and not args.sft
     flags = flags_of_sft(args)
     if args.fresh:
         return flags, "SFT again, as --fresh asks"
     if args.resume and unfinished:
         return flags, f"SFT, since {own} is from an unfinished run"
-    if not given and not own.exists():
+    if not args.sft and not own.exists():
         return flags, f"SFT, since there is no {own} yet"
     later = "; a later SFT run did not finish, and --resume would continue it"
-    return None, f"no SFT: starting from {args.sft}" + (later if unfinished else "")
+    return None, f"no SFT: starting from {args.sft or own}" + (later if unfinished else "")
 
 
 def open_start(args, device, usual_lr):
     """(model, tokenizer, facts for the checkpoints to come) of --sft, or of sft.pt of the run.
     Sets --sft, and --row-length to the block size, if they were not given. usual_lr: of pretrained
     weights. Raises UserError if the model does not fit the flags or the data."""
-    args.sft = args.sft or args.out / "sft.pt"
-    source = data_source(args)
-    model, tokenizer, facts = open_checkpoint(args.sft, device, args)
-    check_sft_checkpoint(args.sft, model, facts, source, args)
+    path, source = args.sft or args.out / "sft.pt", data_source(args)
+    model, tokenizer, facts = open_checkpoint(path, device, args)
+    check_sft_checkpoint(path, model, facts, source, args)
+    args.sft = path
     choose_row_length(args, model.config.block_size)
     init = facts.get("init", "random")
     warn_of_large_lr(args, usual_lr, init)

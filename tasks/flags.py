@@ -10,6 +10,7 @@ from runtime.flags import (
     add_speed_flags,
     add_training_flags,
     as_flags,
+    check_intervals,
     default_of,
     fill_in,
 )
@@ -121,6 +122,7 @@ def parse_sft_flags(doc, argv, defaults, random):
     choose_task(args)
     choose_initial_model(args, random)
     fill_in(args, defaults)
+    check_intervals(args)
     return args
 
 
@@ -185,6 +187,7 @@ def parse_dpo_flags(doc, argv, defaults, losses):
     args = parser.parse_args(argv)
     choose_task(args)
     fill_in(args, task_of(args).dpo, defaults)
+    check_intervals(args)
     if args.sft and (args.fresh or args.init):
         raise UserError("--fresh and --init are for a new SFT model, but --sft names an existing "
                         "one: choose one of the two")

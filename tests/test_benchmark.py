@@ -23,7 +23,7 @@ from data import Encoded, pack, pack_for_model
 from experiments import benchmark
 from experiments.benchmark import (
     WORKLOADS,
-    add_reference,
+    set_reference,
     collate,
     executed_flops,
     gradients,
@@ -133,7 +133,7 @@ def test_every_rung_computes_the_loss_and_gradient_of_our_step(name):
     expected.backward()
     assert abs(expected.item() - math.log(2)) > 1e-3
     rung = rungs("cpu")[name]
-    add_reference(reference, ITEMS, rung)
+    set_reference(reference, ITEMS, rung)
     policy.precision = torch.bfloat16 if rung.bf16 else None
     tolerance = dict(rtol=0.05, atol=0.05) if rung.bf16 else dict(rtol=1e-4, atol=1e-5)
     loss = gradients(policy, reference, ITEMS, rung)

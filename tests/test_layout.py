@@ -4,6 +4,7 @@
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -104,10 +105,71 @@ def test_functions_of_the_five_files_fit_on_a_screen(module):
             assert lines <= 60, f"{module}.{node.name} has {lines} lines"
 
 
+def public_names():
+    """{name: the modules that define a function or class of that name}. A command has a main and a
+    parse_args, and each training loop is called train."""
+    found = {}
+    for module in MODULES:
+        for node in ast.parse(path_of(module).read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.setdefault(node.name, []).append(module)
+    return {name: modules for name, modules in found.items()
+            if name not in ("main", "parse_args", "train")}
+
+
+def test_a_public_name_means_one_thing_in_the_whole_repository():
+    """A reader who searches for a name finds the one that is meant."""
+    defined = {name: modules for name, modules in public_names().items()
+               if "classroom.wrong_answers" not in modules}
+    assert {name: modules for name, modules in defined.items() if len(modules) > 1} == {}
+
+
 def test_names_that_could_mean_two_things_are_not_used():
     """`rank` of a process or of an answer, `source` of a token or of a run, `number` a type or a
-    number, `read` a file or a prompt."""
-    defined = {node.name for module in MODULES
-               for node in ast.parse(path_of(module).read_text(encoding="utf-8")).body
-               if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    assert not {"rank", "source", "number", "parts", "keep", "take", "settle", "read"} & defined
+    number, `read` a file or a prompt; and a log-prob is not a score."""
+    assert not set(public_names()) & {"rank", "source", "number", "parts", "keep", "take", "settle",
+                                      "read", "score"}
+
+
+def code_lines(node):
+    """The lines of a function without its docstring, blank lines and comments."""
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    lines = ast.unparse(ast.Module(body, [])).splitlines()
+    return len(lines)
+
+
+def test_the_training_loop_of_dpo_is_twenty_lines_and_needs_twenty_names():
+    """A student who reads it can write it again (exercise 10)."""
+    tree = ast.parse(path_of("train_dpo").read_text(encoding="utf-8"))
+    train, = (node for node in tree.body if getattr(node, "name", "") == "train")
+    assert code_lines(train) <= 20
+    names = [alias.name for node in tree.body if isinstance(node, ast.ImportFrom)
+             and node.module in MODULES for alias in node.names]
+    assert len(names) <= 20, names
+
+
+def test_the_ground_floor_knows_nothing_of_what_stands_on_it():
+    """runtime/ imports nothing of the five files or tasks/, and its map names every module."""
+    floor = [module for module in MODULES if module.startswith("runtime.")]
+    for module in floor:
+        for name, _ in imports_of(ast.parse(path_of(module).read_text(encoding="utf-8"))):
+            assert name in floor, f"{module} imports {name}"
+    listed = re.findall(r"^    (\w+) ", (ROOT / "runtime/__init__.py").read_text(), re.M)
+    assert sorted(listed) == sorted(module.removeprefix("runtime.") for module in floor)
+
+
+def test_the_reading_path_exists_and_is_short():
+    """The table in the README: at most 450 lines of code, with docstrings and comments."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("## What to read"):readme.index("The rest, when")]
+    rows = re.findall(r"^\| `(\w+)\.py` \| (.*?) \|", table, re.M)
+    total = 0
+    for module, cell in rows:
+        tree = ast.parse(path_of(module).read_text(encoding="utf-8"))
+        if "docstring" in cell:
+            total += len(ast.get_docstring(tree).splitlines())
+        nodes = {node.name: node for node in ast.walk(tree)
+                 if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        for name in re.findall(r"`(\w+)`", cell):
+            total += nodes[name].end_lineno - nodes[name].lineno + 1
+    assert len(rows) == 5 and 250 < total <= 450

@@ -10,6 +10,7 @@ tolerances can be small.
 import copy
 import math
 import pickle
+import textwrap
 from types import SimpleNamespace
 from unittest import mock
 
@@ -210,6 +211,16 @@ def test_logps_follow_the_chain_rule(prompt, begin, end):
         Encoded(prompt, [begin + end], []), Encoded(prompt, [begin], []),
         Encoded(prompt + begin, [end], [])], 40))
     torch.testing.assert_close(whole, first + second, rtol=0, atol=1e-12)
+
+
+def test_the_log_prob_of_one_answer_is_computed_as_the_docstring_of_logps_says():
+    """The six lines that a reader who knows transformers would write, run as they stand there."""
+    model, prompt, answer = small_gpt(), [EOT, 3, 1], [4, 1, 5, EOT]
+    lines = textwrap.dedent(GPT.logps.__doc__.split("labels:\n\n")[1]).splitlines()
+    found = {"torch": torch, "model": model, "prompt": prompt, "answer": answer}
+    exec("\n".join(line.strip() for line in lines), found)
+    packed = model.logps(pack([Encoded(prompt, [[2], answer], [])], 16))
+    torch.testing.assert_close(found["logp"], packed[1], rtol=0, atol=1e-12)
 
 
 def test_common_mistakes_give_other_numbers():
