@@ -23,7 +23,6 @@ from data import Encoded, pack, pack_for_model
 from experiments import benchmark
 from experiments.benchmark import (
     WORKLOADS,
-    set_reference,
     collate,
     executed_flops,
     gradients,
@@ -32,6 +31,7 @@ from experiments.benchmark import (
     parse_args,
     rungs,
     sequences,
+    set_reference,
     synthetic,
     useful_flops,
 )
