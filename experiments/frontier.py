@@ -62,7 +62,6 @@ from tasks import task_of
 from tasks.checkpoint import open_checkpoint
 from tasks.flags import flags_of_sft
 
-LOSSES = ["dpo", "plackett_luce", "unlikelihood"]       # of train_dpo.py
 # Settings were tuned on the reviews task, seed 100 and, for DPO, two more. DPO has the default
 # learning rate of train_dpo.py; twice that rate gains more reward at a KL of 5 nats, but in some
 # runs the KL doubles. PPO needs twice the number of epochs of its preset to reach a target.
@@ -424,7 +423,7 @@ def main(argv=None):
     for name, method, own_flags in tqdm(list(grid(own.seeds, own.only)), "runs", disable=None):
         folder = args.out / name.replace(", ", "-").replace(" ", "_")
         config = {**shared, "method": method, "own": own_flags}
-        flags = [*(rest if method in LOSSES else start.flags), *own_flags]
+        flags = [*(rest if method in train_dpo.LOSSES else start.flags), *own_flags]
         result = computed_once(folder, config, train_and_measure, start, args, method, flags,
                                folder)
         _, setting, _ = name.split(", ")

@@ -9,7 +9,6 @@ in a folder of their own. pytest then makes the same runs in one process and com
 
 import copy
 import csv
-import functools
 import itertools
 import json
 import os
@@ -53,9 +52,7 @@ RUNS = {
     "SFT in parts": (train_sft, dict(batch=7, accumulate=2)),
     "DPO": (train_dpo, dict(batch=13)),
     "DPO in parts": (train_dpo, dict(batch=20, accumulate=2)),
-    "rankings": (train_dpo, dict(batch=3, loss="plackett_luce")),
-    "unlikelihood": (train_dpo, dict(batch=11, loss="unlikelihood")),
-    "compiled": (train_dpo, dict(batch=13, compile="on")),
+    **{loss: (train_dpo, dict(batch=11, loss=loss)) for loss in train_dpo.LOSSES},
     "reward model": (reward_model, dict(batch=13)),
     "PPO": (ppo, dict(batch=8, minibatch=4, accumulate=2, max_new_tokens=8, critic_lr=1e-2)),
 }
@@ -97,13 +94,9 @@ def train(name, out, **changes):
         model = ScalarGPT.from_gpt(model).double()
         reward_model.train(model, items, items[:3], args)
         return model
-    model.compiled = args.compile == "on"
-    with pytest.MonkeyPatch.context() as patch:     # compiled, except for generating kernels
-        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-        patch.setattr(GPT.logps, "compiled", None)
-        for item, logps in zip(items, sample.logps_of(model, items, 32)):
-            item.ref_logps = logps
-        script.train(model, items, items[:3], args)
+    for item, logps in zip(items, sample.logps_of(model, items, 32)):
+        item.ref_logps = logps
+    script.train(model, items, items[:3], args)
     return model
 
 
