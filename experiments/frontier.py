@@ -200,8 +200,8 @@ def remove_training_state(folder):
 
 
 def train_and_measure(start, args, method, flags, folder):
-    """Train and measure one run. Returns what `measure_policy` returns, and the cost: seconds of CPU
-    time of the training, and the tokens sampled in it."""
+    """Train and measure one run. Returns what `measure_policy` returns, and the cost: seconds of
+    CPU time of the training, and the tokens sampled in it."""
     began = time.process_time()
     policy = train_method(start, method, flags, folder)
     seconds = time.process_time() - began
