@@ -316,7 +316,7 @@ def talk(paths, device, args):
 
 def answer(policies, tokenizer, prompt, args):
     """{name: texts}, -n answers of each policy to one prompt, with the same seed for all."""
-    ids = encode_prompt(task_of(args).as_prompt(prompt), tokenizer)
+    ids = encode_prompt(task_of(args).as_prompt(prompt, args), tokenizer)
     block_size = min(model.config.block_size for model in policies.values())
     if len(ids) >= block_size:
         raise UserError(f"a prompt of {len(ids)} tokens; the model reads at most {block_size - 1}")

@@ -66,7 +66,7 @@ from tqdm import tqdm
 
 from data import Batch, Batches, Encoded, encode_all, load_preferences, pack
 from model import GPT, GPTConfig
-from runtime.cli import Parser, command, number_type, only_one_process
+from runtime.cli import Parser, command, number_type, only_one_process, path_type
 from runtime.errors import UserError
 from runtime.files import write_json
 from runtime.packing import best_row_length, compiled_row_length
@@ -622,7 +622,7 @@ def parse_args(argv):
     add("--workload", nargs="+", default=["hh"], choices=[*WORKLOADS, "data"],
         help="hh: prompts and answers with medians of 150 and 60 tokens; tldr: 350 and 35; c1: "
              "prompts of 2 to 8 tokens with four answers of 48, all six pairs (default hh)")
-    add("--data", type=Path, help="preferences, .jsonl or .jsonl.gz, instead of a workload")
+    add("--data", type=path_type, help="preferences, .jsonl or .jsonl.gz, instead of a workload")
     add("--rungs", nargs="+", choices=names, metavar="RUNG",
         help=f"which rungs to measure, of {', '.join(names)}; a rung that is named twice is "
              "measured twice, in the order given (default: all of ours)")
@@ -642,7 +642,7 @@ def parse_args(argv):
         help="default: cuda if there is one, else cpu")
     add("--peak-tflops", type=number_type(float, 0, above=True),
         help="the machine's peak, for MFU (default: measured with matrix products)")
-    add("--json", type=Path, help="file to write everything that was measured to")
+    add("--json", type=path_type, help="file to write everything that was measured to")
     add("--one-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.device = choose_device(args.device).type

@@ -10,17 +10,16 @@ and well_formed if the task has them, length, and
 
     kl_bound     log N - (N - 1) / N, which the KL of best of N to the reference never exceeds
 
-Writes best_of.json to the folder of the run.
+Writes best_of.json, or best_of_implicit.json, to the folder of the run.
 """
 
 import argparse
 import math
-from pathlib import Path
 
 import torch
 
 from data import Encoded, decode_answer, encode_prompt
-from runtime.cli import Parser, command, set_up
+from runtime.cli import Parser, command, path_type, set_up
 from runtime.errors import UserError
 from runtime.files import make_folder, write_json
 from runtime.report import table
@@ -97,11 +96,11 @@ def parse_args(argv):
     add = parser.add_argument
     add("--numbers", type=list_of_counts, default=[1, 4, 16, 64, 128], metavar="N,N,...",
         help="which N (default 1,4,16,64,128, the paper's)")
-    add("--reference", type=Path, help="what is sampled (default sft.pt of the run)")
+    add("--reference", type=path_type, help="what is sampled (default sft.pt of the run)")
     add("--judge", choices=["reward", "implicit"],
         help="what picks the best: the task's reward or the implicit reward of --checkpoint "
              "(default: reward if the task has one)")
-    add("--checkpoint", type=Path, help="--judge implicit: whose (default dpo.pt of the run)")
+    add("--checkpoint", type=path_type, help="--judge implicit: whose (default dpo.pt of the run)")
     parser.set_defaults(strict=False)       # rows that teach nothing are counted
     args = parser.parse_args(argv)
     choose_task(args)
@@ -136,10 +135,11 @@ def main(argv=None):
     print(f"\n{len(prompts):,} held-out prompts, the best of N answers of {reference} by {by}\n"
           f"{table(measures)}")
     make_folder(args.out)
-    write_json(args.out / "best_of.json", {
+    path = args.out / ("best_of.json" if args.judge == "reward" else "best_of_implicit.json")
+    write_json(path, {
         "task": args.task or args.data.name, "seed": args.seed, "reference": str(reference),
         "prompts": len(prompts), "judge": args.judge, "best_of": measures})
-    print(f"\nwrote {args.out / 'best_of.json'}")
+    print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":

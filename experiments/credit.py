@@ -28,14 +28,13 @@ import re
 import shutil
 import sys
 from collections import namedtuple
-from pathlib import Path
 from string import Template
 
 import torch
 
 from data import Encoded, Preference, decode_answer, encode
 from experiments.ppo import by_token
-from runtime.cli import Parser, command, number_type, only_one_process, printable, set_up
+from runtime.cli import Parser, command, number_type, only_one_process, path_type, printable, set_up
 from runtime.errors import UserError
 from runtime.files import replacing
 from runtime.report import names_of
@@ -137,7 +136,7 @@ def alone(item, pair):
 
 def typed_pair(args, tokenizer, row_length):
     """The Encoded of --prompt, --chosen and --rejected. Raises UserError."""
-    prompt, answers = task_of(args).as_prompt(args.prompt), [args.chosen, args.rejected]
+    prompt, answers = task_of(args).as_prompt(args.prompt, args), [args.chosen, args.rejected]
     reason, skipped = unusable(prompt, answers), Skipped()
     if reason:
         raise UserError(f"--prompt, --chosen and --rejected: {reason}")
@@ -376,9 +375,9 @@ def parse_args(argv):
     parser = Parser(__doc__)
     add_task_flags(parser)
     add = parser.add_argument
-    add("--checkpoint", type=Path, action="append", metavar="FILE",
+    add("--checkpoint", type=path_type, action="append", metavar="FILE",
         help="the policy (default dpo.pt of the run); several of them are for --html")
-    add("--reference", type=Path, help="default: sft.pt of the run")
+    add("--reference", type=path_type, help="default: sft.pt of the run")
     add("--pairs", type=number_type(int, 1), default=4, help="how many to show (default 4)")
     add("--sort", choices=["file", "margin", "wrong"], default="file",
         help="held-out pairs as they come in the file, by largest margin, or those that the (last) "
@@ -386,7 +385,8 @@ def parse_args(argv):
     add("--prompt", help="a pair to show instead, with --chosen and --rejected")
     add("--chosen", help="its first answer, which follows the prompt as it is, blanks included")
     add("--rejected", help="its second answer")
-    add("--html", type=Path, metavar="FILE", help="write a page instead, which needs no other file")
+    add("--html", type=path_type, metavar="FILE",
+        help="write a page instead, which needs no other file")
     add("--truth", action="store_true",
         help="reviews: instead, the correlation of what clauses add to the true reward with the "
              "implicit reward of their tokens, over all held-out answers")

@@ -21,10 +21,9 @@ jump in the run.
 import csv
 import math
 from collections import namedtuple
-from pathlib import Path
 
 from experiments.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, pyplot, save
-from runtime.cli import Parser, command, only_one_process
+from runtime.cli import Parser, command, only_one_process, path_type
 from runtime.errors import UserError
 from train_dpo import COLUMNS
 
@@ -170,9 +169,9 @@ def draw_dots(ax, run, name, label, colour=0, scale=1):
 def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("folder", type=Path, nargs="+",
+    add("folder", type=path_type, nargs="+",
         help="folder of a run of train_dpo.py, such as out/reviews; or two, to compare them")
-    add("--out", type=Path,
+    add("--out", type=path_type,
         help="where to write the picture (default: curves.svg in the folder; two runs need a name)")
     args = parser.parse_args(argv)
     if len(args.folder) > 2:

@@ -22,13 +22,12 @@ so the first 40 steps of a long run are the run of --steps 40.
 """
 
 import textwrap
-from pathlib import Path
 
 import torch
 
 from data import decode_answer, encode_prompt
 from experiments.plot import BLUE, GOLD, GREEN, GREY, PURPLE, pyplot, save
-from runtime.cli import Parser, command, number_type, only_one_process, set_up
+from runtime.cli import Parser, command, number_type, only_one_process, path_type, set_up
 from runtime.errors import UserError
 from runtime.files import make_folder
 from sample import log_ratios_of_pairs, sample_answers
@@ -197,13 +196,13 @@ def parse_args(argv):
     add = parser.add_argument
     add("--of", nargs="+", choices=AXIS_LABELS, default=["reward"], metavar="WHAT",
         help="reward, judge, well_formed, or several of them; or margin (default reward)")
-    add("--checkpoint", type=Path, action="append", metavar="FILE",
+    add("--checkpoint", type=path_type, action="append", metavar="FILE",
         help="a policy; may be given several times (default sft.pt and dpo.pt of the run; for "
              "margins, which sft.pt has none of, dpo.pt)")
-    add("--reference", type=Path, help="default: sft.pt of the run")
+    add("--reference", type=path_type, help="default: sft.pt of the run")
     add("--example", type=number_type(int, 1), metavar="N",
         help="also show the answers to one prompt: 1 is the first one that train_dpo.py prints")
-    add("--svg", type=Path, metavar="FILE",
+    add("--svg", type=path_type, metavar="FILE",
         help="the picture (default: reward.svg or margin.svg of the run, and so on)")
     parser.set_defaults(strict=False)       # rows that teach nothing are counted
     args = parser.parse_args(argv)

@@ -52,13 +52,12 @@ from experiments import ppo, reward_model
 from experiments.best_of import best_of, sample_and_measure
 from experiments.plot import BLUE, GOLD, GREEN, GREY, ORANGE, PURPLE, pyplot, save
 from model import GPT
-from runtime.cli import Parser, command, number_type, only_one_process, set_up
-from runtime.errors import UserError
+from runtime.cli import Parser, command, number_type, only_one_process, path_type, set_up
 from runtime.files import cached, fingerprint, make_folder, write_json
 from runtime.flags import as_flags
 from runtime.report import side_by_side, table
 from sample import add_reference, evaluate, sample_answers
-from tasks import task_of
+from tasks import TASKS, task_of
 from tasks.checkpoint import open_checkpoint
 from tasks.flags import flags_of_sft
 
@@ -394,15 +393,15 @@ def parse_args(argv):
     """Returns (args of train_dpo.py, the flags listed here, the flags passed on)."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out/frontier"),
+    add("--out", type=path_type, default=Path("out/frontier"),
         help="folder for the runs, the numbers and the picture (default out/frontier)")
     add("--seeds", type=number_type(int, 1), default=2, help="runs of each setting (default 2)")
     add("--only", type=list_of_methods, default=list(STYLES), metavar="METHOD,METHOD,...",
         help="which methods to run and to draw (default all)")
+    add("--task", choices=[name for name, task in TASKS.items() if task.has_reward],
+        default="reviews", help="a task with a ground-truth reward (default reviews)")
     own, rest = parser.parse_known_args(argv)
-    args = train_dpo.parse_args([*rest, "--out", str(own.out)])
-    if args.data:
-        raise UserError("--data: a file of preferences has no ground-truth reward to draw")
+    args = train_dpo.parse_args([*rest, "--task", own.task, "--out", str(own.out)])
     return args, own, rest
 
 

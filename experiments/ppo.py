@@ -41,14 +41,13 @@ would all have to divide their logits by.
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import Batches, Encoded, batches_in_order, deal, decode_answer, pack_for_model
 from experiments.reward_model import open_reward_model
-from runtime.cli import Parser, begin_run, command, number_type
+from runtime.cli import Parser, begin_run, command, number_type, path_type
 from runtime.errors import UserError
 from runtime.files import fingerprint
 from runtime.flags import add_training_flags, fill_in
@@ -395,10 +394,10 @@ def parse_args(argv):
     parser = Parser(__doc__)
     add_task_flags(parser)
     add = parser.group("the run")
-    add("--sft", type=Path, help="checkpoint to start from (default: sft.pt of the run)")
+    add("--sft", type=path_type, help="checkpoint to start from (default: sft.pt of the run)")
     add("--reward", choices=["learned", "ground_truth"], default="learned",
         help="the reward model, or the task's own reward if it has one (default learned)")
-    add("--reward-model", type=Path, help="default: reward.pt of the run")
+    add("--reward-model", type=path_type, help="default: reward.pt of the run")
     add = parser.group("PPO")
     add("--preset", choices=PRESETS,
         help="a row of the table PRESETS in this file, with --batch, --lr, --epochs and the flags "

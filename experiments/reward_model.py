@@ -24,12 +24,11 @@ Reads sft.pt of the run, and dpo.pt if there is one. Writes reward.pt, reward_me
 reward.json to the same folder. Left out on purpose: torch.compile.
 """
 
-from pathlib import Path
 
 import torch
 
 from data import Batches, Encoded, decode_answer
-from runtime.cli import Parser, begin_run, command
+from runtime.cli import Parser, begin_run, command, path_type
 from runtime.errors import UserError
 from runtime.files import write_json
 from runtime.flags import add_evaluation_flag, add_training_flags, check_intervals, fill_in
@@ -246,7 +245,7 @@ def parse_args(argv):
     parser = Parser(__doc__)
     add_task_flags(parser)
     parser.group("the run")(
-        "--sft", type=Path, help="checkpoint to start from (default: sft.pt of the run)")
+        "--sft", type=path_type, help="checkpoint to start from (default: sft.pt of the run)")
     tasks = {name: {"lr": task.reward_lr} for name, task in TASKS.items()}
     add_training_flags(parser, DEFAULTS, "pairs", tasks)
     add_evaluation_flag(parser)

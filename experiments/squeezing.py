@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from experiments.plot import BLUE, GREEN, GREY, ORANGE, pyplot, save
-from runtime.cli import Parser, command, number_type, only_one_process
+from runtime.cli import Parser, command, number_type, only_one_process, path_type
 from runtime.errors import UserError
 from runtime.files import make_folder
 from train_dpo import dpo_loss
@@ -119,7 +119,7 @@ def parse_args(argv):
     add("--beta", type=number_type(float, 0, above=True), default=0.5, help="default 0.5")
     add("--lr", type=number_type(float, 0, above=True), default=4.0,
         help="of the logits, so larger than that of weights (default 4, which makes d = 1)")
-    add("--out", type=Path, default=Path("out/squeezing.svg"),
+    add("--out", type=path_type, default=Path("out/squeezing.svg"),
         help="where to write the picture (default out/squeezing.svg)")
     args = parser.parse_args(argv)
     if args.out.suffix != ".svg":

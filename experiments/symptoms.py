@@ -38,7 +38,7 @@ from data import is_held_out
 from experiments.curves import GUIDE, read_metrics
 from experiments.frontier import computed_once, remove_training_state
 from experiments.plot import BLUE, GREY, ORANGE, pyplot, save
-from runtime.cli import Parser, command, number_type, only_one_process
+from runtime.cli import Parser, command, number_type, only_one_process, path_type
 from runtime.errors import UserError
 from runtime.files import claim_folder, make_folder
 from runtime.flags import as_flags
@@ -49,7 +49,7 @@ from runtime.flags import as_flags
 Symptom = namedtuple("Symptom", "name group label flags wrong rows", defaults=["", (), None])
 
 # The defaults of train_dpo.py for the reviews, which are not those of --data, and a denser log.
-HEALTHY = (" ".join(as_flags(train_dpo.parse_args([]), ["beta", "lr", "warmup"]))
+HEALTHY = (" ".join(as_flags(train_dpo.parse_args([]), ["beta", "lr", "warmup", "clip"]))
            + " --log-every 5 --eval-every 40")
 
 
@@ -289,8 +289,8 @@ def parse_args(argv):
     add = parser.add_argument
     add("--only", metavar="NAMES", help="runs to make, separated by commas (default: all)")
     add("--list", action="store_true", help="print the runs and what each changes, and stop")
-    add("--out", type=Path, default=Path("out/symptoms"), help="default out/symptoms")
-    add("--assets", type=Path, help="folder of the pictures (default: that of --out)")
+    add("--out", type=path_type, default=Path("out/symptoms"), help="default out/symptoms")
+    add("--assets", type=path_type, help="folder of the pictures (default: that of --out)")
     add("--eval-prompts", type=number_type(int, 2), default=256,
         help="held-out prompts to measure each policy on (default 256)")
     args = parser.parse_args(argv)

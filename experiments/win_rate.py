@@ -43,7 +43,7 @@ from collections import namedtuple
 from pathlib import Path
 
 from data import decode_answer, encode_prompt
-from runtime.cli import Parser, command, number_type, set_up
+from runtime.cli import Parser, command, number_type, path_type, set_up
 from runtime.errors import UserError
 from runtime.files import replacing, write_json
 from runtime.statistics import wilson
@@ -434,11 +434,11 @@ def parse_args(argv):
     parser = Parser(__doc__)
     add_task_flags(parser)
     add = parser.add_argument
-    add("--ask", type=Path, metavar="FILE",
+    add("--ask", type=path_type, metavar="FILE",
         help="write questions: a name in .jsonl for a model, in .html for people")
-    add("--read", type=Path, nargs="+", metavar="FILE",
+    add("--read", type=path_type, nargs="+", metavar="FILE",
         help="read the key that --ask wrote, then files of answers, and report")
-    add("--between", type=Path, nargs=2, metavar="FILE",
+    add("--between", type=path_type, nargs=2, metavar="FILE",
         help="the two checkpoints (default: dpo.pt and sft.pt of the run)")
     add("--form", choices=FORMS,
         help="C.2's question: about dialogue, or about summaries without (summary_s) or with "

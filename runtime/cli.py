@@ -38,6 +38,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def path_type(text):
+    """An argparse type: a Path. A "~" is the home folder; in --out=~/x, the shell leaves it."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: this user has no home folder") from error
+
+
 def number_type(kind, least, above=False, most=math.inf):
     """An argparse type: a finite int or float, at least (or above) `least` and at most `most`."""
     wanted = "a whole number" if kind is int else "a number"

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
@@ -146,8 +146,11 @@ def claim_folder(path):
 
 
 def release_folders(keep):
-    """Release the locks that this process holds, but those on the folders in `keep`."""
+    """Release the locks that this process holds, but those on the folders in `keep`. A folder in
+    which a run has left nothing is removed."""
     for folder in set(CLAIMED) - keep:
+        with suppress(OSError):             # it is not empty
+            folder.rmdir()
         os.close(CLAIMED.pop(folder))
 
 

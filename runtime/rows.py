@@ -14,6 +14,11 @@ from runtime.json_lines import read_objects
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"       # the turns of Anthropic's dialogues
 
 
+def as_dialogue(text):
+    """A question as a dialogue of one turn, unless it is a dialogue."""
+    return text if text.startswith(HUMAN) else f"{HUMAN} {text}{ASSISTANT}"
+
+
 class Skipped(Counter):
     """How many rows were left out or cut, by reason. With strict, the first one is an error. Also
     what the user should know of the rows that were read: sentences in `notes`, and the keys that

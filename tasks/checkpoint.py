@@ -21,6 +21,12 @@ from tasks import task_of
 from tasks.flags import flags_of_sft
 from tasks.tokenizers import TOKENIZERS, get_tokenizer, tokenizer_of
 
+# The hint if a checkpoint is missing, by its name.
+WRITTEN_BY = {"sft.pt": "; python train_dpo.py or train_sft.py writes it",
+              "dpo.pt": "; python train_dpo.py writes it",
+              "reward.pt": "; python -m experiments.reward_model writes it",
+              "ppo.pt": "; python -m experiments.ppo writes it"}
+
 
 def save_checkpoint(path, model, reference=None, **facts):
     """Write weights, sizes and facts (plain values: tokenizer, stage, seed, ...) to one file, and a
@@ -40,6 +46,8 @@ def load_checkpoint(path, device="cpu", kind=GPT):
     """Returns (model, facts) of a file that save_checkpoint wrote. kind: the class of the model.
     Raises UserError for other files."""
     written_by = "train_sft.py or train_dpo.py" if kind is GPT else "experiments.reward_model"
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file" + WRITTEN_BY.get(Path(path).name, ""))
     with reading(path, f"a checkpoint of {written_by}"):
         saved = load_tensors(path, device)
         config, weights = GPTConfig(**saved["config"]), saved["model"]

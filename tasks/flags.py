@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from runtime.cli import Parser, number_type
+from runtime.cli import Parser, number_type, path_type
 from runtime.errors import UserError
 from runtime.flags import (
     add_compile_flag,
@@ -25,13 +25,14 @@ def add_task_flags(parser):
     add("--task", choices=TASKS,
         help="; ".join(f"{name}, {task.summary}" for name, task in TASKS.items())
              + " (default reviews)")
-    add("--data", type=Path,
+    add("--data", type=path_type,
         help="your own preferences instead, .jsonl or .jsonl.gz (see docs/preferences.md); to talk "
              "to a model, sample.py only needs the name, to find the run")
-    add("--out", type=Path, help="folder of the run (default out/<task>, or out/<name of --data>)")
+    add("--out", type=path_type,
+        help="folder of the run (default out/<task>, or out/<name of --data>)")
     add("--seed", type=number_type(int, 0, most=2**31), default=0,
         help="same seed, same machine: same run (default 0)")
-    add("--data-dir", type=Path,
+    add("--data-dir", type=path_type,
         help="imdb, hh and tldr: folder for the published files (default: the cache of torch.hub)")
     add("--labeller", choices=["own", "siebert"], default="own",
         help="imdb: the classifier whose log-odds are the reward: own is trained on the reviews; "
@@ -162,7 +163,7 @@ def parse_dpo_flags(doc, argv, defaults, losses):
         return default_of(name, defaults, tasks)
     add_task_flags(parser)
     add = parser.group("the run")
-    add("--sft", type=Path,
+    add("--sft", type=path_type,
         help="checkpoint to start from, or a folder as for --init (default: sft.pt of the run, "
              "trained first if there is none)")
     add("--fresh", action="store_true", help="train SFT again even if there is an sft.pt")
@@ -206,7 +207,8 @@ def parse_sample_flags(doc, argv):
     parser = Parser(doc)
     add_task_flags(parser)
     add = parser.group("talking")
-    add("--checkpoint", type=Path, help="default: dpo.pt of the run, or sft.pt if there is none")
+    add("--checkpoint", type=path_type,
+        help="default: dpo.pt of the run, or sft.pt if there is none")
     add("--prompt", help="default: ask for prompts until the end of input (Ctrl-D)")
     add("-n", type=number_type(int, 1), default=1, help="answers to each prompt (default 1)")
     add("--temperature", type=number_type(float, 0), default=1.0,
@@ -214,17 +216,17 @@ def parse_sample_flags(doc, argv):
     add("--top-k", type=number_type(int, 1), help="sample from the k most likely tokens only")
     add("--top-p", type=number_type(float, 0, above=True, most=1),
         help="sample from the fewest most likely tokens whose probabilities add up to p")
-    add("--compare", nargs="*", type=Path, metavar="FILE",
+    add("--compare", nargs="*", type=path_type, metavar="FILE",
         help="two checkpoints side by side (default: sft.pt and dpo.pt of the run)")
     add = parser.group("exporting")
-    add("--export", type=Path, metavar="FOLDER",
+    add("--export", type=path_type, metavar="FOLDER",
         help="write the checkpoint's weights in the layout of the Hugging Face hub, and exit")
     add = parser.group("sampling and measuring")
-    add("--evaluate", nargs="*", type=Path, metavar="FILE",
+    add("--evaluate", nargs="*", type=path_type, metavar="FILE",
         help="measure any number of checkpoints (default: sft.pt and dpo.pt of the run)")
-    add("--reference", type=Path,
+    add("--reference", type=path_type,
         help="--evaluate: the reference of KL and implicit reward (default sft.pt of the run)")
-    add("--baseline", type=Path,
+    add("--baseline", type=path_type,
         help="--evaluate: what the win rate compares to, sampled with random numbers of its own "
              "(default: the first checkpoint)")
     add_measuring_flags(parser)

@@ -6,7 +6,7 @@ The prompt is the dialogue up to its last "\n\nAssistant:". SFT trains on the ch
 from data import best_answers, load_preferences
 from runtime.files import cache_folder, download
 from runtime.hub import HUB
-from runtime.rows import ASSISTANT, HUMAN, read_and_report
+from runtime.rows import as_dialogue, read_and_report
 from tasks.task import Task
 
 URL = f"{HUB}/datasets/Anthropic/hh-rlhf/resolve/main"
@@ -30,11 +30,9 @@ class HH(Task):
         training, held_out = self.preferences(args)
         return best_answers(training), best_answers(held_out)
 
-    def as_prompt(self, text):
+    def as_prompt(self, text, args):
         """A question as a dialogue of one turn."""
-        if text.startswith(HUMAN):
-            return text
-        return f"{HUMAN} {text}{ASSISTANT}"
+        return as_dialogue(text)
 
 
 def load_dialogues(part, folder, skipped):

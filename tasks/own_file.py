@@ -2,8 +2,10 @@
 ten is held out (what_decides), and SFT trains on the best answers. A file of texts is enough for
 SFT."""
 
+import functools
+
 from data import best_answers, is_held_out, load_examples, load_preferences
-from runtime.rows import ASSISTANT, HUMAN, read_and_report
+from runtime.rows import ASSISTANT, HUMAN, as_dialogue, read_and_report
 from tasks.task import Task
 
 
@@ -22,6 +24,15 @@ class OwnFile(Task):
 
     def source(self, args):
         return args.data
+
+    def as_prompt(self, text, args):
+        """A question as a dialogue of one turn, if the file is there and has dialogues."""
+        return as_dialogue(text) if has_dialogues(args.data) else text
+
+
+@functools.cache
+def has_dialogues(path):
+    return path.is_file() and load_examples(path)[0].prompt.startswith(HUMAN)
 
 
 def read_split(path, args, load=load_preferences):

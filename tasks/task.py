@@ -77,7 +77,7 @@ class Task:
         distinct = dict.fromkeys(tokenizer.decode(item.prompt[1:]) for item in items)
         return list(distinct)[:args.eval_prompts]
 
-    def as_prompt(self, text):
+    def as_prompt(self, text, args):
         """What a user typed, in the form of the task's prompts."""
         return text
 

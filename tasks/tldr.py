@@ -54,7 +54,7 @@ class TLDR(Task):
                                    args.data_dir)
         return training, held_out
 
-    def as_prompt(self, text):
+    def as_prompt(self, text, args):
         """A text as the post of a prompt."""
         if text.endswith("TL;DR:"):
             return text

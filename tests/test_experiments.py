@@ -303,8 +303,8 @@ def test_the_frontier_is_drawn_with_axes_and_names_and_is_the_same_every_time(tm
 
 
 def test_frontier_refuses_what_has_no_ground_truth(capsys, tmp_path, run):
-    assert "--data: " in refused(frontier.main, ["--data", run / "pairs.jsonl", "--out", tmp_path],
-                                 capsys)
+    for flags in (["--data", run / "pairs.jsonl"], ["--task", "hh"]):
+        assert flags[0] in refused(frontier.main, [*flags, "--out", tmp_path], capsys)
     assert "--seeds" in refused(frontier.main, ["--seeds", "0"], capsys)
     assert "--bet" in refused(frontier.main, ["--bet", "1", "--out", tmp_path], capsys)
 

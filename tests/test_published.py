@@ -12,6 +12,7 @@ import gzip
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -306,14 +307,21 @@ def test_a_file_that_is_not_there_is_fetched_from_where_it_was_published(tmp_pat
          runtime.files.cache_folder() / "tldr_3_filtered/train.jsonl", False)]
 
 
-def test_what_a_person_types_gets_the_form_that_the_model_has_read():
-    assert hh.HH().as_prompt("Why?") == "\n\nHuman: Why?\n\nAssistant:"
-    assert hh.HH().as_prompt(dialogue("Why?") + ASSISTANT) == dialogue("Why?") + ASSISTANT
+def test_what_a_person_types_gets_the_form_that_the_model_has_read(tmp_path):
+    """Of a file of one's own, that of its rows; while the file is missing, what was typed."""
+    args = SimpleNamespace(data=tmp_path / "missing.jsonl")
+    assert hh.HH().as_prompt("Why?", args) == "\n\nHuman: Why?\n\nAssistant:"
+    assert hh.HH().as_prompt(dialogue("Why?") + ASSISTANT, args) == dialogue("Why?") + ASSISTANT
     for task in (reviews.Reviews(), own_file.OwnFile()):
-        assert task.as_prompt("The plot") == "The plot"
+        assert task.as_prompt("The plot", args) == "The plot"
+    question = dialogue("Why?") + ASSISTANT
+    for prompt, expected in [(dialogue("Hi") + ASSISTANT, question), ("Hi", "Why?")]:
+        path = write(tmp_path / f"{len(prompt)}.jsonl",
+                     [{"prompt": prompt, "chosen": " yes", "rejected": " no"}])
+        assert own_file.OwnFile().as_prompt("Why?", SimpleNamespace(data=path)) == expected
     whole = tldr_prompt({"subreddit": "tifu", "title": "T", "post": "P"})
-    assert tldr.TLDR().as_prompt(whole) == whole
-    assert tldr.TLDR().as_prompt("I fell.").endswith("POST: I fell.\n\nTL;DR:")
+    assert tldr.TLDR().as_prompt(whole, args) == whole
+    assert tldr.TLDR().as_prompt("I fell.", args).endswith("POST: I fell.\n\nTL;DR:")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -213,6 +213,16 @@ def test_a_checkpoint_is_loaded_by_hand_as_it_says(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out.strip()
 
 
+def test_the_loop_of_ones_own_learns(capsys):
+    """It starts at log 2 and learns that good is better than dull."""
+    code, = (block for block in blocks("docs/questions.md", "python"))
+    torch.manual_seed(0)
+    found = {}
+    exec(code, found)
+    assert found["losses"].mean() < 0.1 and len(found["losses"]) == 20
+    assert "tensor" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------
 # Numbers
 # ------------------------------------------------------------------------------------------------

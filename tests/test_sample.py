@@ -434,12 +434,13 @@ def test_best_of_writes_a_row_for_each_n_and_best_of_1_is_the_model_itself(run, 
 def test_the_trained_policys_implicit_reward_can_judge(run):
     flags = ["--out", str(run), *FLAGS, "--numbers", "1,4", "--judge", "implicit"]
     best_of_py.main(flags)
-    first = json.loads((run / "best_of.json").read_text())
+    first = json.loads((run / "best_of_implicit.json").read_text())
     picked = [m["implicit_reward"] for m in first["best_of"].values()]
     assert first["judge"] == "implicit" and picked[0] < picked[1]
     assert {"reward", "well_formed", "length"} <= set(first["best_of"]["N = 4"])
     best_of_py.main([*flags, "--checkpoint", str(run / "other.pt")])
-    assert json.loads((run / "best_of.json").read_text())["best_of"] != first["best_of"]
+    again = json.loads((run / "best_of_implicit.json").read_text())
+    assert again["best_of"] != first["best_of"]
 
 
 def test_a_preference_file_is_measured_without_a_reward(run, capsys):
@@ -450,7 +451,7 @@ def test_a_preference_file_is_measured_without_a_reward(run, capsys):
     assert {"kl", "accuracy", "logp_accuracy", "margin"} <= set(results["policies"]["dpo"])
     assert "win rate" not in capsys.readouterr().out
     best_of_py.main([*flags, "--numbers", "1,2"])
-    assert json.loads((run / "best_of.json").read_text())["judge"] == "implicit"
+    assert json.loads((run / "best_of_implicit.json").read_text())["judge"] == "implicit"
 
 
 def test_a_published_task_is_measured_on_the_file_that_is_held_out(run, tmp_path):
@@ -466,7 +467,7 @@ def test_a_published_task_is_measured_on_the_file_that_is_held_out(run, tmp_path
     results = evaluation(run)
     assert (results["task"], results["prompts"]) == ("hh", 5)
     best_of_py.main([*flags, "--numbers", "1,2"])
-    assert json.loads((run / "best_of.json").read_text())["prompts"] == 5
+    assert json.loads((run / "best_of_implicit.json").read_text())["prompts"] == 5
     assert {"kl", "accuracy", "logp_accuracy"} <= set(results["policies"]["dpo"])
 
 
