@@ -170,6 +170,7 @@ def dpo_gradient(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
 # The loop
 # ------------------------------------------------------------------------------------------------
 
+
 def train(policy, preferences, held_out, args):
     """DPO on preferences, a list of Encoded with their ref_logps. Trains the policy in place.
     held_out: more of them, for evaluation only. args: the flags of parse_args.
@@ -229,7 +230,7 @@ def check_start(rewards, args, precision):
     # What rounding can do to the longest answer of a batch, in nats, with room to spare.
     nats = 0.01 if precision is None else 1.0
     largest = rewards.abs().max()
-    if largest > args.beta * nats:
+    if not largest <= args.beta * nats:                             # NaN is refused too
         raise UserError(f"step 0: the largest implicit reward is {largest:.5f}, not 0: the policy "
                         "does not start at its reference")
 
