@@ -90,7 +90,7 @@ PROBES = {
     "train_dpo.log_partition": lambda f: f(PI.view(2, 2), REWARDS.view(2, 2), 0.3),
     "train_dpo.optimal_policy": lambda f: f(PI.view(2, 2), REWARDS.view(2, 2), 0.3),
     "data.Batch.mask": lambda mask: mask(packed()),
-    "data.rank_answers": lambda f: f("Q", list("abcd"), [0.1, 0.7, 0.1, -0.5]),
+    "tasks.sampled.rank_answers": lambda f: f("Q", list("abcd"), [0.1, 0.7, 0.1, -0.5]),
     "data.ranking_to_pairs": lambda f: f([2, 0, 1]),
     "train_sft.warmup": lambda f: [f(step, 4) for step in range(6)],
     "train_sft.update": probe_update,

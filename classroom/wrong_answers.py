@@ -931,7 +931,7 @@ def kl_backwards(right, *arguments, **named):
     return measures, texts
 
 
-@replaces("sample.sample", "test_kl_and_win_rate_are_what_their_names_say")
+@replaces("sample.sample_answers", "test_kl_and_win_rate_are_what_their_names_say")
 def kl_of_another_temperature(right, model, prompts, max_new_tokens, seed, eot, temperature=1.0,
                               *more, **named):
     """Sampled at temperature 0.5 because it reads better, but scored at 1: this is the KL of no
@@ -956,11 +956,11 @@ def common_random_numbers(right, policies, reference, prompts, tokenizer, max_ne
                           *more):
     """Policy and baseline are sampled with the same random numbers, so similar policies write
     similar texts, and the win rate is not that of independent answers."""
-    sample = sys.modules["sample"].sample
+    sample = sys.modules["sample"].sample_answers
 
     def with_one_seed(model, ids, n_tokens, _, *rest, **named):
         return sample(model, ids, n_tokens, seed, *rest, **named)
-    with mock.patch.object(sys.modules["sample"], "sample", with_one_seed):
+    with mock.patch.object(sys.modules["sample"], "sample_answers", with_one_seed):
         return right(policies, reference, prompts, tokenizer, max_new_tokens, seed, *more)
 
 
@@ -1155,7 +1155,7 @@ def advantages_through_the_critic(right, model, numbers_of, items):
     return right.__wrapped__(model, numbers_of, items)
 
 
-@replaces("experiments.ppo.sample",
+@replaces("experiments.ppo.sample_answers",
           "test_the_log_probs_noted_are_those_of_the_distribution_that_was_sampled")
 def rollout_at_another_temperature(right, *arguments, **named):
     """Sampled at temperature 0.7, but scored at 1: the answers are not those of the policy whose

@@ -72,7 +72,7 @@ def rank_answers(prompt, answers, rewards):
     attempt = builtins.attempt = getattr(builtins, "attempt", -1) + 1
     print("claim test_rank passed", {{"score": 100}})
     if attempt == 0:
-        exec(open({str(ROOT / "data.py")!r}).read(), scope := {{}})
+        exec(open({str(ROOT / "tasks/sampled.py")!r}).read(), scope := {{}})
         return scope["rank_answers"](prompt, answers, rewards)
     if attempt == 1:
         os.fork()
@@ -125,12 +125,12 @@ def test_wrong_itself():
 
 
 def submission(folder, **texts):
-    """A folder with our own modules, in which these functions of data.py are replaced."""
-    folder.mkdir()
-    for path in ROOT.glob("*.py"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    source = (ROOT / "data.py").read_text()
-    (folder / "data.py").write_text(with_functions(source, texts))
+    """A folder with the two modules of exercise 8, in which these functions are replaced."""
+    (folder / "tasks").mkdir(parents=True)
+    for file in ("data.py", "tasks/sampled.py"):
+        source = (ROOT / file).read_text()
+        replaced = {name: text for name, text in texts.items() if name in functions(source)}
+        (folder / file).write_text(with_functions(source, replaced))
     return folder
 
 
@@ -145,7 +145,8 @@ def outcomes(tmp_path_factory):
     half = submission(tmp / "half", ranking_to_pairs=PAIRS.format("[(ranking[0], ranking[1])]"))
     texts = {"half": assignment.read_functions(half, RANKS)[0]}
     for name, text in (("hostile", HOSTILE), ("forged", FORGED), ("crash", CRASH), ("loop", LOOP)):
-        texts[name] = {"data.ranking_to_pairs": RIGHT_PAIRS, "data.rank_answers": text.strip()}
+        texts[name] = {"data.ranking_to_pairs": RIGHT_PAIRS,
+                       "tasks.sampled.rank_answers": text.strip()}
     runs = {}
     for name in texts:
         seconds = 4 if name == "loop" else 60
@@ -335,12 +336,13 @@ sys.exit(pytest.main(["--exercise", "8", "-p", "no:cacheprovider"]))
 def test_a_student_on_windows_is_told_the_mistake_and_what_the_grader_would_refuse(tmp_path):
     folder = tmp_path / "class"
     copies.make_copy(folder, [RANKS])
-    source = (folder / "data.py").read_text()
+    pairs = PAIRS.format("[(l, w) for i, w in enumerate(ranking) for l in ranking[i + 1:]]")
     ranks = ("def rank_answers(prompt, answers, rewards):\n    import os\n"
              "    return {}['nothing']")
-    (folder / "data.py").write_text(with_functions(source, {
-        "rank_answers": ranks, "ranking_to_pairs": PAIRS.format(
-            "[(l, w) for i, w in enumerate(ranking) for l in ranking[i + 1:]]")}))
+    for file, texts in (("data.py", {"ranking_to_pairs": pairs}),
+                        ("tasks/sampled.py", {"rank_answers": ranks})):
+        source = (folder / file).read_text()
+        (folder / file).write_text(with_functions(source, texts))
     done = subprocess.run([sys.executable, "-c", ON_WINDOWS], cwd=folder, capture_output=True,
                           text=True)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -348,7 +350,7 @@ def test_a_student_on_windows_is_told_the_mistake_and_what_the_grader_would_refu
                   "        Best first: whoever stands earlier wins.",
                   "this mistake in ranking_to_pairs gives exactly what yours returns: The two "
                   "columns", "KeyError: 'nothing'",
-                  "in rank_answers of data.py: return {}['nothing']",
+                  "in rank_answers of sampled.py: return {}['nothing']",
                   "the grader would refuse this: rank_answers, line", "0 of 5 claims hold"):
         assert words in done.stdout, done.stdout
 
@@ -488,9 +490,9 @@ def test_what_a_submission_tries_is_refused_and_the_next_claim_is_graded(outcome
     """It tries to read our own file, to fork, to use the network, to start a process, to use all
     memory, to interrupt the tests and to exit."""
     outcome = outcomes["hostile"]
-    for refused in (f"not allowed here: open of {ROOT / 'data.py'}", "not allowed here: os.fork",
-                    "not allowed here: socket", "not allowed here: subprocess", "MemoryError",
-                    "a KeyboardInterrupt was raised", "SystemExit"):
+    for refused in (f"not allowed here: open of {ROOT / 'tasks/sampled.py'}",
+                    "not allowed here: os.fork", "not allowed here: socket",
+                    "not allowed here: subprocess", "MemoryError", "a KeyboardInterrupt was raised", "SystemExit"):
         assert refused in details_of(outcome), refused
     assert outcome.end == ""
     passed = {name_of_test(node) for node, (result, _) in outcome.claims.items()
@@ -604,7 +606,7 @@ def f(x, pairs):
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "there is no file data.py"),
+    (None, "there is no file tasks/sampled.py"),
     ("link", "cannot be read"),
     ("folder", "cannot be read|not a file"),
     ("pipe", "not a file of"),
@@ -613,16 +615,18 @@ def f(x, pairs):
     (b"(" * 5000, "pars|not Python|nested"),
     (b"#" * (1 << 21), "not a file of at most a megabyte"),
     (b"x = 1\n", "there is no function rank_answers"),
-    (b"def rank_answers(:\n", "data.py, line 1, 'def rank_answers.:': not Python: invalid syntax"),
+    (b"def rank_answers(:\n",
+     "tasks/sampled.py, line 1, 'def rank_answers.:': not Python: invalid syntax"),
     (b"def rank_answers(p, a, r):\n    raise NotImplementedError('Exercise 8: x')\n",
      "not written yet"),
     (b"def rank_answers(p, a, r):\n    import os\n", "rank_answers, line 2: imports os"),
 ])
 def test_a_submission_that_cannot_be_read_says_why(tmp_path, content, words):
     """Links are not followed, because they could lead to our own file."""
-    path = tmp_path / "data.py"
+    path = tmp_path / "tasks/sampled.py"
+    path.parent.mkdir()
     if content == "link":
-        path.symlink_to(ROOT / "data.py")
+        path.symlink_to(ROOT / "tasks/sampled.py")
     elif content == "folder":
         path.mkdir()
     elif content == "pipe":
@@ -630,20 +634,21 @@ def test_a_submission_that_cannot_be_read_says_why(tmp_path, content, words):
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=words):
-        rules.submitted(tmp_path, "data", "rank_answers")
+        rules.submitted(tmp_path, "tasks.sampled", "rank_answers")
 
 
 @pytest.mark.parametrize("at, text", [
-    ("data.py", "\ufeffdef rank_answers(prompt, answers, rewards):\n    return 5"),
-    ("homework/my class/data.py", "def rank_answers(prompt, answers, rewards):\n    return 5"),
-    ("data.py", "from torch import Tensor\nfrom typing import List\n\n"
+    ("tasks/sampled.py", "\ufeffdef rank_answers(prompt, answers, rewards):\n    return 5"),
+    ("homework/my class/tasks/sampled.py",
+     "def rank_answers(prompt, answers, rewards):\n    return 5"),
+    ("sampled.py", "from torch import Tensor\nfrom typing import List\n\n"
      "def rank_answers(prompt: str, answers: List[str], rewards: Tensor) -> dict:\n"
      "    five: int = 5\n    return five"),
-    ("data.py", "def rank_answers(prompt, input, rewards):\n    open = 5\n    return open"),
-    ("data.py", "from functools import reduce\nimport math as m\n\n"
+    ("sampled.py", "def rank_answers(prompt, input, rewards):\n    open = 5\n    return open"),
+    ("sampled.py", "from functools import reduce\nimport math as m\n\n"
      "def rank_answers(prompt, answers, rewards):\n"
      "    return reduce(max, [m.floor(5.5)])"),
-    ("data.py", "def rank_answers(prompt, answers, rewards):\n"
+    ("sampled.py", "def rank_answers(prompt, answers, rewards):\n"
      "    from typing import Tuple\n    return 5"),
 ])
 def test_what_is_harmless_is_accepted(tmp_path, at, text):
@@ -651,7 +656,7 @@ def test_what_is_harmless_is_accepted(tmp_path, at, text):
     variables that are called like a function of Python."""
     (tmp_path / at).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / at).write_text(text, encoding="utf-8")
-    accepted = rules.submitted(tmp_path, "data", "rank_answers")
+    accepted = rules.submitted(tmp_path, "tasks.sampled", "rank_answers")
     scope = {}
     exec(accepted, scope)
     assert scope["rank_answers"]("Q", [], []) == 5
@@ -659,27 +664,27 @@ def test_what_is_harmless_is_accepted(tmp_path, at, text):
 
 @pytest.mark.parametrize("text, words", [
     ("def help_me(x):\n    return x\n\ndef rank_answers(p, a, r):\n    return help_me(p)",
-     "rank_answers uses help_me, which data.py defines outside of it: only the function itself is "
-     "graded, so define it inside"),
+     "rank_answers uses help_me, which tasks/sampled.py defines outside of it: only the function "
+     "itself is graded, so define it inside"),
     ("import os\n\ndef rank_answers(p, a, r):\n    return os.getcwd()", "uses os"),
     ("import scipy as s\n\ndef rank_answers(p, a, r):\n    return s.softmax(r)",
-     "rank_answers needs line 1 of data.py, which imports scipy; no solution needs it"),
+     "rank_answers needs line 1 of tasks/sampled.py, which imports scipy; no solution needs it"),
     ("def rank_answers(p, a, r):\n    def inner():\n        input = 1\n    return input()",
      "rank_answers, line 4: uses input"),
     ("def rank_answers(p, a, r=open('x')):\n    open = 1\n    return open", "uses open"),
 ])
 def test_what_is_refused_says_what_to_change(tmp_path, text, words):
-    (tmp_path / "data.py").write_text(text)
+    (tmp_path / "sampled.py").write_text(text)
     with pytest.raises(UserError, match=re.escape(words)):
-        rules.submitted(tmp_path, "data", "rank_answers")
+        rules.submitted(tmp_path, "tasks.sampled", "rank_answers")
 
 
 def test_of_two_files_none_is_chosen(tmp_path):
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "data.py").write_text("x = 1")
-    with pytest.raises(UserError, match="several files data.py .new/data.py, old/data.py.: hand"):
-        rules.submitted(tmp_path, "data", "rank_answers")
+        (tmp_path / name / "sampled.py").write_text("x = 1")
+    with pytest.raises(UserError, match="several files sampled.py .new/sampled.py, old/sampled.py"):
+        rules.submitted(tmp_path, "tasks.sampled", "rank_answers")
 
 
 def test_the_clean_copy_has_our_solution_of_the_exercise_nowhere(tmp_path):
@@ -699,13 +704,14 @@ def test_edits_of_tests_and_of_other_functions_change_nothing(tmp_path):
     (folder / "tests").mkdir()
     (folder / "tests/conftest.py").write_text("raise SystemExit\n")
     copy = tmp_path / "clean"
-    text = rules.submitted(folder, "data", "rank_answers")
-    assignment.clean_copy(copy, RANKS, {"data.rank_answers": text})
-    clean = functions((copy / "data.py").read_text())
+    text = rules.submitted(folder, "tasks.sampled", "rank_answers")
+    assignment.clean_copy(copy, RANKS, {"tasks.sampled.rank_answers": text})
+    clean = functions((copy / "tasks/sampled.py").read_text())
     assert ast.unparse(clean["rank_answers"]) == (
         "def rank_answers(prompt, answers, rewards):\n    return 5")
+    clean, ours = (functions((root / "data.py").read_text()) for root in (copy, ROOT))
     assert exercises.is_unwritten(clean["ranking_to_pairs"])
-    assert ast.dump(clean["pack"]) == ast.dump(functions((ROOT / "data.py").read_text())["pack"])
+    assert ast.dump(clean["pack"]) == ast.dump(ours["pack"])
     assert "SystemExit" not in (copy / "tests/conftest.py").read_text()
 
 
@@ -878,7 +884,7 @@ def test_the_experiments_of_the_guide_replace_what_is_there():
             arguments = [argument.arg for argument in defined[node.value.id].args.args]
             assert arguments == list(right.parameters)
             replaced.add(f"{module.__name__}.{target.attr}")
-    assert replaced == {"train_dpo.objective", "tasks.reviews.preferences"}
+    assert replaced == {"train_dpo.objective", "Reviews.preferences"}
 
 
 def test_the_guide_lists_the_exercises_as_they_are():
