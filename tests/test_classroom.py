@@ -492,7 +492,8 @@ def test_what_a_submission_tries_is_refused_and_the_next_claim_is_graded(outcome
     outcome = outcomes["hostile"]
     for refused in (f"not allowed here: open of {ROOT / 'tasks/sampled.py'}",
                     "not allowed here: os.fork", "not allowed here: socket",
-                    "not allowed here: subprocess", "MemoryError", "a KeyboardInterrupt was raised", "SystemExit"):
+                    "not allowed here: subprocess", "MemoryError",
+                    "a KeyboardInterrupt was raised", "SystemExit"):
         assert refused in details_of(outcome), refused
     assert outcome.end == ""
     passed = {name_of_test(node) for node, (result, _) in outcome.claims.items()
