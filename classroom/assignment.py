@@ -37,7 +37,7 @@ from classroom import right_answers, sandbox
 from classroom.copies import (
     SHEET,
     by_module,
-    copy_sources,
+    copy_with_mistakes,
     is_hidden,
     make_copy,
     make_gradescope,
@@ -81,7 +81,7 @@ def clean_copy(folder, exercise, texts):
     if missing:
         raise UserError(f"{missing[0]}, which classroom/exercises.py names for exercise "
                         f"{exercise.number}, no longer exists")
-    copy_sources(folder, [exercise])
+    copy_with_mistakes(folder, [exercise])
     for module, names in by_module([exercise]).items():
         text = without_bodies(our_text(module), {name: message(exercise) for name in names})
         given = {name: texts[f"{module}.{name}"] for name in names if f"{module}.{name}" in texts}
@@ -97,8 +97,8 @@ def try_out(attempts, seconds, jobs=1, seed=None, progress=None):
         for k, (exercise, texts) in enumerate(attempts):
             copy = Path(scratch) / str(k)
             tests = clean_copy(copy, exercise, texts)
-            runs.append(sandbox.Run(copy, tests, seconds, guarded=True, claim_seconds=seconds / 4,
-                                    seed=seed))
+            runs.append(sandbox.TestRun(copy, tests, seconds, guarded=True,
+                                        claim_seconds=seconds / 4, seed=seed))
         return sandbox.run_all(runs, jobs, progress=progress)
 
 
@@ -114,7 +114,8 @@ def grade(folder, exercises, points, seconds, jobs, seed=None, progress=None):
         outcome = next(outcomes) if texts else sandbox.Outcome({}, "")
         graded.append(entries_of(exercise, points[exercise.number], outcome, problems))
     entries = [claim for of_exercise in graded for claim in of_exercise]
-    return {"score": total(entries), "tests": entries, "output": table(exercises, graded, points)}
+    return {"score": total_score(entries), "tests": entries,
+            "output": points_table(exercises, graded, points)}
 
 
 def read_functions(folder, exercise):
@@ -150,7 +151,7 @@ def shares_of(exercise, points):
     return shares
 
 
-def total(entries):
+def total_score(entries):
     return round(math.fsum(claim["score"] for claim in entries), 2)
 
 
@@ -176,28 +177,28 @@ def entry(exercise, test, points, outcome, problems):
             "score": points if holds else 0.0,
             "max_score": points,
             "status": "passed" if holds else "failed",
-            "output": printable("\n".join(output)),
+            "output": without_controls("\n".join(output)),
             "output_format": "text",
             "visibility": "hidden" if is_hidden(test) else "visible"}
 
 
-def printable(text):
+def without_controls(text):
     """Replace characters that could control a terminal, and lone surrogates, which cannot be
     encoded."""
     text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def table(exercises, graded, points):
+def points_table(exercises, graded, points):
     """One line per exercise, and the total. graded: the entries of each exercise."""
     lines = [f"{'exercise':54}{'claims':>10}{'points':>16}"]
     for exercise, entries in zip(exercises, graded):
         held = sum(claim["status"] == "passed" for claim in entries)
         lines.append(f"{exercise.number:3}  {exercise.title:49}{held:4} of {len(entries):2}"
-                     f"{total(entries):8.2f} of {points[exercise.number]:g}")
+                     f"{total_score(entries):8.2f} of {points[exercise.number]:g}")
     everything = [claim for entries in graded for claim in entries]
     most = sum(points[exercise.number] for exercise in exercises)
-    lines.append(f"{'total':64}{total(everything):8.2f} of {most:g}")
+    lines.append(f"{'total':64}{total_score(everything):8.2f} of {most:g}")
     return "\n".join(lines)
 
 
@@ -221,7 +222,7 @@ def grade_all(folder, results, exercises, points, seconds, jobs, seed):
         write_json(results / f"{path.name}.json", graded)
         row = {"submission": path.name, "total": graded["score"]}
         for exercise in exercises:
-            row[f"exercise {exercise.number}"] = total(
+            row[f"exercise {exercise.number}"] = total_score(
                 claim for claim in graded["tests"] if claim["number"] == str(exercise.number))
         rows.append(row)
     with open(results / "grades.csv", "w", newline="", encoding="utf-8") as file:
@@ -246,7 +247,7 @@ def seed_of(seed, name):
 def suite_of_copy(folder, tests=("tests",)):
     """Make a copy in which no exercise is written, and run its tests there."""
     make_copy(folder, list(EXERCISES.values()))
-    run = sandbox.Run(folder, list(tests), 900, skip=SLOW)
+    run = sandbox.TestRun(folder, list(tests), 900, skip=SLOW)
     outcome, = sandbox.run_all([run])
     return outcome
 
@@ -262,7 +263,7 @@ def wrong_in_copy(outcome):
     return wrong
 
 
-def check(exercises, seconds, jobs):
+def faults_of(exercises, seconds, jobs):
     """What is wrong with the exercises: claims that a right solution (ours, or one of
     right_answers.py) does not meet, claims that an empty solution meets, and tests of a copy that
     fail although they belong to no exercise."""
@@ -370,7 +371,7 @@ def grade_each(args):
 
 def check_all(args):
     """--check. Returns the exit code."""
-    wrong = check(args.exercises, args.seconds, args.jobs)
+    wrong = faults_of(args.exercises, args.seconds, args.jobs)
     if wrong:
         print("\n".join(wrong))
         return 1

@@ -144,14 +144,14 @@ def guard(folder, scratch):
     sys.addaudithook(hook)
 
 
-def call(target, *arguments):
+def call_by_name(target, *arguments):
     """Call a function that is named as "package.module.function"."""
     module, _, name = target.rpartition(".")
     return getattr(importlib.import_module(module), name)(*arguments)
 
 
 def run_tests(run, send):
-    """Run the tests of one run, a dict with the fields of sandbox.Run, in this process."""
+    """Run the tests of one run, a dict with the fields of sandbox.TestRun, in this process."""
     folder, scratch = run["folder"], run["scratch"]
     os.environ |= {"HOME": scratch, "TMPDIR": scratch, "HYPOTHESIS_STORAGE_DIRECTORY": scratch}
     tempfile.tempdir = None                 # forget the one of before
@@ -169,7 +169,7 @@ def run_tests(run, send):
         sys.dont_write_bytecode = True
         guard(folder, scratch)
     if run["before"]:
-        call(*run["before"])
+        call_by_name(*run["before"])
     plugins = [Recorder(send, run["skip"], run["seed"])]
     if run["claim_seconds"]:
         plugins.append(limited_calls(run["claim_seconds"]))
@@ -255,7 +255,7 @@ def main():
     sys.path.pop(0)                         # the folder of this file
     if job["load"]:
         sys.path.insert(0, job["runs"][0]["folder"])
-        call(job["load"])
+        call_by_name(job["load"])
     server = Server(job)
     signal.signal(signal.SIGTERM, server.terminate)
     server.serve()

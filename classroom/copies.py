@@ -75,7 +75,7 @@ def make_copy(folder, exercises):
     chosen = by_module(exercises)
     with new_folder(folder) as copy:
         exercises = [without_hidden(exercise) for exercise in exercises]
-        copy_sources(copy, exercises)
+        copy_with_mistakes(copy, exercises)
         for name in ("README.md", "LICENSE", "requirements.txt", ".gitignore"):
             shutil.copy(ROOT / name, copy)
         for name in ("docs", "assets"):
@@ -112,7 +112,7 @@ def write_text(path, text):
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def copy_sources(folder, exercises):
+def copy_with_mistakes(folder, exercises):
     """Copy what some exercises need, and what their wrong answers return, to an empty folder."""
     sandbox.copy_sources(folder, exercises)
     targets = {target for exercise in exercises for target in exercise.functions}

@@ -316,14 +316,14 @@ def check(theirs, n_cases=30, seed=None):
         try:
             loss = call(theirs, case)
         except Refused as refusal:
-            return f"{describe(case, k, seed)}\n    {refusal}"
+            return f"{describe_case(case, k, seed)}\n    {refusal}"
         off = abs(loss.item() - ours.item())
         if not are_equal(case, ours.item(), loss.item()):     # also if it is NaN
             differing.append((case, loss.item()))
-            lines.append(f"{describe(case, k, seed)}\n    yours is {loss.item():.4f}, ours "
+            lines.append(f"{describe_case(case, k, seed)}\n    yours is {loss.item():.4f}, ours "
                          f"{ours.item():.4f}: off by {off:.4f}")
         elif not same_gradient(case.lm, loss / case.beta, ours / case.beta):
-            wrong_gradients.append(describe(case, k, seed))
+            wrong_gradients.append(describe_case(case, k, seed))
     if differing:
         return "\n".join([*lines[:5], f"{len(differing)} of {n_cases} cases differ",
                           verdict(differing[:10])])
@@ -360,7 +360,7 @@ def same_gradient(lm, theirs, ours):
                for mine, right in pairs)
 
 
-def describe(case, k, seed):
+def describe_case(case, k, seed):
     return (f"case {k} of --seed {seed}: beta {case.beta:.3f}, prompt {case.prompt!r}, chosen "
             f"{case.response_chosen!r}, rejected {case.response_rejected!r}")
 

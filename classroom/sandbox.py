@@ -1,6 +1,6 @@
 """Run tests in separate processes with limits. wrong_answers.py and assignment.py grade with this.
 
-    runs = [Run(folder, ["tests/test_model.py"], seconds=60), ...]
+    runs = [TestRun(folder, ["tests/test_model.py"], seconds=60), ...]
     outcomes = run_all(runs, jobs=2)        # an Outcome for each
     outcome.claims      {"tests/test_model.py::test_x": ("passed" | "failed" | ..., details)}
     outcome.end         "" if the run finished, otherwise the reason why it did not
@@ -40,7 +40,7 @@ STARTING = 120              # seconds that importing PyTorch may take on a busy 
 
 
 @dataclass
-class Run:
+class TestRun:
     """What child.py runs in one process: tests, by their node ids, in a folder."""
 
     folder: Path
@@ -61,7 +61,7 @@ class Outcome:
 
 
 def run_all(runs, jobs=1, load=None, progress=None):
-    """The Outcome of each Run, at most `jobs` of them at the same time.
+    """The Outcome of each TestRun, at most `jobs` of them at the same time.
 
     load: a function, "module.function", to call in the folder of the first run before any run
     starts, for modules that all of them import. progress: what a progress bar calls the runs.

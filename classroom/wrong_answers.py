@@ -1257,7 +1257,7 @@ def apply(mutant_name):
 def run_mutants(names, folder, tests_of, jobs, **settings):
     """{name of a mutant: Outcome} of the tests tests_of(name) with the mutant in place, each in a
     process of its own."""
-    runs = [sandbox.Run(folder, tests_of(name), SECONDS,
+    runs = [sandbox.TestRun(folder, tests_of(name), SECONDS,
                         before=("classroom.wrong_answers.apply", name), **settings)
             for name in names]
     outcomes = sandbox.run_all(runs, jobs, "classroom.wrong_answers.our_modules", "mutants")
@@ -1327,7 +1327,7 @@ def against_their_tests(path, names, jobs):
         if (copy / file).exists():
             raise UserError(f"--tests {path}: choose another name for this file")
         shutil.copy(path, copy / file)
-        on_correct_code, = sandbox.run_all([sandbox.Run(copy, [file], SECONDS, guarded=True)])
+        on_correct_code, = sandbox.run_all([sandbox.TestRun(copy, [file], SECONDS, guarded=True)])
         if on_correct_code.end:
             raise UserError(f"--tests {path}: {on_correct_code.end}")
         usable, wrong_tests = [], {}

@@ -151,11 +151,11 @@ def outcomes(tmp_path_factory):
     for name in texts:
         seconds = 4 if name == "loop" else 60
         tests = assignment.clean_copy(tmp / f"clean {name}", RANKS, texts[name])
-        runs[name] = sandbox.Run(tmp / f"clean {name}", tests, seconds, guarded=True,
+        runs[name] = sandbox.TestRun(tmp / f"clean {name}", tests, seconds, guarded=True,
                                  claim_seconds=seconds / 4)
     copies.make_copy(tmp / "copy", list(EXERCISES.values()))
     in_copy = [f"tests/{claims()[test][0]}::{test}" for test in IN_COPY]
-    runs["copy"] = sandbox.Run(tmp / "copy", in_copy, 300)
+    runs["copy"] = sandbox.TestRun(tmp / "copy", in_copy, 300)
     their_tests = tmp / "my_tests.py"
     their_tests.write_text(THEIR_TESTS)
     with ThreadPoolExecutor(2) as pool:
@@ -400,9 +400,9 @@ def test_each_claim_that_holds_has_its_share_of_the_points(outcomes):
     held = {test["name"].split(": ")[1] for test in entries if test["status"] == "passed"}
     assert held == {"of answers that tie the first stands for all",
                     "answers that all tie make no row"}
-    assert assignment.total(entries) == 2.5
+    assert assignment.total_score(entries) == 2.5
     assert sum(test["max_score"] for test in entries) == 10
-    assert "2.50 of 10" in assignment.table([RANKS], [entries], {8: 10.0})
+    assert "2.50 of 10" in assignment.points_table([RANKS], [entries], {8: 10.0})
     wrong = entries[0]
     _, docstring = claims()[RANKS.tests[0]]
     assert docstring and wrong["output"].startswith(f"{docstring}\n")
@@ -717,7 +717,7 @@ def test_edits_of_tests_and_of_other_functions_change_nothing(tmp_path):
 
 
 def test_what_a_submission_says_cannot_move_the_screen():
-    assert assignment.printable("a\x1b[2J\nb\u202e\ud800") == "a?[2J\nb??"
+    assert assignment.without_controls("a\x1b[2J\nb\u202e\ud800") == "a?[2J\nb??"
 
 
 # ------------------------------------------------------------------------------------------------
