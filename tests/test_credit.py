@@ -503,7 +503,7 @@ def test_a_page_is_written_for_any_number_of_checkpoints(run, tmp_path, capsys):
     (["--prompt", "a", "--chosen", "b", "--rejected", "c", "--sort", "wrong"], "--sort wrong"),
     (["--checkpoint", "a.pt", "--checkpoint", "b.pt"], "slider"),
     (["--html", "page"], "a name that ends in .html"),
-    (["--pairs", "0"], "--pairs"), (["--checkpoint", "no.pt"], "no.pt: cannot be read")])
+    (["--pairs", "0"], "--pairs"), (["--checkpoint", "no.pt"], "no.pt: no such file")])
 def test_bad_input_is_one_sentence(run, flags, words, capsys):
     with pytest.raises(SystemExit) as caught:
         credit.main(["--out", str(run), *flags])
