@@ -940,8 +940,8 @@ def test_thresholds_are_met_by_the_runs_that_are_documented():
     """Those of the default run with default beta in docs/measuring.md. What the guide calls
     measured is the lowest of its own runs, which is no higher than these."""
     page = (ROOT / "docs/measuring.md").read_text()
-    runs = re.findall(r"^\| `--seed \d`[^|]* \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|$", page,
-                      re.M)[:3]
+    row = r"^\| `--seed \d`[^|]* \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|$"
+    runs = re.findall(row, page, re.M)[:3]
     runs = [(float(reward), 100 * float(form), float(win)) for reward, win, form in runs]
     row, = rows_with("the default run")
     limits, measured = ([float(number) for number in re.findall(r"\d+(?:\.\d+)?", cell)]
