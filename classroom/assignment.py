@@ -2,305 +2,73 @@
 
     python -m classroom.assignment --list                           # the exercises
     python -m classroom.assignment --out DIR [--exercises 1,3,5]    # a copy without the solutions
-    python -m classroom.assignment --grade DIR [--exercises 1,3,5]  # grade, write results.json
+    python -m classroom.assignment --grade DIR [--exercises 1,3,5]  # grade one, write results.json
+    python -m classroom.assignment --grade-all DIR                  # grade each folder in DIR
+    python -m classroom.assignment --gradescope DIR                 # an autograder, ready to zip
     python -m classroom.assignment --check                          # check the exercises themselves
 
-In a copy, the bodies of the chosen functions are replaced by `raise NotImplementedError`, both in
-the five files and in the code that the README shows. The copy also has a sheet, EXERCISES.md, but
-neither the guide for teachers nor the tests of these tools. In the copy, `pytest --exercise 3`
-explains in words what is still wrong.
+A copy has the code and the tests of its exercises, the README and docs/, a sheet (EXERCISES.md) and
+a workflow for GitHub Classroom. The bodies of the chosen functions are replaced by `raise
+NotImplementedError`, both in the code and where a page shows them. In the copy, `pytest --exercise
+3` explains in words what is still wrong.
 
-The grader reads only the chosen functions of a submission, from the syntax trees of its files. It
-puts them into a clean copy in which every other function is ours, so that no exercise depends on
-another and edited tests have no effect. The tests run in a separate process (sandbox.py), which has
-no network, little memory, a time limit, and no access to our own version of the exercise. Each test
-is a claim, and the points of an exercise are shared equally among its claims. results.json has
-Gradescope's format.
+The grader reads only the chosen functions of a submission (rules.py). It puts them into a clean
+copy in which every other function is ours, so that no exercise depends on another and edited tests
+have no effect. The tests of each exercise run in a separate process (sandbox.py), which has no
+network, little memory, a time limit, and no access to our own version of the exercise. Each test is
+a claim. results.json has Gradescope's format.
 
 Left out on purpose: style, plagiarism, and protection against determined attacks; GUIDE.md says how
 far the protection goes.
 """
 
-import ast
+import csv
+import hashlib
 import math
 import os
 import re
-import shutil
-import stat
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 
-from classroom import sandbox
+from classroom import right_answers, sandbox
+from classroom.copies import (
+    SHEET,
+    by_module,
+    copy_with_mistakes,
+    is_hidden,
+    make_copy,
+    make_gradescope,
+    sheet,
+    without_hidden,
+    write_text,
+)
 from classroom.exercises import (
+    CORE,
     EXERCISES,
     ROOT,
     SLOW,
-    body_lines,
     claims,
-    functions,
-    is_unwritten,
     message,
     name_of_test,
-    path_of,
+    relative_path,
     sentence,
     split_target,
     with_functions,
     without_bodies,
 )
+from classroom.rules import our_text, submitted
 from runtime.cli import Parser, command, number_type, only_one_process
 from runtime.errors import UserError
 from runtime.files import write_json
 
-POINTS = 10.0                       # per exercise
-SHEET = "EXERCISES.md"
-FOR_TEACHERS = "GUIDE.md"
-COPIED = ("assets", "classroom", "docs", "experiments", "runtime", "tasks", "tests")
-# Not in a copy: the guide, the tests of these tools, and the tests of the benchmark and of several
-# processes. The last two run the loop in other processes, where an unwritten function cannot be
-# told from a broken one.
-LEFT_OUT = (FOR_TEACHERS, "test_classroom.py", "test_course.py", "test_benchmark.py",
-            "test_processes.py")
-LARGEST_SOURCE = 1 << 20            # bytes
+POINTS = 10.0                       # per exercise, unless --points says otherwise
 
 
 # ------------------------------------------------------------------------------------------------
-# Our own source
-# ------------------------------------------------------------------------------------------------
-
-
-def our_source(module):
-    return path_of(module).read_text(encoding="utf-8")
-
-
-def by_module(exercises):
-    """{module: {function: exercise}} of some exercises. Raises UserError if a function that an
-    exercise names no longer exists, has no docstring, or is itself unwritten."""
-    chosen = {}
-    for exercise in exercises:
-        for target in exercise.functions:
-            module, name = split_target(target)
-            chosen.setdefault(module, {})[name] = exercise
-    for module, names in chosen.items():
-        found = functions(our_source(module)) if path_of(module).exists() else {}
-        for name, exercise in names.items():
-            if name not in found or ast.get_docstring(found[name]) is None:
-                raise UserError(f"{module}.{name}, which classroom/exercises.py names for exercise "
-                                f"{exercise.number}, no longer exists or has no docstring")
-            if is_unwritten(found[name]):
-                raise UserError(f"{module}.{name} is not written here: this is a student's copy; "
-                                "only the whole repository can make copies and grade them")
-    return chosen
-
-
-# ------------------------------------------------------------------------------------------------
-# --out: a student's copy
-# ------------------------------------------------------------------------------------------------
-
-
-def make_copy(folder, exercises):
-    """Write the student's copy to a folder that is new or empty. Raises UserError."""
-    chosen = by_module(exercises)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {folder}: already exists; choose a new or empty folder")
-    if any((ROOT / name) in [folder.resolve(), *folder.resolve().parents] for name in COPIED):
-        raise UserError(f"--out {folder}: inside a folder that is copied; choose one elsewhere")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        copy = Path(scratch) / "copy"
-        write_copy(copy, exercises, chosen)
-        os.replace(copy, folder)        # complete or absent: until here it has our solutions
-
-
-def write_copy(folder, exercises, chosen):
-    """Write the student's copy to a new folder. chosen: the exercises by_module."""
-    folder.mkdir()
-    ignored = shutil.ignore_patterns("__pycache__", ".*", "out", *LEFT_OUT)
-    for path in sorted(ROOT.iterdir()):
-        if path.is_dir() and path.name in COPIED:
-            shutil.copytree(path, folder / path.name, ignore=ignored)
-        elif path.suffix in (".py", ".md", ".txt") or path.name in ("LICENSE", ".gitignore"):
-            shutil.copy(path, folder)
-    for module, names in chosen.items():
-        messages = {name: message(exercise) for name, exercise in names.items()}
-        text = without_bodies(our_source(module), messages)
-        (folder / path_of(module).relative_to(ROOT)).write_text(text, encoding="utf-8")
-    for page in [folder / "README.md", *(folder / "docs").glob("*.md")]:
-        text = without_answers(page.read_text(encoding="utf-8"), chosen)
-        page.write_text(text, encoding="utf-8")
-    (folder / SHEET).write_text(sheet(exercises), encoding="utf-8")
-    (folder / "classroom" / FOR_TEACHERS).write_text(
-        "The guide for teachers is not part of a student's copy.\n", encoding="utf-8")
-
-
-def without_answers(markdown, chosen):
-    """Remove the bodies of the chosen functions from the Python code of a page. A page may show a
-    whole function or only a few of its lines; either way, the `raise` statement takes their place.
-    """
-    replacements = {}                       # {line of a body: the statement that replaces it}
-    for module, names in chosen.items():
-        source = our_source(module)
-        for name, exercise in names.items():
-            first, end = body_lines(source, functions(source)[name])
-            for line in source.splitlines()[first:end]:
-                if line:
-                    replacements[line.strip()] = f'raise NotImplementedError("{message(exercise)}")'
-
-    def emptied(block):
-        opening, code, closing = block.groups()
-        lines = []
-        for line in code.splitlines():
-            indent = line[:len(line) - len(line.lstrip())]
-            line = indent + replacements.get(line.strip(), line.strip())
-            repeated = line.strip() in replacements.values() and line in lines
-            if not repeated:
-                lines.append(line)
-        return opening + "\n".join(lines) + "\n" + closing
-    return re.sub(r"(^```python\n)(.*?)(^```)", emptied, markdown, flags=re.S | re.M)
-
-
-def sheet(exercises):
-    """The student's sheet, as markdown."""
-    first = exercises[0].number
-    lines = [
-        "# Exercises", "",
-        "Write the functions below from their docstrings; each raises NotImplementedError until "
-        "you do. Define helpers inside the function: only the function itself is graded. "
-        "Everything you need is already imported at the top of its file.", "",
-        "```bash", "pip install -r requirements.txt",
-        f"pytest --exercise {first}       # what is still wrong, in words",
-        f"pytest -v --exercise {first}    # and where in the code",
-        "pytest                    # everything; tests that need an unwritten function are skipped",
-        "```", "",
-        "An exercise is finished when all its claims hold. Each claim that holds earns an equal "
-        "share of its points. The claims are tests. You may read them; they say how each expected "
-        "number is derived. Editing them does not change your grade."]
-    for exercise in exercises:
-        lines += section(exercise, exercises)
-    return "\n".join(lines) + "\n"
-
-
-def section(exercise, exercises):
-    """The lines of one exercise on a sheet with these exercises."""
-    written = []
-    for target in exercise.functions:
-        module, name = split_target(target)
-        written.append(f"`{name}` in `{module}.py`")
-    lines = ["", f"## {exercise.number}. {exercise.title[0].upper()}{exercise.title[1:]}", "",
-             f"    {exercise.equation}", "",
-             f"Write {', '.join(written)}.  ",
-             f"Before you start: {exercise.before}{needed(exercise, exercises)}.", ""]
-    for test in exercise.tests:
-        file, _ = claims()[test]
-        lines.append(f"- {sentence(test)} (`{file}`)")
-    return lines
-
-
-def needed(exercise, exercises):
-    """The exercises of this sheet that come before an exercise, in words."""
-    earlier = [str(other.number) for other in exercises if other.number in exercise.needs]
-    if not earlier:
-        return ""
-    return f"; exercise{'s' if len(earlier) > 1 else ''} {', '.join(earlier)}"
-
-
-# ------------------------------------------------------------------------------------------------
-# --grade: what the grader reads from a submission
-# ------------------------------------------------------------------------------------------------
-
-
-def read_submission(path):
-    """The text of a submitted file. Raises UserError. Links are not followed, because they could
-    lead to our own file; pipes are not read, because that might never end."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(file, "rb") as opened:
-            status = os.fstat(file)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_SOURCE:
-                raise UserError(f"{path.name} is not a file of at most a megabyte")
-            return opened.read().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{path.name} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path.name} is not UTF-8 text") from error
-
-
-def submitted(folder, module, name):
-    """The text of one submitted function. Raises UserError, saying what is wrong with it."""
-    text = read_submission(folder / path_of(module).relative_to(ROOT))
-    try:
-        node = functions(text).get(name)
-        if node is None:
-            raise UserError(f"there is no function {name} in {module}.py")
-        if is_unwritten(node):
-            raise UserError(f"{name} is not written yet")
-        for complaint in complaints(node):
-            raise UserError(f"{name}, line {complaint}")
-        return ast.unparse(node)
-    except SyntaxError as error:
-        raise UserError(f"{module}.py, line {error.lineno}: not Python: {error.msg}") from error
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{module}.py cannot be parsed") from error
-
-
-# The modules that a solution may import, and the names and attributes that it must not use: a
-# mathematical function does not need them, but forging a grade does. The tests run in the same
-# process as the submission, so code that can reach the interpreter can rewrite the tests.
-MODULES = {"math", "torch", "torch.nn", "torch.nn.functional", "torch.nn.utils", "numpy",
-           "itertools", "functools", "collections"}
-NAMES = set("exec eval compile open input breakpoint exit quit getattr setattr delattr globals "
-            "locals vars dir memoryview help copyright credits license sys os".split())
-ATTRIBUTES = set(
-    "sys os io builtins importlib inspect ctypes gc subprocess socket threading multiprocessing "
-    "signal pathlib pickle shutil tempfile traceback warnings testing hub load save jit fx ops "
-    "classes package serialization distributed library export overrides from_file "
-    "fromfile memmap tofile ctypeslib f2py lib modules gi_frame gi_code cr_frame tb_frame f_back "
-    "f_globals f_locals f_builtins".split())
-
-
-def complaints(function):
-    """Yield what is not allowed in the syntax tree of a solution, as "line: what is wrong"."""
-    for node in ast.walk(function):
-        complaint = complaint_about(node)
-        if complaint:
-            yield f"{getattr(node, 'lineno', function.lineno)}: {complaint}; no solution needs it"
-
-
-def complaint_about(node):
-    """What is wrong with one node of a syntax tree, or None; see MODULES above."""
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return complaint_about_import(node)
-    if isinstance(node, ast.Attribute):
-        if node.attr in ATTRIBUTES or node.attr.startswith("_"):
-            return f"uses .{node.attr}"
-        if not isinstance(node.ctx, ast.Load) and node.attr not in ("grad", "data"):
-            return f"changes .{node.attr}"
-    if isinstance(node, ast.Name) and (node.id in NAMES or node.id.startswith("__")):
-        return f"uses {node.id}"
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name.startswith("__"):
-        return f"defines {node.name}"
-    if isinstance(node, ast.Global):
-        return "has a global statement"
-    return None
-
-
-def complaint_about_import(node):
-    """What is wrong with an import statement, or None."""
-    names = [alias.name for alias in node.names]
-    if isinstance(node, ast.Import):
-        return f"imports {', '.join(names)}" if set(names) - MODULES else None
-    private = any(name.startswith("_") for name in names)
-    forbidden = set(names) & (ATTRIBUTES | {"*"})
-    if node.level or node.module not in MODULES or private or forbidden:
-        return f"imports from {node.module}"
-    return None
-
-
-# ------------------------------------------------------------------------------------------------
-# --grade: one exercise
+# --grade
 # ------------------------------------------------------------------------------------------------
 
 
@@ -313,43 +81,87 @@ def clean_copy(folder, exercise, texts):
     if missing:
         raise UserError(f"{missing[0]}, which classroom/exercises.py names for exercise "
                         f"{exercise.number}, no longer exists")
-    sandbox.copy_sources(folder, {known[test][0] for test in exercise.tests})
+    copy_with_mistakes(folder, [exercise])
     for module, names in by_module([exercise]).items():
-        text = without_bodies(our_source(module), {name: message(exercise) for name in names})
+        text = without_bodies(our_text(module), {name: message(exercise) for name in names})
         given = {name: texts[f"{module}.{name}"] for name in names if f"{module}.{name}" in texts}
-        text = with_functions(text, given)
-        (folder / path_of(module).relative_to(ROOT)).write_text(text, encoding="utf-8")
+        write_text(folder / relative_path(module), with_functions(text, given))
     return [f"tests/{known[test][0]}::{test}" for test in exercise.tests]
 
 
-def grade_exercise(exercise, folder, seconds):
-    """The entries of results.json for one exercise, one per claim."""
+def try_out(attempts, seconds, jobs=1, seed=None, progress=None):
+    """Run the tests of exercises on functions, [(exercise, {"module.function": text})]. Returns an
+    Outcome for each."""
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = []
+        for k, (exercise, texts) in enumerate(attempts):
+            copy = Path(scratch) / str(k)
+            tests = clean_copy(copy, exercise, texts)
+            runs.append(sandbox.TestRun(copy, tests, seconds, guarded=True,
+                                        claim_seconds=seconds / 4, seed=seed))
+        return sandbox.run_all(runs, jobs, progress=progress)
+
+
+def grade(folder, exercises, points, seconds, jobs, seed=None, progress=None):
+    """The content of results.json for a submission. points: {number of an exercise: its points}.
+    seed: what the random examples of the tests are drawn from; None: always the same ones."""
+    by_module(exercises)
+    read = [read_functions(folder, exercise) for exercise in exercises]
+    attempts = [(exercise, texts) for exercise, (texts, _) in zip(exercises, read) if texts]
+    outcomes = iter(try_out(attempts, seconds, jobs, seed, progress) if attempts else [])
+    graded = []
+    for exercise, (texts, problems) in zip(exercises, read):
+        outcome = next(outcomes) if texts else sandbox.Outcome({}, "")
+        graded.append(entries_of(exercise, points[exercise.number], outcome, problems))
+    entries = [claim for of_exercise in graded for claim in of_exercise]
+    return {"score": total_score(entries), "tests": entries,
+            "output": points_table(exercises, graded, points)}
+
+
+def read_functions(folder, exercise):
+    """({"module.function": text}, [what is wrong with the others]) of a submission's functions."""
     texts, problems = {}, []
     for target in exercise.functions:
         try:
             texts[target] = submitted(folder, *split_target(target))
         except UserError as error:
-            problems.append(str(error))
-    outcome = sandbox.Outcome({}, "")
-    if texts:
-        outcome = try_out(exercise, texts, seconds)
-    return [entry(exercise, test, outcome, problems) for test in exercise.tests]
+            if str(error) not in problems:
+                problems.append(str(error))
+    return texts, problems
 
 
-def try_out(exercise, texts, seconds):
-    """Run the exercise's tests on these functions in a separate process."""
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / "copy"
-        tests = clean_copy(copy, exercise, texts)
-        return sandbox.run(copy, tests, seconds, guarded=True, claim_seconds=seconds / 4)
+def entries_of(exercise, points, outcome, problems):
+    """The claims of one exercise, in the form of results.json."""
+    shares = shares_of(exercise, points)
+    return [entry(exercise, test, shares[test], outcome, problems) for test in exercise.tests]
 
 
-def entry(exercise, test, outcome, problems):
+def shares_of(exercise, points):
+    """{claim: its points}: half for the CORE claims together, half for the others. They are rounded
+    to two places so that they add up."""
+    core = [test for test in exercise.tests if test in CORE]
+    n_others = len(exercise.tests) - len(core)
+    shares, so_far = {}, 0.0
+    for test in exercise.tests:
+        share = points / len(exercise.tests)
+        if core and n_others:
+            share = points / 2 / (len(core) if test in core else n_others)
+        shares[test] = round(round(so_far + share, 2) - round(so_far, 2), 2)
+        so_far += share
+    return shares
+
+
+def total_score(entries):
+    return round(math.fsum(claim["score"] for claim in entries), 2)
+
+
+def entry(exercise, test, points, outcome, problems):
     """One claim of one exercise, in the form of results.json. problems: what was wrong with the
     submitted functions before any test ran."""
     tests_run = [name_of_test(node) for node in outcome.claims]
     results = [result for node, result in outcome.claims.items() if name_of_test(node) == test]
-    failures = [details for result, details in results if result != "passed"]
+    failures = [details for node, (result, details) in outcome.claims.items()
+                if result != "passed" and name_of_test(node) in (test, node)]  # or of a whole file
     # If the process ended early, it ended during the last test, whatever that test reported.
     interrupted = outcome.end != "" and tests_run[-1:] == [test]
     holds = bool(results) and not failures and not interrupted
@@ -360,48 +172,71 @@ def entry(exercise, test, outcome, problems):
             output.append(failures[0] or "the test did not pass")
         elif outcome.end:
             output.append(outcome.end)
-    points = POINTS / len(exercise.tests)
     return {"name": f"{exercise.number}. {exercise.title}: {sentence(test)}",
             "number": str(exercise.number),
             "score": points if holds else 0.0,
             "max_score": points,
             "status": "passed" if holds else "failed",
-            "output": printable("\n".join(output)),
-            "output_format": "text"}
+            "output": without_controls("\n".join(output)),
+            "output_format": "text",
+            "visibility": "hidden" if is_hidden(test) else "visible"}
 
 
-def printable(text):
+def without_controls(text):
     """Replace characters that could control a terminal, and lone surrogates, which cannot be
     encoded."""
     text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def grade(folder, exercises, seconds, jobs):
-    """The content of results.json for a submission."""
-    by_module(exercises)
-    with ThreadPoolExecutor(jobs) as pool:
-        graded = list(tqdm(pool.map(lambda e: grade_exercise(e, folder, seconds), exercises),
-                           "grading", len(exercises)))
-    entries = []
-    for of_exercise in graded:
-        entries += of_exercise
-    return {"score": math.fsum(claim["score"] for claim in entries), "tests": entries,
-            "output": table(exercises, graded)}
-
-
-def table(exercises, graded):
+def points_table(exercises, graded, points):
     """One line per exercise, and the total. graded: the entries of each exercise."""
-    lines = [f"{'exercise':46}{'claims':>10}{'points':>16}"]
-    total = []
+    lines = [f"{'exercise':54}{'claims':>10}{'points':>16}"]
     for exercise, entries in zip(exercises, graded):
         held = sum(claim["status"] == "passed" for claim in entries)
-        scores = [claim["score"] for claim in entries]
-        total += scores
-        lines.append(f"{exercise.number:3}  {exercise.title:41}{held:4} of {len(entries):2}"
-                     f"{math.fsum(scores):8.2f} of {POINTS:.0f}")
-    lines.append(f"{'total':56}{math.fsum(total):8.2f} of {POINTS * len(exercises):.0f}")
+        lines.append(f"{exercise.number:3}  {exercise.title:49}{held:4} of {len(entries):2}"
+                     f"{total_score(entries):8.2f} of {points[exercise.number]:g}")
+    everything = [claim for entries in graded for claim in entries]
+    most = sum(points[exercise.number] for exercise in exercises)
+    lines.append(f"{'total':64}{total_score(everything):8.2f} of {most:g}")
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------
+# --grade-all
+# ------------------------------------------------------------------------------------------------
+
+
+def grade_all(folder, results, exercises, points, seconds, jobs, seed):
+    """Grade every folder in a folder. Writes <its name>.json for each to the folder `results`, and
+    a row for each to grades.csv there. seed: each submission gets one of its own, made from this
+    and its name."""
+    submissions = sorted(path for path in folder.iterdir()
+                         if path.is_dir() and not path.name.startswith("."))
+    if not submissions:
+        raise UserError(f"--grade-all {folder}: has no folders; each submission is one")
+    results.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for path in tqdm(submissions, "grading"):
+        graded = grade(path, exercises, points, seconds, jobs, seed_of(seed, path.name))
+        write_json(results / f"{path.name}.json", graded)
+        row = {"submission": path.name, "total": graded["score"]}
+        for exercise in exercises:
+            row[f"exercise {exercise.number}"] = total_score(
+                claim for claim in graded["tests"] if claim["number"] == str(exercise.number))
+        rows.append(row)
+    with open(results / "grades.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def seed_of(seed, name):
+    """The seed of one submission, or None without a seed."""
+    if seed is None:
+        return None
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "big")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -409,10 +244,12 @@ def table(exercises, graded):
 # ------------------------------------------------------------------------------------------------
 
 
-def suite_of_copy(folder, files):
-    """Make a copy in which no exercise is written, and run these test files there."""
+def suite_of_copy(folder, tests=("tests",)):
+    """Make a copy in which no exercise is written, and run its tests there."""
     make_copy(folder, list(EXERCISES.values()))
-    return sandbox.run(folder, [f"tests/{file}" for file in sorted(files)], 900, skip=SLOW)
+    run = sandbox.TestRun(folder, list(tests), 900, skip=SLOW)
+    outcome, = sandbox.run_all([run])
+    return outcome
 
 
 def wrong_in_copy(outcome):
@@ -426,23 +263,27 @@ def wrong_in_copy(outcome):
     return wrong
 
 
-def check(exercises, seconds, jobs):
-    """What is wrong with the exercises: claims that our own solution does not meet, claims that an
-    empty solution meets, and unrelated tests that fail in a copy."""
-    files = {file for file, _ in claims().values()} - set(LEFT_OUT)
+def faults_of(exercises, seconds, jobs):
+    """What is wrong with the exercises: claims that a right solution (ours, or one of
+    right_answers.py) does not meet, claims that an empty solution meets, and tests of a copy that
+    fail although they belong to no exercise."""
     with tempfile.TemporaryDirectory() as scratch:
-        elsewhere = wrong_in_copy(suite_of_copy(Path(scratch) / "copy", files))
-    solved = grade(ROOT, exercises, seconds, jobs)
-    wrong = [f"our own solution does not meet: {claim['name']}\n{claim['output']}"
-             for claim in solved["tests"] if claim["status"] != "passed"]
-    with ThreadPoolExecutor(jobs) as pool:
-        empty = list(tqdm(pool.map(lambda e: try_out(e, {}, seconds), exercises), "unwritten",
-                          len(exercises)))
-    for exercise, outcome in zip(exercises, empty):
+        wrong = wrong_in_copy(suite_of_copy(Path(scratch) / "copy"))
+    attempts = [(exercise, {}) for exercise in exercises]
+    for exercise in exercises:
+        ours = {target: submitted(ROOT, *split_target(target)) for target in exercise.functions}
+        attempts += [(exercise, ours | texts)
+                     for texts in right_answers.solutions_of(exercise) or [ours]]
+    outcomes = try_out(attempts, seconds, jobs, progress="solutions")
+    for (exercise, texts), outcome in zip(attempts, outcomes):
         for test in exercise.tests:
-            if entry(exercise, test, outcome, [])["status"] == "passed":
-                wrong.append(f"an empty solution meets: {exercise.number}. {sentence(test)}")
-    return wrong + elsewhere
+            claim = entry(exercise, test, 1.0, outcome, [])
+            if texts and claim["status"] != "passed":
+                wrong.append(f"a right solution does not meet: {claim['name']}\n"
+                             f"{claim['output']}\n" + "\n".join(texts.values()))
+            elif not texts and claim["status"] == "passed":
+                wrong.append(f"an empty solution meets: {claim['name']}")
+    return wrong
 
 
 # ------------------------------------------------------------------------------------------------
@@ -461,6 +302,18 @@ def chosen_exercises(text):
     return [EXERCISES[n] for n in sorted(numbers)]
 
 
+def points_of(text, exercises):
+    """{number of an exercise: its points}, of a text such as "3=15,4=10". Raises UserError."""
+    points = {exercise.number: POINTS for exercise in exercises}
+    for part in filter(None, text.split(",")):
+        found = re.fullmatch(r"(\d+)=(\d+(?:\.\d+)?)", part)
+        if not found or int(found[1]) not in points:
+            raise UserError(f"--points {text}: expected the number of a chosen exercise and its "
+                            f"points, as in 3=15, not {part!r}")
+        points[int(found[1])] = float(found[2])
+    return points
+
+
 def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -468,19 +321,64 @@ def parse_args(argv):
     action.add_argument("--list", action="store_true", help="print the exercises and their claims")
     action.add_argument("--out", type=Path, metavar="DIR", help="make a student's copy in DIR")
     action.add_argument("--grade", type=Path, metavar="DIR", help="grade the submission in DIR")
+    action.add_argument("--grade-all", type=Path, metavar="DIR",
+                        help="grade each folder in DIR as a submission")
+    action.add_argument("--gradescope", type=Path, metavar="DIR",
+                        help="make an autograder for Gradescope in DIR")
     action.add_argument("--check", action="store_true",
-                        help="check that our own solution meets every claim and an empty one none")
+                        help="check that right solutions meet every claim and an empty one none")
     add("--exercises", default=",".join(map(str, EXERCISES)), metavar="1,3,5",
         help="only these exercises (default: all); for --grade, those that were set")
-    add("--results", type=Path, default=Path("results.json"), metavar="FILE",
-        help="where --grade writes (default results.json)")
+    add("--points", default="", metavar="3=15,4=10",
+        help=f"points of an exercise (default {POINTS:g} each)")
+    add("--results", type=Path, metavar="PATH",
+        help="where to write: for --grade a file (default results.json); for --grade-all a folder "
+             "(default results), with NAME.json for each submission and grades.csv for all")
+    add("--seed", type=number_type(int, 0),
+        help="draw the random examples of the tests from this seed and the folder's name "
+             "(default: the same examples for all)")
     add("--seconds", type=number_type(float, 1), default=120.0,
         help="time limit per exercise; a single claim has a quarter of it (default 120)")
     add("--jobs", type=number_type(int, 1), default=os.cpu_count(),
         help="exercises to grade at the same time (default: one per processor)")
     args = parser.parse_args(argv)
     args.exercises = chosen_exercises(args.exercises)
+    args.points = points_of(args.points, args.exercises)
     return args
+
+
+def grade_one(args):
+    """--grade"""
+    results = args.results or Path("results.json")
+    if not results.parent.is_dir():
+        raise UserError(f"--results {results}: there is no such folder to write to")
+    graded = grade(args.grade, args.exercises, args.points, args.seconds, args.jobs,
+                   seed_of(args.seed, args.grade.resolve().name), "grading")
+    print(graded["output"])
+    write_json(results, graded)
+    print(f"wrote {results}")
+
+
+def grade_each(args):
+    """--grade-all"""
+    results = args.results or Path("results")
+    rows = grade_all(args.grade_all, results, args.exercises, args.points, args.seconds, args.jobs,
+                     args.seed)
+    for row in rows:
+        print(f"{row['submission']:40}{row['total']:8.2f} of {sum(args.points.values()):g}")
+    print(f"wrote {results / 'grades.csv'} and a file for each of {len(rows)} submissions")
+
+
+def check_all(args):
+    """--check. Returns the exit code."""
+    wrong = faults_of(args.exercises, args.seconds, args.jobs)
+    if wrong:
+        print("\n".join(wrong))
+        return 1
+    n_claims = sum(len(exercise.tests) for exercise in args.exercises)
+    print(f"{len(args.exercises)} exercises, {n_claims} claims: right solutions meet all of them, "
+          "an empty one none, and no other test fails in a copy")
+    return 0
 
 
 @command
@@ -488,30 +386,27 @@ def main(argv=None):
     """Returns the exit code: 1 if --check finds something wrong."""
     args = parse_args(argv)
     only_one_process("making or grading an assignment")
+    numbers = ", ".join(str(exercise.number) for exercise in args.exercises)
+    for folder in (args.grade, args.grade_all):
+        if folder and not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+    if (args.grade or args.grade_all or args.check) and not hasattr(os, "fork"):
+        raise UserError("grading needs Linux or macOS; on Windows, use WSL or Gradescope")
     if args.list:
-        print(sheet(args.exercises), end="")
+        print(sheet([without_hidden(exercise) for exercise in args.exercises]), end="")
     elif args.out:
         make_copy(args.out, args.exercises)
-        numbers = ", ".join(str(exercise.number) for exercise in args.exercises)
         print(f"wrote {args.out} with exercises {numbers}; give students this folder and point "
               f"them to {SHEET}")
+    elif args.gradescope:
+        make_gradescope(args.gradescope, args.exercises, args.points)
+        print(f"wrote {args.gradescope} for exercises {numbers}; zip what is in it and upload it")
     elif args.grade:
-        if not args.grade.is_dir():
-            raise UserError(f"--grade {args.grade}: no such folder")
-        if not args.results.parent.is_dir():
-            raise UserError(f"--results {args.results}: there is no such folder to write to")
-        results = grade(args.grade, args.exercises, args.seconds, args.jobs)
-        print(results["output"])
-        write_json(args.results, results)
-        print(f"wrote {args.results}")
+        grade_one(args)
+    elif args.grade_all:
+        grade_each(args)
     else:
-        wrong = check(args.exercises, args.seconds, args.jobs)
-        if wrong:
-            print("\n".join(wrong))
-            return 1
-        n_claims = sum(len(exercise.tests) for exercise in args.exercises)
-        print(f"{len(args.exercises)} exercises, {n_claims} claims: our own solution meets all of "
-              "them, an empty one none, and no other test fails in a copy")
+        return check_all(args)
     return 0
 
 

@@ -91,6 +91,7 @@ EXERCISES = {exercise.number: exercise for exercise in [
          "test_a_ranking_of_one_answer_or_none_says_nothing",
          "test_rankings_of_any_batch_shape_are_scored_one_by_one",
          "test_ranking_loss_is_plackett_luce_of_the_implicit_rewards",
+         "test_rewards_of_rankings_carry_no_gradient_and_losses_do",
          "test_ranking_loss_of_two_answers_is_the_dpo_loss",
          "test_ranking_loss_starts_at_log_of_the_number_of_rankings",
          "test_ranking_gradient_is_the_share_in_each_draw_minus_one",
@@ -136,6 +137,7 @@ EXERCISES = {exercise.number: exercise for exercise in [
          "test_an_update_uses_the_learning_rate_it_is_given",
          "test_gradients_are_clipped_to_the_norm_asked_for",
          "test_gradients_are_clipped_at_their_true_size",
+         "test_the_scaler_is_ready_for_the_next_step",
          "test_an_overflow_of_float16_leaves_the_step_out_and_goes_on"]),
     Exercise(
         10, "the loop of DPO", "the loss of Appendix B, minimized step by step",
@@ -177,6 +179,34 @@ EXERCISES = {exercise.number: exercise for exercise in [
          "test_clipped_value_loss_is_the_larger_of_two_errors_written_out"]),
 ]}
 
+
+# The claims that say what a function computes. Together they have half of the points of their
+# exercise and all other claims the other half, so that a function that is wrong but has some
+# properties of the right one does not get most of the points.
+CORE = {
+    "test_forward_is_gpt2_written_out_by_hand", "test_packed_logps_are_those_of_one_row_a_sequence",
+    "test_packed_gradients_are_those_of_one_row_a_sequence",
+    "test_dpo_loss_is_appendix_b_written_out",
+    "test_closed_form_gradient_is_the_one_autograd_finds",
+    "test_plackett_luce_is_equation_18_written_out",
+    "test_ranking_loss_is_plackett_luce_of_the_implicit_rewards",
+    "test_partition_is_the_sum_over_all_answers", "test_optimal_policy_is_equation_15_written_out",
+    "test_an_answer_sees_its_prompt_and_itself_never_its_siblings_nor_other_groups",
+    "test_four_answers_with_four_rewards_make_six_pairs_best_first",
+    "test_warm_up_is_linear_from_zero_and_then_constant",
+    "test_gradients_are_clipped_to_the_norm_asked_for",
+    "test_training_lowers_the_loss_and_ranks_the_answers",
+    "test_reward_loss_is_equation_2_written_out",
+    "test_rewards_of_the_tokens_sum_to_the_kl_constrained_reward",
+    "test_gae_is_the_discounted_sum_of_later_temporal_differences",
+    "test_whitened_advantages_have_mean_0_and_deviation_1_over_the_tokens_alone",
+    "test_clipped_loss_is_the_smaller_of_two_objectives_written_out",
+    "test_clipped_value_loss_is_the_larger_of_two_errors_written_out",
+}
+
+# Claims in this file of tests/, if there is one, are hidden: a student's copy has neither the file
+# nor the names of its tests, and results.json shows students nothing of them.
+HIDDEN = "test_hidden.py"
 
 # Tests that take seconds and catch nothing that a faster test would miss.
 SLOW = ("test_compiled_logps_are_the_eager_ones", "test_more_prompts_than_there_are_are_refused",
@@ -230,13 +260,13 @@ def claims():
 
 
 def is_unwritten(node):
-    """Whether a function's syntax tree is what without_bodies leaves: only a docstring and the
-    raise statement."""
-    last = node.body[-1]
-    if len(node.body) > 2 or not isinstance(last, ast.Raise) or not isinstance(last.exc, ast.Call):
+    """Whether a function's syntax tree has nothing but a docstring and `raise NotImplementedError`
+    (with any message), `pass` or `...`."""
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    if len(body) > 1:
         return False
-    raised = ast.unparse(last.exc)
-    return re.match(r"NotImplementedError\(['\"]Exercise \d+: ", raised) is not None
+    text = ast.unparse(body)
+    return text in ("", "pass", "...") or text.startswith("raise NotImplementedError")
 
 
 def split_target(target):
@@ -249,8 +279,12 @@ def split_target(target):
     return names[0], ".".join(names[1:])
 
 
+def relative_path(module):
+    return Path(f"{module.replace('.', '/')}.py")
+
+
 def path_of(module):
-    return ROOT / f"{module.replace('.', '/')}.py"
+    return ROOT / relative_path(module)
 
 
 @functools.cache

@@ -24,7 +24,6 @@ import shutil
 import sys
 import tempfile
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,17 +31,17 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from classroom import sandbox
-from classroom.exercises import SLOW, claims, name_of_test, split_target
+from classroom.exercises import EXERCISES, SLOW, claims, name_of_test, split_target
+from classroom.probes import PROBES, result_of
 from runtime.cli import Parser, command, number_type
 from runtime.errors import UserError
 
 Mutant = namedtuple("Mutant", "name target test description wrong")
 MUTANTS = {}
 FILES = sorted({file for file, _ in claims().values()} - {"test_classroom.py"})
-SECONDS = 300               # time limit for one mutant; one that is caught takes a few seconds
+SECONDS = 300               # time limit for one mutant; one that is caught takes about a second
 
 
 def replaces(target, test):
@@ -170,6 +169,13 @@ def mean_for_sum(right, self, batch):
     """rasbt/LLMs-from-scratch, minimind #659, Liger-Kernel #693: a mean over the tokens, but log
     pi(y|x) is a sum."""
     return right(self, batch) / batch.owner.bincount(minlength=batch.n_answers)
+
+
+@replaces("model.GPT.token_logps", "test_logps_follow_the_chain_rule")
+def logits_for_log_probs(right, self, batch):
+    """The logits are used as they are, without log_softmax."""
+    hidden = self.hidden(batch.tokens, batch.positions, batch.mask()).flatten(0, 1)
+    return self.head(hidden)[batch.source, batch.target]
 
 
 @replaces("model.GPT.logps", "test_packed_logps_are_those_of_one_row_a_sequence")
@@ -479,6 +485,16 @@ def mask_inverted(right, self):
 
 @replaces("data.Batch.mask",
           "test_an_answer_sees_its_prompt_and_itself_never_its_siblings_nor_other_groups")
+def the_attending_token_asked_whether_it_is_prompt(right, self):
+    """The two token dimensions are swapped where the mask asks for the prompt: the prompt sees
+    everything before it, and an answer does not see its prompt."""
+    group, answer = self.group, self.answer
+    visible = (answer[:, :, None] == 0) | (answer[:, :, None] == answer[:, None, :])
+    return (visible & (group[:, :, None] == group[:, None, :])).tril()
+
+
+@replaces("data.Batch.mask",
+          "test_an_answer_sees_its_prompt_and_itself_never_its_siblings_nor_other_groups")
 def own_place_hidden(right, self):
     """tril(-1) is off by one: no token attends to itself, and the first one of a row has nothing to
     attend to."""
@@ -584,6 +600,13 @@ def clipped_before_unscaling(right, model, optimizer, scaler, lr, clip):
     return right(model, optimizer, scaler, lr, clip)
 
 
+@replaces("train_sft.update", "test_the_scaler_is_ready_for_the_next_step")
+def scaler_never_updated(right, model, optimizer, scaler, lr, clip):
+    """scaler.update() is missing: in float16, the second step raises an error."""
+    with mock.patch.object(scaler, "update", lambda: None):
+        return right(model, optimizer, scaler, lr, clip)
+
+
 @replaces("train_sft.update", "test_gradients_are_clipped_to_the_norm_asked_for")
 def gradients_left_over(right, model, optimizer, scaler, lr, clip):
     """zero_grad is missing: each step adds to the gradients of all steps before it."""
@@ -687,6 +710,13 @@ def swapped_in_the_loss(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
 
 
 @replaces("train_dpo.dpo_loss", "test_dpo_loss_is_appendix_b_written_out")
+def loss_negated(right, *arguments, **named):
+    """The loss has the wrong sign: log sigma instead of -log sigma."""
+    losses, rewards = right(*arguments, **named)
+    return -losses, rewards
+
+
+@replaces("train_dpo.dpo_loss", "test_dpo_loss_is_appendix_b_written_out")
 def reference_forgotten(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
     """TRL #2431: the reference log-probs are computed, cached and never used."""
     return right(pi_logps, ref_logps * 0, yw_idxs, yl_idxs, beta)
@@ -775,6 +805,14 @@ def ranking_read_worst_first(right, rewards, ranking):
 def padding_taken_for_the_last_answer(right, rewards, ranking):
     """-1 is a valid index too: that of the last answer."""
     return right(rewards, ranking % len(rewards))
+
+
+@replaces("train_dpo.plackett_luce_loss",
+          "test_rewards_of_rankings_carry_no_gradient_and_losses_do")
+def ranking_rewards_not_detached(right, pi_logps, ref_logps, rankings, beta):
+    """The rewards, which are only shown, keep their graph."""
+    losses, _ = right(pi_logps, ref_logps, rankings, beta)
+    return losses, beta * (pi_logps - ref_logps)
 
 
 @replaces("train_dpo.log_partition", "test_partition_is_the_sum_over_all_answers")
@@ -893,7 +931,7 @@ def kl_backwards(right, *arguments, **named):
     return measures, texts
 
 
-@replaces("sample.sample", "test_kl_and_win_rate_are_what_their_names_say")
+@replaces("sample.sample_answers", "test_kl_and_win_rate_are_what_their_names_say")
 def kl_of_another_temperature(right, model, prompts, max_new_tokens, seed, eot, temperature=1.0,
                               *more, **named):
     """Sampled at temperature 0.5 because it reads better, but scored at 1: this is the KL of no
@@ -918,11 +956,11 @@ def common_random_numbers(right, policies, reference, prompts, tokenizer, max_ne
                           *more):
     """Policy and baseline are sampled with the same random numbers, so similar policies write
     similar texts, and the win rate is not that of independent answers."""
-    sample = sys.modules["sample"].sample
+    sample = sys.modules["sample"].sample_answers
 
     def with_one_seed(model, ids, n_tokens, _, *rest, **named):
         return sample(model, ids, n_tokens, seed, *rest, **named)
-    with mock.patch.object(sys.modules["sample"], "sample", with_one_seed):
+    with mock.patch.object(sys.modules["sample"], "sample_answers", with_one_seed):
         return right(policies, reference, prompts, tokenizer, max_new_tokens, seed, *more)
 
 
@@ -1027,6 +1065,18 @@ def gae_without_the_critic(right, rewards, values, gamma, lam):
 
 @replaces("experiments.ppo.gae",
           "test_gae_is_the_discounted_sum_of_later_temporal_differences")
+def earlier_tokens_decay_by_lambda_alone(right, rewards, values, gamma, lam):
+    """A_t = delta_t + lam A_(t+1): the factor gamma is missing."""
+    advantage, advantages = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards)
+    for t in reversed(range(rewards.size(1))):
+        after = values[:, t + 1] if t + 1 < rewards.size(1) else 0.0
+        advantage = rewards[:, t] + gamma * after - values[:, t] + lam * advantage
+        advantages[:, t] = advantage
+    return advantages
+
+
+@replaces("experiments.ppo.gae",
+          "test_gae_is_the_discounted_sum_of_later_temporal_differences")
 def lambda_for_gamma(right, rewards, values, gamma, lam):
     """The two coefficients are swapped, which at 1 and 0.95 discounts the rewards."""
     return right(rewards, values, lam, gamma)
@@ -1045,6 +1095,14 @@ def whitened_with_the_mean_kept(right, advantages, mask):
 def whitened_over_padding(right, advantages, mask):
     """No mask: mean and deviation depend on how long the longest answer is."""
     return right(advantages, torch.ones_like(mask))
+
+
+@replaces("experiments.ppo.whiten",
+          "test_whitened_advantages_have_mean_0_and_deviation_1_over_the_tokens_alone")
+def padding_shifted_as_well(right, advantages, mask):
+    """Mean and deviation are right, but padding is shifted too and no longer zero."""
+    kept = advantages[mask]
+    return (advantages - kept.mean()) / (kept.std() + 1e-8)
 
 
 @replaces("experiments.ppo.clipped_loss",
@@ -1097,7 +1155,7 @@ def advantages_through_the_critic(right, model, numbers_of, items):
     return right.__wrapped__(model, numbers_of, items)
 
 
-@replaces("experiments.ppo.sample",
+@replaces("experiments.ppo.sample_answers",
           "test_the_log_probs_noted_are_those_of_the_distribution_that_was_sampled")
 def rollout_at_another_temperature(right, *arguments, **named):
     """Sampled at temperature 0.7, but scored at 1: the answers are not those of the policy whose
@@ -1129,6 +1187,25 @@ def beta_goes_the_other_way(right, self, kl, n_answers):
 
 
 # ------------------------------------------------------------------------------------------------
+# What the mutants return
+# ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def results_of_mutants():
+    """{function: [[what a mutant returns for the function's probe, the mutant's description]]}, for
+    probes.py to recognize a mutant by."""
+    found = {}
+    for mutant in MUTANTS.values():
+        if mutant.target in PROBES:
+            _, _, right = find(mutant.target)
+            result = result_of(mutant.target, functools.partial(mutant.wrong, right))
+            if result is not None:
+                found.setdefault(mutant.target, []).append([result, mutant.description])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
 # Putting a mutant in place
 # ------------------------------------------------------------------------------------------------
 
@@ -1147,13 +1224,18 @@ def find(target):
                         "classroom/exercises.py names it") from None
 
 
-def apply(mutant_name):
-    """Replace a function with its mutant, in every module that has imported it."""
-    mutant = MUTANTS[mutant_name]
+def our_modules():
+    """All modules that may have imported the function that a mutant replaces."""
     modules = []
     for path in sandbox.source_files("runtime", "tasks", "experiments"):
         module_name = ".".join(path.relative_to(sandbox.ROOT).with_suffix("").parts)
         modules.append(importlib.import_module(module_name.removesuffix(".__init__")))
+    return modules
+
+
+def apply(mutant_name):
+    """Replace a function with its mutant, in every module that has imported it."""
+    mutant = MUTANTS[mutant_name]
     owner, name, right = find(mutant.target)
 
     @functools.wraps(right)
@@ -1161,7 +1243,7 @@ def apply(mutant_name):
         return mutant.wrong(right, *arguments, **named)
     del wrong.__wrapped__
     setattr(owner, name, wrong)
-    for module in modules:
+    for module in our_modules():
         for key, value in list(vars(module).items()):
             if value is right:
                 setattr(module, key, wrong)
@@ -1172,25 +1254,46 @@ def apply(mutant_name):
 # ------------------------------------------------------------------------------------------------
 
 
+def run_mutants(names, folder, tests_of, jobs, **settings):
+    """{name of a mutant: Outcome} of the tests tests_of(name) with the mutant in place, each in a
+    process of its own."""
+    runs = [sandbox.TestRun(folder, tests_of(name), SECONDS,
+                        before=("classroom.wrong_answers.apply", name), **settings)
+            for name in names]
+    outcomes = sandbox.run_all(runs, jobs, "classroom.wrong_answers.our_modules", "mutants")
+    return dict(zip(names, outcomes))
+
+
 def failures(outcome):
     """{name of a test that failed: details}."""
     return {name_of_test(node): details for node, (result, details) in outcome.claims.items()
             if result in ("failed", "error")}
 
 
-def against_our_tests(name, every=False):
-    """(whether a mutant was caught, what to print). Runs the test that should catch it. If that
-    passes, or with every=True, runs the other tests too."""
-    test = MUTANTS[name].test
-    if test not in claims():
-        return False, f"{test} no longer exists"
-    node = f"tests/{claims()[test][0]}::{test}"
-    outcome = sandbox.run(sandbox.ROOT, [node], SECONDS, mutant=name)
-    failed = failures(outcome)
-    if every or not failed:
-        outcome = sandbox.run(sandbox.ROOT, [f"tests/{file}" for file in FILES], SECONDS,
-                              mutant=name, stop=not every, skip=SLOW)
-        failed |= failures(outcome)
+def against_our_tests(names, every, jobs):
+    """{name of a mutant: (whether it was caught, what to print)}. Each mutant meets the test that
+    should catch it. Only a mutant that passes it, or with every=True each, meets all the others."""
+    gone = {name: (False, f"{MUTANTS[name].test} no longer exists") for name in names
+            if MUTANTS[name].test not in claims()}
+    names = [name for name in names if name not in gone]
+    outcomes = run_mutants(
+        names, sandbox.ROOT,
+        lambda name: [f"tests/{claims()[MUTANTS[name].test][0]}::{MUTANTS[name].test}"], jobs)
+    failed = {name: failures(outcome) for name, outcome in outcomes.items()}
+    missed = [name for name in names if every or not failed[name]]
+    if missed:
+        files = [f"tests/{file}" for file in FILES]
+        others = run_mutants(missed, sandbox.ROOT, lambda name: files, jobs, stop=not every,
+                             skip=SLOW)
+        for name, outcome in others.items():
+            failed[name] |= failures(outcome)
+            outcomes[name] = outcome
+    return gone | {name: verdict(MUTANTS[name].test, failed[name], outcomes[name].end)
+                   for name in names}
+
+
+def verdict(test, failed, end):
+    """(whether a mutant was caught by its test, what to print). failed: the failures of its run."""
     for details in failed.values():
         if is_broken(details):
             return False, f"the mutant itself is broken: {details.splitlines()[0]}"
@@ -1198,7 +1301,7 @@ def against_our_tests(name, every=False):
         return True, " ".join(failed)
     if failed:
         return False, f"caught by {' '.join(failed)}, but not by {test}"
-    return False, f"caught by no test, not even by {test}; {outcome.end}".removesuffix("; ")
+    return False, f"caught by no test, not even by {test}; {end}".removesuffix("; ")
 
 
 def is_broken(details):
@@ -1207,13 +1310,6 @@ def is_broken(details):
     errors = ("TypeError", "AttributeError", "NameError", "ImportError")
     return any(line.startswith(errors) or "no longer exists" in line
                for line in details.splitlines())
-
-
-def run_all(names, judge, jobs):
-    """{name: judge(name)}, computed in parallel, with a progress bar."""
-    with ThreadPoolExecutor(jobs) as pool:
-        results = list(tqdm(pool.map(judge, names), "mutants", len(names)))
-    return dict(zip(names, results))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1227,11 +1323,11 @@ def against_their_tests(path, names, jobs):
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         file = f"tests/{path.name}"
-        sandbox.copy_sources(copy, tools=["wrong_answers.py"])
+        sandbox.copy_sources(copy, EXERCISES.values(), ["sandbox.py", "wrong_answers.py"])
         if (copy / file).exists():
             raise UserError(f"--tests {path}: choose another name for this file")
         shutil.copy(path, copy / file)
-        on_correct_code = sandbox.run(copy, [file], SECONDS, guarded=True)
+        on_correct_code, = sandbox.run_all([sandbox.TestRun(copy, [file], SECONDS, guarded=True)])
         if on_correct_code.end:
             raise UserError(f"--tests {path}: {on_correct_code.end}")
         usable, wrong_tests = [], {}
@@ -1242,12 +1338,12 @@ def against_their_tests(path, names, jobs):
                 wrong_tests[node] = details
         if not usable:
             return dict.fromkeys(names, (False, "")), wrong_tests
-
-        def judge(name):
-            outcome = sandbox.run(copy, usable, SECONDS, guarded=True, mutant=name, stop=True)
+        outcomes = run_mutants(names, copy, lambda name: usable, jobs, guarded=True, stop=True)
+        results = {}
+        for name, outcome in outcomes.items():
             failed = failures(outcome)
-            return bool(failed), " ".join(failed) or "not caught"
-        return run_all(names, judge, jobs), wrong_tests
+            results[name] = bool(failed), " ".join(failed) or "not caught"
+        return results, wrong_tests
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1287,7 +1383,7 @@ def main(argv=None):
             raise UserError(f"--tests {args.tests}: no such file")
         results, wrong_tests = against_their_tests(args.tests, names, args.jobs)
     else:
-        results = run_all(names, lambda name: against_our_tests(name, args.all), args.jobs)
+        results = against_our_tests(names, args.all, args.jobs)
     for node, details in wrong_tests.items():
         print(f"does not count, because it fails on the correct code: {node}\n"
               f"    {details.splitlines()[0]}")

@@ -28,7 +28,8 @@ ORDER = [
     "experiments.plot experiments.squeezing experiments.best_of experiments.packed_row "
     "experiments.curves experiments.distribution experiments.reward_model experiments.ppo "
     "experiments.credit experiments.frontier experiments.win_rate experiments.benchmark",
-    "classroom.exercises classroom.sandbox classroom.assignment classroom.wrong_answers "
+    "classroom.exercises classroom.rules classroom.probes classroom.sandbox classroom.child "
+    "classroom.wrong_answers classroom.copies classroom.right_answers classroom.assignment "
     "classroom.course",
     "experiments.symptoms",             # trains with the wrong answers in place
 ]
@@ -81,10 +82,10 @@ def test_imports_run_one_way(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_of_ours_is_imported_inside_a_function(module):
-    """That would hide a cycle. (The sandbox sets its limits before it imports what it limits.)"""
+    """That would hide a cycle."""
     tree = ast.parse(path_of(module).read_text(encoding="utf-8"))
     inside = [name for name, node in imports_of(tree) if node not in tree.body]
-    assert inside == (["classroom.wrong_answers"] if module == "classroom.sandbox" else [])
+    assert not inside
 
 
 def test_nobody_imports_the_plumbing_of_train_sft():
