@@ -52,7 +52,9 @@ NAME = "run_compute_per_instance_dpo_loss"
 TEMPLATE = ("Below is an instruction that describes a task. Write a response that appropriately "
             "completes the request.\n\n### Instruction:\n{}\n\n### Response:\n")
 EOS = "<|endoftext|>"
-TOLERANCE = 1e-3            # of a loss; log-probs of whole texts in float32 are off by up to 1e-4
+# Of a loss; where beta or the loss is above 1, it is larger by that factor. Log-probs of whole
+# texts in float32 are off by up to 1e-4.
+TOLERANCE = 1e-3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -103,7 +105,11 @@ WORDS = ("the music was rather dull but we liked its ending and saw a lovely fil
 
 
 class StandInLM(GPT):
-    """A GPT that is called like a Hugging Face model."""
+    """A GPT that is called like a Hugging Face model. remembered: logits, for margin_of."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.remembered = {}
 
     def forward(self, input_ids, attention_mask=None, labels=None, **_):
         """(B, T) or (T,) ids to an object with .logits. With labels, also .loss: the mean over the
@@ -163,8 +169,9 @@ class StandInTokenizer:
         return Encoding(input_ids=ids, attention_mask=masks)
 
 
-def random_case(seed):
-    """A Case that depends only on the seed: a number or a text."""
+def random_case(seed, extreme=False):
+    """A Case that depends only on the seed: a number or a text. extreme: its loss is 300, so that
+    sigmoid is 0 in float32."""
     rng = random.Random(seed)
     tokenizer = StandInTokenizer()
     config = GPTConfig(block_size=512, vocab_size=len(tokenizer), n_layer=1, n_head=2, n_embd=16)
@@ -183,7 +190,14 @@ def random_case(seed):
     chosen, rejected = words(1, 4), words(5, 9)
     if rng.random() < 0.5:
         chosen, rejected = rejected, chosen
-    return Case(*models, tokenizer, 10 ** rng.uniform(-1.3, 0), prompt, chosen, rejected)
+    case = Case(*models, tokenizer, 10 ** rng.uniform(-1.3, 0), prompt, chosen, rejected)
+    if extreme:
+        with torch.no_grad():
+            margin = margin_of(case._replace(beta=1.0)).item()
+        if margin > 0:
+            case = case._replace(response_chosen=rejected, response_rejected=chosen)
+        case = case._replace(beta=300 / abs(margin))
+    return case
 
 
 # ------------------------------------------------------------------------------------------------
@@ -198,42 +212,63 @@ MISTAKES = {
     "there is no end-of-text token after the answer": {"ending": ""},
     "there is a line break between the answer and end-of-text, like the one at the end of the "
     "course's template file": {"ending": "\n" + EOS},
-    "the log-probs of the answer are averaged, not summed": {"mean": "answer"},
-    "the log-probs of prompt and answer are averaged, not summed": {"mean": "text"},
+    "the log-probs of the answer are averaged, not summed": {"mean": True},
+    "the log-probs of prompt and answer are averaged, not summed": {"mean": True, "scored": "text"},
     "the first token of the answer is not scored": {"unscored": 1},
     "each token is scored at its own position, not at the one before it": {"shift": 0},
     "labels are shifted twice (models of transformers shift theirs by themselves)": {"shift": 2},
     "logits are used as log-probs, without log_softmax": {"softmax": False},
-    "beta is not used": {"use_beta": False},
-    "the reference model is not used": {"use_reference": False},
+    "the end-of-text token is another one than the tokenizer's eos_token": {"ending": "</s>"},
+    "beta is not used": {"beta_power": 0},
+    "beta is used twice": {"beta_power": 2},
+    "beta is used for the chosen answer only, not for the rejected one": {"betas_of": "chosen"},
+    "beta is used for the chosen answer only, not for the rejected one, and the prompt is scored":
+        {"betas_of": "chosen", "scored": "text"},
+    "beta is used for the policy only, not for the reference": {"betas_of": "policy"},
+    "the reference model is not used": {"reference": None},
+    "the policy is used as its own reference": {"reference": "lm"},
+    "the loss is -log(sigmoid(z)), which is infinite at an extreme margin, not -logsigmoid(z)":
+        {"log_of_sigmoid": True},
     "the margin has the wrong sign (chosen and rejected swapped, or policy and reference)":
         {"margin_sign": -1},
     "the loss has the wrong sign": {"loss_sign": -1},
 }
 
 
-def loss_with(case, template=TEMPLATE, before="", ending=EOS, mean=None, unscored=0, shift=1,
-              softmax=True, use_beta=True, use_reference=True, margin_sign=1, loss_sign=1):
+def loss_with(case, margin_sign=1, loss_sign=1, log_of_sigmoid=False, **changes):
     """The loss of a case with the mistakes that the arguments describe; without any, our loss."""
-    def score(lm, answer):
+    with torch.no_grad():
+        z = margin_sign * margin_of(case, **changes)
+        loss = -z.sigmoid().log() if log_of_sigmoid else -F.logsigmoid(z)
+        return loss_sign * loss.item()
+
+
+def margin_of(case, template=TEMPLATE, before="", ending=EOS, scored="answer", mean=False,
+              unscored=0, shift=1, softmax=True, beta_power=1, betas_of="all",
+              reference="lm_ref"):
+    """The difference of the two implicit rewards, with the mistakes that the arguments describe. To
+    be called without gradients."""
+    def logp(lm, answer):
         prompt_ids = case.tokenizer.encode(template.format(case.prompt))
         ids = prompt_ids + case.tokenizer.encode(before + answer + ending)
-        outputs = logits_of(lm, ids)                                        # (T, V)
+        text = tuple(ids)
+        if text not in lm.remembered:
+            lm.remembered[text] = logits_of(lm, ids)
+        outputs = lm.remembered[text]                                       # (T, V)
         if softmax:
             outputs = outputs.log_softmax(-1)
-        first = len(prompt_ids) + unscored
-        if mean == "text":
-            first = shift
-        scores = outputs[range(first - shift, len(ids) - shift), ids[first:]]
-        return scores.mean() if mean else scores.sum()
+        first = shift if scored == "text" else len(prompt_ids) + unscored
+        logps = outputs[range(first - shift, len(ids) - shift), ids[first:]]
+        return logps.mean() if mean else logps.sum()
 
-    with torch.no_grad():
-        margin = score(case.lm, case.response_chosen) - score(case.lm, case.response_rejected)
-        if use_reference:
-            margin -= score(case.lm_ref, case.response_chosen)
-            margin += score(case.lm_ref, case.response_rejected)
-        beta = case.beta if use_beta else 1.0
-        return loss_sign * -F.logsigmoid(margin_sign * beta * margin).item()
+    beta, margin = case.beta ** beta_power, 0.0
+    for sign, answer in ((1, case.response_chosen), (-1, case.response_rejected)):
+        of_policy = beta if betas_of in ("all", "policy") or sign > 0 else 1.0
+        of_reference = beta if betas_of == "all" or betas_of == "chosen" and sign > 0 else 1.0
+        margin += sign * of_policy * logp(case.lm, answer)
+        if reference is not None:
+            margin -= sign * of_reference * logp(getattr(case, reference), answer)
+    return margin
 
 
 def explanations(differing):
@@ -252,7 +287,13 @@ def is_explained(case, number, names):
     changes = [change for name in names for change in MISTAKES[name].items()]
     if len(dict(changes)) < len(changes):       # two mistakes that exclude each other
         return False
-    return abs(loss_with(case, **dict(changes)) - number) <= TOLERANCE
+    return are_equal(case, loss_with(case, **dict(changes)), number)
+
+
+def are_equal(case, loss, other):
+    """Whether two losses of a case are equal, up to rounding. Both may be infinite."""
+    size = max(1.0, case.beta, min(abs(loss), abs(other)))
+    return loss == other or abs(loss - other) <= TOLERANCE * size
 
 
 # ------------------------------------------------------------------------------------------------
@@ -270,19 +311,19 @@ def check(theirs, n_cases=30, seed=None):
     seed = secrets.randbelow(10 ** 9) if seed is None else seed
     lines, differing, wrong_gradients = [], [], []
     for k in range(n_cases):
-        case = random_case(f"{seed}, case {k}")
+        case = random_case(f"{seed}, case {k}", extreme=k % 10 == 3)
         ours = run_compute_per_instance_dpo_loss(**case._asdict())
         try:
             loss = call(theirs, case)
         except Refused as refusal:
-            return f"{describe(case, k, seed)}\n    {refusal}"
+            return f"{describe_case(case, k, seed)}\n    {refusal}"
         off = abs(loss.item() - ours.item())
-        if not off <= TOLERANCE:                # also if it is NaN
+        if not are_equal(case, ours.item(), loss.item()):     # also if it is NaN
             differing.append((case, loss.item()))
-            lines.append(f"{describe(case, k, seed)}\n    yours is {loss.item():.4f}, ours "
+            lines.append(f"{describe_case(case, k, seed)}\n    yours is {loss.item():.4f}, ours "
                          f"{ours.item():.4f}: off by {off:.4f}")
-        elif not same_gradient(case.lm, loss, ours):
-            wrong_gradients.append(describe(case, k, seed))
+        elif not same_gradient(case.lm, loss / case.beta, ours / case.beta):
+            wrong_gradients.append(describe_case(case, k, seed))
     if differing:
         return "\n".join([*lines[:5], f"{len(differing)} of {n_cases} cases differ",
                           verdict(differing[:10])])
@@ -319,7 +360,7 @@ def same_gradient(lm, theirs, ours):
                for mine, right in pairs)
 
 
-def describe(case, k, seed):
+def describe_case(case, k, seed):
     return (f"case {k} of --seed {seed}: beta {case.beta:.3f}, prompt {case.prompt!r}, chosen "
             f"{case.response_chosen!r}, rejected {case.response_rejected!r}")
 
