@@ -1070,7 +1070,11 @@ def test_an_answer_sees_its_prompt_and_itself_never_its_siblings_nor_other_group
                         expected[row, i, j] = True
                     elif answer[row][j] == answer[row][i]:      # the same answer
                         expected[row, i, j] = True
-    assert torch.equal(mask, expected)
+    assert mask.shape == expected.shape and mask.dtype == torch.bool
+    for row, i, j in (mask != expected).nonzero().tolist()[:1]:
+        allowed = "may attend" if expected[row, i, j] else "must not attend"
+        places = [f"token {k} (group {group[row][k]}, answer {answer[row][k]})" for k in (i, j)]
+        raise AssertionError(f"{places[0]} {allowed} to {places[1]}")
     assert mask.diagonal(dim1=1, dim2=2).all()                  # no softmax over an empty set
 
 

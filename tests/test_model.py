@@ -178,7 +178,8 @@ def test_packed_gradients_are_those_of_one_row_a_sequence(items, row_length):
     (packed.logps(pack(items, row_length)) * weights).sum().backward()
     (logps_by_hand(single, items) * weights).sum().backward()
     for (name, a), b in zip(packed.named_parameters(), single.parameters()):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12, msg=name)
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12,
+                                   msg=f"the gradient of {name} is another one")
 
 
 @for_all
@@ -205,12 +206,15 @@ def test_probabilities_of_all_next_tokens_sum_to_one(prompt, answer):
 @for_all
 @given(sequences, sequences, sequences)
 def test_logps_follow_the_chain_rule(prompt, begin, end):
-    """log pi(ab|x) = log pi(a|x) + log pi(b|xa): sums, not means, and prompts are not scored."""
+    """log pi(ab|x) = log pi(a|x) + log pi(b|xa). And pi(a|x) is the sum of pi(ab|x) over all tokens
+    b. Means over the answer's tokens, or log-probs that include the prompt's, would not do this."""
     model = small_gpt()
-    whole, first, second = model.logps(pack([
+    whole, first, second, *extended = model.logps(pack([
         Encoded(prompt, [begin + end], []), Encoded(prompt, [begin], []),
-        Encoded(prompt + begin, [end], [])], 40))
+        Encoded(prompt + begin, [end], []),
+        Encoded(prompt, [begin + [token] for token in range(EOT + 1)], [])], 40))
     torch.testing.assert_close(whole, first + second, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.stack(extended).logsumexp(0), first, rtol=0, atol=1e-12)
 
 
 def test_the_log_prob_of_one_answer_is_computed_as_the_docstring_of_logps_says():
@@ -224,18 +228,27 @@ def test_the_log_prob_of_one_answer_is_computed_as_the_docstring_of_logps_says()
 
 
 def test_common_mistakes_give_other_numbers():
-    """So the tests above would catch them: no shift by one, the first token or the end-of-text
-    dropped, a mean instead of a sum, the prompt scored."""
+    """The log-prob of three tokens, each at its place in log_softmax, is the number wanted; each of
+    these mistakes gives another one."""
     model, prompt, answer = small_gpt(), [3, 1, 4], [1, 5, EOT]
-    right = model.logps(pack([Encoded(prompt, [answer], [])], 8)).item()
-    log_probs = model(torch.tensor([prompt + answer]))[0].log_softmax(-1)
-    wrong = {"no shift": sum(log_probs[3 + i, t] for i, t in enumerate(answer)),
-             "first dropped": sum(log_probs[2 + i, t] for i, t in enumerate(answer) if i > 0),
-             "no end-of-text": sum(log_probs[2 + i, t] for i, t in enumerate(answer[:-1])),
-             "mean": sum(log_probs[2 + i, t] for i, t in enumerate(answer)) / 3,
-             "prompt scored": sum(log_probs[i, t] for i, t in enumerate((prompt + answer)[1:]))}
-    for mistake, value in wrong.items():
-        assert abs(value.item() - right) > 1e-3, mistake
+    got = model.logps(pack([Encoded(prompt, [answer], [])], 8)).item()
+    logits = model(torch.tensor([prompt + answer]))[0]
+    log_probs = logits.log_softmax(-1)
+    scored = [log_probs[2 + i, token].item() for i, token in enumerate(answer)]
+    mistakes = {
+        "each token is scored at its own place, not at the one before it":
+            sum(log_probs[3 + i, token].item() for i, token in enumerate(answer)),
+        "the first token of the answer is not scored": sum(scored[1:]),
+        "end-of-text is not scored": sum(scored[:-1]),
+        "the log-probs are averaged, not summed": sum(scored) / 3,
+        "the prompt is scored, too":
+            sum(log_probs[i, token].item() for i, token in enumerate((prompt + answer)[1:])),
+        "logits are used as log-probs":
+            sum(logits[2 + i, token].item() for i, token in enumerate(answer))}
+    for mistake, value in mistakes.items():
+        assert abs(value - sum(scored)) > 1e-3
+        assert abs(value - got) > 1e-3, f"the number is that of this mistake: {mistake}"
+    assert got == pytest.approx(sum(scored), abs=1e-12)
 
 
 @for_all
@@ -274,6 +287,7 @@ def test_half_precision_logps_are_float32_and_close(precision):
     torch.testing.assert_close(rough, exact, rtol=0, atol=5 * 2**-5)
     model.precision = None
     assert torch.equal(model.logps(pack(items, 16)), exact)
+    torch.testing.assert_close(exact, logps_by_hand(model, items))
 
 
 def steps_of_any_shape(row_length=16):

@@ -12,7 +12,6 @@ import errno
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -783,6 +782,7 @@ def test_a_full_disk_leaves_the_last_good_file(tmp_path):
     """A limit on the size of files cuts off the writing in the middle, as a full disk does."""
     path = tmp_path / "a.pt"
     save_checkpoint(path, GPT(GPTConfig(32, 20, 1, 1, 4)), seed=1)
+    resource = pytest.importorskip("resource")
     before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:

@@ -324,8 +324,9 @@ def test_gradients_are_clipped_to_the_norm_asked_for():
     model(torch.tensor([[1, 2, 3]])).square().sum().backward()
     norm = update(model, torch.optim.SGD(model.parameters(), lr=9), grad_scaler(model), 1.0, 0.5)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert norm > 0.5 and (after - before).norm().item() == pytest.approx(0.5, rel=1e-4)
-    assert all(p.grad is None for p in model.parameters())
+    assert norm > 0.5, "the norm that is returned is that before clipping"
+    assert (after - before).norm().item() == pytest.approx(0.5, rel=1e-4)
+    assert all(p.grad is None for p in model.parameters()), "the gradients have to be cleared"
 
 
 def test_gradients_are_clipped_at_their_true_size():
@@ -339,6 +340,18 @@ def test_gradients_are_clipped_at_their_true_size():
         norm = update(weight, torch.optim.SGD(weight.parameters(), lr=9), scaler, 1.0, clip=0.5)
         assert norm.item() == pytest.approx(size)
         assert before - weight.weight.item() == pytest.approx(step, rel=1e-3)
+
+
+def test_the_scaler_is_ready_for_the_next_step():
+    """The scaler is updated after each step. Otherwise, with an enabled scaler, the next step
+    raises an error, and after an overflow the scale would never get smaller."""
+    weight = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(weight.parameters(), lr=9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for size, scale in ((1.0, 1024.0), (math.inf, 512.0), (1.0, 512.0)):
+        scaler.scale(size * weight.weight.sum()).backward()
+        update(weight, optimizer, scaler, 0.1, clip=1.0)
+        assert scaler.get_scale() == scale
 
 
 def test_an_update_uses_the_learning_rate_it_is_given():
