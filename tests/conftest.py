@@ -8,23 +8,30 @@ tests that fail show what the student still has to do.
 """
 
 import functools
+import importlib
 import sys
+import traceback
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
 
 from classroom.exercises import (  # noqa: E402
     EXERCISES,
+    claims,
     is_a_students_copy,
     message,
     sentence,
+    split_target,
     unwritten,
 )
+from classroom.rules import submitted  # noqa: E402
+from runtime.errors import UserError  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -46,8 +53,14 @@ def chosen_exercise(config):
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
     torch.set_num_threads(1)        # with models of a few thousand weights, threads only cost time
-    if chosen_exercise(config) is None:
+    exercise = chosen_exercise(config)
+    if exercise is None:
         return
+    for target in exercise.functions:
+        try_to_import(split_target(target)[0])
+    # Collect only the files that have the claims: the others would take longer than these.
+    files = sorted({claims()[test][0] for test in exercise.tests})
+    config.args[:] = [str(ROOT / "tests" / file) for file in files]
     # Find the smallest failing example, but leave out hypothesis's slow explanation of it.
     phases = set(hypothesis.Phase) - {hypothesis.Phase.explain}
     hypothesis.settings.register_profile("exercise", phases=phases, report_multiple_bugs=False)
@@ -57,16 +70,29 @@ def pytest_configure(config):
         config.option.reportchars = ""
 
 
+def try_to_import(module):
+    """Raise UsageError with the line of the student's code if a module cannot be imported."""
+    try:
+        importlib.import_module(module)
+    except SyntaxError as error:
+        lines = traceback.format_exception_only(error)          # file, line, caret, what is wrong
+    except Exception as error:
+        ours = [frame for frame in traceback.extract_tb(error.__traceback__)
+                if ROOT in Path(frame.filename).parents and Path(frame.filename) != Path(__file__)]
+        lines = traceback.format_list(ours[-1:]) + traceback.format_exception_only(error)
+    else:
+        return
+    raise pytest.UsageError(f"{module} cannot be imported, so no test can run\n" + "".join(lines))
+
+
 def pytest_collection_modifyitems(config, items):
+    exercise = chosen_exercise(config)
+    if exercise:
+        items[:] = [item for item in items if original_name(item) in exercise.tests]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-    exercise = chosen_exercise(config)
-    if exercise:
-        chosen = [item for item in items if original_name(item) in exercise.tests]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
     if is_a_students_copy():
         for item in items:
             handle = getattr(getattr(item, "obj", None), "hypothesis", None)
@@ -101,9 +127,12 @@ def pytest_runtest_makereport(item, call):
     report = yield
     report.originalname = original_name(item)
     error = call.excinfo.value if call.excinfo else None
-    report.details = [type(error).__name__, str(error), *getattr(error, "__notes__", [])]
     exercise = EXERCISES.get(unwritten(error))
     if exercise is None:
+        if error is not None and report.outcome == "failed":
+            report.details = what_happened(error, report.originalname)
+            if isinstance(error, AssertionError):
+                report.likely = mistakes_in_exercise_of(report.originalname)
         return report
     report.details = [f"{message(exercise)} is not written yet"]
     if report.originalname in exercise.tests:
@@ -114,6 +143,44 @@ def pytest_runtest_makereport(item, call):
         reason = f"Skipped: needs {message(exercise)}, which is not written yet"
         report.longrepr = (str(item.path), item.location[1] or 0, reason)
     return report
+
+
+def mistakes_in_exercise_of(test):
+    """The known mistakes in the functions whose claim a test is, as sentences."""
+    probes = importlib.import_module("classroom.probes")    # it imports files of the student's
+    for exercise in EXERCISES.values():
+        if test in exercise.tests:
+            return probes.likely_mistakes(tuple(exercise.functions))
+    return []
+
+
+def what_happened(error, test):
+    """The error in a few lines, with the example that caused it, and with the line of the code that
+    raised it if it is not an assertion of the test."""
+    lines = [line.strip() for text in [str(error), *getattr(error, "__notes__", [])]
+             for line in text.splitlines()]
+    noise = ("#", "You can reproduce", "Mismatched elements", "Greatest relative difference",
+             "Use -v to", "...Full output truncated")
+    lines = [line for line in lines if line and not line.startswith(noise)]
+    if not isinstance(error, AssertionError):
+        first = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        lines = [first, *line_of_code(error, test), *lines[1:]]
+    return [line[:150] for line in lines][:16]
+
+
+def line_of_code(error, test):
+    """Where an error was raised, as a list of one line or none: in a function of the test's
+    exercise if it passed through one, otherwise anywhere in this folder."""
+    graded = {target.rpartition(".")[2] for exercise in EXERCISES.values()
+              if test in exercise.tests for target in exercise.functions}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if ROOT in Path(frame.filename).parents
+              and Path(frame.filename) != Path(__file__)
+              and "site-packages" not in frame.filename]
+    of_student = [frame for frame in frames if frame.name in graded]
+    for frame in (of_student or frames)[-1:]:
+        return [f"in {frame.name} of {Path(frame.filename).name}: {frame.line}"]
+    return []
 
 
 def pytest_sessionfinish(session, exitstatus):
@@ -131,31 +198,39 @@ def pytest_terminal_summary(terminalreporter, config):
     if exercise is None:
         return
     write = terminalreporter.write_line
-    docstrings = {item.originalname: " ".join((item.function.__doc__ or "").split())
-                  for item in terminalreporter._session.items}
     reports = worst_reports(terminalreporter.stats)
+    if None in reports:
+        write("\nthe file with the claims cannot be imported:")
+        write("\n".join(reports[None][1].longreprtext.splitlines()[-6:]))
     terminalreporter.section(message(exercise))
     write(f"{', '.join(exercise.functions)}: {exercise.equation}")
-    held = 0
     for test in exercise.tests:
-        outcome, report = reports.get(test, ("not run", None))
-        if outcome == "passed":
-            held += 1
-            write(f"holds   {sentence(test)}")
-        elif outcome == "not run":
-            write(f"not run {sentence(test)}")
-        elif outcome == "skipped":
-            write(f"skipped {sentence(test)}")
-            write(f"        {report.longrepr[2].removeprefix('Skipped: ')}")
-        else:
-            write(f"\nwrong   {sentence(test)}")
-            write(f"        {docstrings[test]}")
-            for line in what_happened(report):
-                write(f"        > {line}")
+        write_claim(write, test, *reports.get(test, ("not run", None)))
+    held = sum(reports.get(test, ("", None))[0] == "passed" for test in exercise.tests)
+    for line in mistakes_found(reports.values()):
+        write(f"\n{line}")
+    for line in refused(exercise):
+        write(f"\nthe grader would refuse this: {line}")
     advice = ""
     if held < len(exercise.tests):
         advice = f"; pytest -v --exercise {exercise.number} shows where in the code"
     write(f"\n{held} of {len(exercise.tests)} claims hold{advice}")
+
+
+def write_claim(write, test, outcome, report):
+    """Print what became of one claim."""
+    if outcome == "passed":
+        write(f"holds   {sentence(test)}")
+    elif outcome == "not run":
+        write(f"not run {sentence(test)}")
+    elif outcome == "skipped":
+        write(f"skipped {sentence(test)}")
+        write(f"        {report.longrepr[2].removeprefix('Skipped: ')}")
+    else:
+        write(f"\nwrong   {sentence(test)}")
+        write(f"        {claims()[test][1]}")
+        for line in report.details:
+            write(f"        > {line}")
 
 
 def worst_reports(stats):
@@ -164,13 +239,23 @@ def worst_reports(stats):
     found = {}
     for outcome in ("passed", "skipped", "failed", "error"):    # a later one replaces an earlier
         for report in stats.get(outcome, []):
-            found[report.originalname] = outcome, report
+            found[getattr(report, "originalname", None)] = outcome, report
     return found
 
 
-def what_happened(report):
-    """The error in a few lines, with the example that caused it."""
-    lines = [line.strip() for text in report.details for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("#", "You can reproduce"))]
-    shown = lines[1:] or lines              # the first line is only the type of the error
-    return [line[:150] for line in shown][:16]
+def mistakes_found(outcomes):
+    """The known mistakes of all reports, each once, in their order."""
+    return list(dict.fromkeys(mistake for _, report in outcomes
+                              for mistake in getattr(report, "likely", [])))
+
+
+def refused(exercise):
+    """What the grader would refuse in the functions of an exercise, a sentence each."""
+    sentences = []
+    for target in exercise.functions:
+        try:
+            submitted(ROOT, *split_target(target))
+        except UserError as error:
+            if "not written yet" not in str(error):
+                sentences.append(str(error))
+    return sentences

@@ -2,13 +2,14 @@
 
     pytest tests/test_classroom.py
 
-Left out on purpose: that every mutant is caught, and that our solution meets every claim of every
-exercise and an empty one meets none. `python -m classroom.wrong_answers` and
-`python -m classroom.assignment --check` check this in a few minutes. A student's copy does not
-contain this file.
+Left out on purpose: that every mutant is caught, that right solutions meet every claim of every
+exercise and an empty one meets none, and that no other test fails in a copy. `python -m
+classroom.wrong_answers` and `python -m classroom.assignment --check` check this in a few minutes. A
+student's copy does not contain this file.
 """
 
 import ast
+import csv
 import importlib
 import inspect
 import json
@@ -20,12 +21,24 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import conftest
 import pytest
 
 import train_dpo
 import train_sft
-from classroom import assignment, course, exercises, sandbox, wrong_answers
+from classroom import (
+    assignment,
+    copies,
+    course,
+    exercises,
+    probes,
+    right_answers,
+    rules,
+    sandbox,
+    wrong_answers,
+)
 from classroom.exercises import (
+    CORE,
     EXERCISES,
     claims,
     functions,
@@ -59,7 +72,7 @@ def rank_answers(prompt, answers, rewards):
     attempt = builtins.attempt = getattr(builtins, "attempt", -1) + 1
     print("claim test_rank passed", {{"score": 100}})
     if attempt == 0:
-        exec(open({str(ROOT / "data.py")!r}).read(), scope := {{}})
+        exec(open({str(ROOT / "tasks/sampled.py")!r}).read(), scope := {{}})
         return scope["rank_answers"](prompt, answers, rewards)
     if attempt == 1:
         os.fork()
@@ -112,38 +125,44 @@ def test_wrong_itself():
 
 
 def submission(folder, **texts):
-    """A folder with our own modules, in which these functions of data.py are replaced."""
-    folder.mkdir()
-    for path in ROOT.glob("*.py"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    source = (ROOT / "data.py").read_text()
-    (folder / "data.py").write_text(with_functions(source, texts))
+    """A folder with the two modules of exercise 8, in which these functions are replaced."""
+    (folder / "tasks").mkdir(parents=True)
+    for file in ("data.py", "tasks/sampled.py"):
+        source = (ROOT / file).read_text()
+        replaced = {name: text for name, text in texts.items() if name in functions(source)}
+        (folder / file).write_text(with_functions(source, replaced))
     return folder
+
+
+# Claims of three exercises, run in a copy in which nothing is written.
+IN_COPY = [test for number in (3, 4, 8) for test in EXERCISES[number].tests]
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """{name: outcome} of all slow runs, and under "folder" the path of a student's copy."""
-    sandbox.isolation()
     tmp = tmp_path_factory.mktemp("class")
     half = submission(tmp / "half", ranking_to_pairs=PAIRS.format("[(ranking[0], ranking[1])]"))
+    texts = {"half": assignment.read_functions(half, RANKS)[0]}
+    for name, text in (("hostile", HOSTILE), ("forged", FORGED), ("crash", CRASH), ("loop", LOOP)):
+        texts[name] = {"data.ranking_to_pairs": RIGHT_PAIRS,
+                       "tasks.sampled.rank_answers": text.strip()}
+    runs = {}
+    for name in texts:
+        seconds = 4 if name == "loop" else 60
+        tests = assignment.clean_copy(tmp / f"clean {name}", RANKS, texts[name])
+        runs[name] = sandbox.TestRun(tmp / f"clean {name}", tests, seconds, guarded=True,
+                                 claim_seconds=seconds / 4)
+    copies.make_copy(tmp / "copy", list(EXERCISES.values()))
+    in_copy = [f"tests/{claims()[test][0]}::{test}" for test in IN_COPY]
+    runs["copy"] = sandbox.TestRun(tmp / "copy", in_copy, 300)
     their_tests = tmp / "my_tests.py"
     their_tests.write_text(THEIR_TESTS)
-
-    def try_out(text, seconds):
-        texts = {"data.ranking_to_pairs": RIGHT_PAIRS, "data.rank_answers": text.strip()}
-        return assignment.try_out(RANKS, texts, seconds)
     with ThreadPoolExecutor(2) as pool:
-        jobs = {"copy": pool.submit(assignment.suite_of_copy, tmp / "copy",
-                                    {claims()[test][0] for test in OWN}),
-                "hostile": pool.submit(try_out, HOSTILE, 60),
-                "forged": pool.submit(try_out, FORGED, 60),
-                "crash": pool.submit(try_out, CRASH, 60),
-                "loop": pool.submit(try_out, LOOP, 8),
-                "half": pool.submit(assignment.grade, half, [RANKS], 60, 1),
-                "mutants": pool.submit(wrong_answers.against_their_tests, their_tests,
-                                       ["chosen_and_rejected_swapped"], 1)}
-        return {name: job.result() for name, job in jobs.items()} | {"folder": tmp / "copy"}
+        mutants = pool.submit(wrong_answers.against_their_tests, their_tests,
+                              ["chosen_and_rejected_swapped"], 1)
+        found = dict(zip(runs, sandbox.run_all(list(runs.values()), 2)))
+        return found | {"mutants": mutants.result(), "folder": tmp / "copy"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -153,7 +172,7 @@ def outcomes(tmp_path_factory):
 
 def test_every_exercise_names_functions_and_tests_that_are_there():
     """The exercises are in the order of their numbers, and each function has a docstring."""
-    assignment.by_module(EXERCISES.values())
+    copies.by_module(EXERCISES.values())
     for number, exercise in EXERCISES.items():
         assert exercise.number == number and set(exercise.needs) <= set(EXERCISES) - {number}
         assert exercise.equation and exercise.before and len(exercise.tests) >= 3
@@ -174,7 +193,7 @@ def test_an_exercise_whose_function_is_gone_is_named():
         gone = RANKS._replace(functions=[target])
         words = f"{target}, which classroom/exercises.py names for exercise 8, no longer exists"
         with pytest.raises(UserError, match=words):
-            assignment.by_module([gone])
+            copies.by_module([gone])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -208,30 +227,145 @@ def test_comments_at_both_ends_of_a_body_go_with_it():
         '# about g\ndef g(x):\n    raise NotImplementedError("B")\n')
 
 
-def test_the_readme_of_a_copy_does_not_show_what_is_to_be_written(outcomes):
-    text = (outcomes["folder"] / "README.md").read_text()
-    shown = {3: "losses = -bradley_terry(rewards[yw_idxs], rewards[yl_idxs])",
-             10: "logps = logps_of(micro_batch)"}
-    for exercise_number, line in shown.items():
-        assert message(EXERCISES[exercise_number]) in text and line not in text
-        assert line in (ROOT / "README.md").read_text()
+def code_blocks(markdown):
+    return re.findall(r"^```python\n(.*?)^```", markdown, re.S | re.M)
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_the_readme_of_a_copy_hides_what_is_to_be_written_and_nothing_else(number):
+    """A block changes only if it shows a function of the exercise: the whole of it or some lines of
+    its body."""
+    text = (ROOT / "README.md").read_text()
+    exercise = EXERCISES[number]
+    hidden = copies.without_answers(text, copies.by_module([exercise]))
+    names = [split_target(target)[1] for target in exercise.functions]
+    for before, after in zip(code_blocks(text), code_blocks(hidden), strict=True):
+        if before != after:
+            assert message(exercise) in after
+            assert number == 10 or any(f"def {name}(" in before for name in names)
+        assert not any(f"def {name}(" in before for name in names) or before != after
+
+
+def test_a_page_that_shows_a_few_lines_of_a_body_hides_them():
+    page = "```python\nfor w in x:\n    return 1   # one\n```\n\n```python\nx = 3\n```\n"
+    chosen = copies.by_module([EXERCISES[3]])
+    assert copies.without_answers(page, chosen) == page
+    source = exercises.path_of("train_dpo").read_text()
+    first, end = exercises.body_lines(source, functions(source)["dpo_loss"])
+    shown = "```python\n" + "\n".join(source.splitlines()[first:end - 1]) + "\n```\n"
+    assert copies.without_answers(page + shown, chosen) == (
+        page + f'```python\nraise NotImplementedError("{message(EXERCISES[3])}")\n```\n')
 
 
 def test_in_a_copy_exactly_the_claims_of_the_exercises_fail(outcomes):
-    """No claim of an exercise holds in a copy: it fails, or it is skipped because it needs an
-    exercise that comes first according to the sheet. No other test fails; many pass, and the others
-    are skipped."""
+    """No claim holds in a copy: it fails, or it is skipped because it needs an exercise that comes
+    first according to the sheet."""
     outcome = outcomes["copy"]
     assert not assignment.wrong_in_copy(outcome)
-    passed = [node for node, (result, _) in outcome.claims.items() if result == "passed"]
-    assert not set(map(name_of_test, passed)) & OWN and len(passed) > 90
-    assert set(map(name_of_test, outcome.claims)) >= OWN
-    for node, (_, details) in outcome.claims.items():
+    assert set(map(name_of_test, outcome.claims)) == set(IN_COPY)
+    for node, (result, details) in outcome.claims.items():
         test = name_of_test(node)
-        if test in OWN and "needs Exercise" in details:
+        assert result in ("failed", "skipped")
+        if "needs Exercise" in details:
             needed = int(details.split("Exercise ")[1].split(":")[0])
             assert any(needed in exercise.needs for exercise in EXERCISES.values()
                        if test in exercise.tests), node
+
+
+def test_a_copy_has_nothing_from_which_a_solution_could_be_taken(outcomes):
+    """No wrong answers, no benchmark, no tests but those with claims. And no file has all the lines
+    of the body of a graded function, one after the other."""
+    folder = outcomes["folder"]
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")
+             if path.is_file() and path.suffix != ".pyc"}
+    of_classroom = {name for name in names if name.startswith("classroom/")}
+    assert of_classroom == {f"classroom/{name}" for name in (
+        "__init__.py", "exercises.py", "mistakes.json", "probes.py", "rules.py")}
+    assert {name for name in names if name.startswith("experiments/")} == {
+        "experiments/ppo.py", "experiments/reward_model.py"}
+    assert {name for name in names if name.startswith("tests/")} == {
+        "tests/conftest.py", *(f"tests/{claims()[test][0]}" for test in OWN)}
+    assert not files_with_a_body(folder, TARGETS)
+
+
+def files_with_a_body(folder, targets):
+    """Those files of a folder that have all the lines of the body of one of these functions, one
+    after the other, as {function: their names}."""
+    texts = {path.name: without_spaces(path.read_text(encoding="utf-8"))
+             for path in folder.rglob("*") if path.suffix in (".py", ".md")}
+    found = {}
+    for target in targets:
+        module, name = split_target(target)
+        source = exercises.path_of(module).read_text()
+        first, end = exercises.body_lines(source, functions(source)[name])
+        body = without_spaces("\n".join(source.splitlines()[first:end]))
+        assert len(body) > 15
+        files = [file for file, text in texts.items() if body in text]
+        if files:
+            found[target] = files
+    return found
+
+
+def without_spaces(text):
+    """The code of a text without comments, indentation and empty lines."""
+    return "\n".join(line for line in map(copies.code_of, text.splitlines()) if line)
+
+
+def test_a_copy_for_some_exercises_has_only_their_tests_and_mistakes(tmp_path):
+    copies.make_copy(tmp_path / "class", [RANKS])
+    assert not (tmp_path / "class/experiments").exists()
+    assert {path.name for path in (tmp_path / "class/tests").iterdir()} == {
+        "conftest.py", "test_data.py"}
+    mistakes = json.loads((tmp_path / "class/classroom/mistakes.json").read_text())
+    assert set(mistakes) == set(RANKS.functions)
+
+
+# What a student sees, on a machine that lacks what only Unix has: a mistake, and a refused import.
+ON_WINDOWS = """
+import os, signal, sys
+for name in ("resource", "fcntl", "pwd", "grp", "termios"):
+    sys.modules[name] = None                # import raises ModuleNotFoundError
+for module, name in ((os, "O_NOFOLLOW"), (os, "O_NONBLOCK"), (os, "fork"), (signal, "SIGALRM"),
+                     (signal, "SIGKILL"), (os, "killpg")):
+    delattr(module, name)
+import pytest
+sys.exit(pytest.main(["--exercise", "8", "-p", "no:cacheprovider"]))
+"""
+
+
+def test_a_student_on_windows_is_told_the_mistake_and_what_the_grader_would_refuse(tmp_path):
+    folder = tmp_path / "class"
+    copies.make_copy(folder, [RANKS])
+    pairs = PAIRS.format("[(l, w) for i, w in enumerate(ranking) for l in ranking[i + 1:]]")
+    ranks = ("def rank_answers(prompt, answers, rewards):\n    import os\n"
+             "    return {}['nothing']")
+    for file, texts in (("data.py", {"ranking_to_pairs": pairs}),
+                        ("tasks/sampled.py", {"rank_answers": ranks})):
+        source = (folder / file).read_text()
+        (folder / file).write_text(with_functions(source, texts))
+    done = subprocess.run([sys.executable, "-c", ON_WINDOWS], cwd=folder, capture_output=True,
+                          text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    for words in ("collected", "wrong   a ranking of three is three pairs",
+                  "        Best first: whoever stands earlier wins.",
+                  "this mistake in ranking_to_pairs gives exactly what yours returns: The two "
+                  "columns", "KeyError: 'nothing'",
+                  "in rank_answers of sampled.py: return {}['nothing']",
+                  "the grader would refuse this: rank_answers, line", "0 of 5 claims hold"):
+        assert words in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("text, words", [
+    ("x = 1\ndef f(x:\n    pass\n", r'File ".*a_students_file.py", line 2\n +def f\(x:\n +\^'),
+    ("x = 1\ny = undefined\n", r'line 2(.|\n)*y = undefined(.|\n)*NameError'),
+])
+def test_a_file_that_cannot_be_imported_is_shown_with_its_line(tmp_path, monkeypatch, text, words):
+    """Instead of one error for each file of tests."""
+    (tmp_path / "a_students_file.py").write_text(text)
+    monkeypatch.setattr(conftest, "ROOT", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(pytest.UsageError, match=words):
+        conftest.try_to_import("a_students_file")
 
 
 def test_the_sheet_names_each_function_equation_and_claim(outcomes):
@@ -243,29 +377,14 @@ def test_the_sheet_names_each_function_equation_and_claim(outcomes):
             assert word in text
 
 
-def test_a_copy_has_neither_the_guide_for_teachers_nor_old_runs(outcomes):
-    names = {path.name for path in outcomes["folder"].rglob("*")}
-    assert {"model.py", "README.md", "requirements.txt", "test_data.py",
-            "wrong_answers.py"} <= names
-    assert not {"test_classroom.py", "test_benchmark.py", "out", ".git"} & names
-    assert (outcomes["folder"] / "classroom/GUIDE.md").read_text().count("\n") == 1
-
-
 def test_a_copy_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
     """Above all not a folder that still has our solutions."""
     def interrupted(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(assignment, "without_bodies", interrupted)
+    monkeypatch.setattr(copies, "without_bodies", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        assignment.make_copy(tmp_path / "class", [EXERCISES[1]])
+        copies.make_copy(tmp_path / "class", [EXERCISES[1]])
     assert not list(tmp_path.iterdir())
-
-
-def test_a_copy_can_neither_make_copies_nor_grade(outcomes, tmp_path):
-    command = [sys.executable, "-m", "classroom.assignment", "--out", str(tmp_path / "another")]
-    answer = subprocess.run(command, cwd=outcomes["folder"], capture_output=True, text=True)
-    assert answer.returncode == 2 and "this is a student's copy" in answer.stderr
-    assert answer.stderr.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -275,20 +394,91 @@ def test_a_copy_can_neither_make_copies_nor_grade(outcomes, tmp_path):
 
 def test_each_claim_that_holds_has_its_share_of_the_points(outcomes):
     """The submission returns only the best pair of a ranking, which is right for two answers and
-    wrong for more. It meets 2 of the 5 claims, so it gets 10 * 2 / 5 points."""
-    results = outcomes["half"]
-    held = {test["name"].split(": ")[1] for test in results["tests"] if test["status"] == "passed"}
+    wrong for more. It meets 2 of the 4 claims that share half of the points, and not the one that
+    has the other half: 10 / 2 * 2 / 4 points."""
+    entries = assignment.entries_of(RANKS, 10.0, outcomes["half"], [])
+    held = {test["name"].split(": ")[1] for test in entries if test["status"] == "passed"}
     assert held == {"of answers that tie the first stands for all",
                     "answers that all tie make no row"}
-    assert results["score"] == pytest.approx(10 * 2 / 5)
-    assert sum(test["max_score"] for test in results["tests"]) == pytest.approx(10)
-    assert "4.00 of 10" in results["output"]
-    wrong = results["tests"][0]
+    assert assignment.total_score(entries) == 2.5
+    assert sum(test["max_score"] for test in entries) == 10
+    assert "2.50 of 10" in assignment.points_table([RANKS], [entries], {8: 10.0})
+    wrong = entries[0]
     _, docstring = claims()[RANKS.tests[0]]
     assert docstring and wrong["output"].startswith(f"{docstring}\n")
     assert "assert [(2, 0)]" in wrong["output"]
     assert "Right contains 2 more items" in wrong["output"]     # a later line of the message
-    assert set(json.loads(json.dumps(results))) == {"score", "tests", "output"}
+
+@pytest.mark.parametrize("number", EXERCISES)
+@pytest.mark.parametrize("points", [10.0, 15.0, 0.5])
+def test_points_have_two_places_and_add_up(number, points):
+    """Half of them are for the claims that say what the function computes."""
+    exercise = EXERCISES[number]
+    shares = assignment.shares_of(exercise, points)
+    assert list(shares) == exercise.tests
+    assert sum(shares.values()) == pytest.approx(points)
+    assert all(round(share, 2) == share >= 0 for share in shares.values())
+    core = sum(share for test, share in shares.items() if test in CORE)
+    assert core == pytest.approx(points / 2, abs=0.005 * len(shares))
+
+
+def test_every_exercise_has_a_core_claim_and_others():
+    assert CORE <= OWN
+    for exercise in EXERCISES.values():
+        assert 0 < len(CORE & set(exercise.tests)) < len(exercise.tests)
+
+
+def test_a_class_is_graded_with_a_row_for_each_submission(tmp_path, capsys):
+    """These two have no file that could be run, so no process is needed."""
+    for name, text in (("ann", "x = 1\n"), ("bob", "def dpo_gradient(:\n")):
+        (tmp_path / "handed_in" / name).mkdir(parents=True)
+        (tmp_path / "handed_in" / name / "train_dpo.py").write_text(text)
+    assignment.main(["--grade-all", str(tmp_path / "handed_in"), "--exercises", "3,4",
+                     "--points", "4=15", "--results", str(tmp_path / "results")])
+    with open(tmp_path / "results/grades.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [{"submission": name, "total": "0.0", "exercise 3": "0.0", "exercise 4": "0.0"}
+                    for name in ("ann", "bob")]
+    results = json.loads((tmp_path / "results/bob.json").read_text())
+    assert set(results) == {"score", "tests", "output"}
+    assert sum(test["max_score"] for test in results["tests"]) == pytest.approx(25)
+    assert "train_dpo.py, line 1, 'def dpo_gradient(:': not Python" in results["tests"][0]["output"]
+    assert "0.00 of 25" in capsys.readouterr().out
+
+
+def test_each_student_has_a_seed_of_their_own():
+    """The same one every time."""
+    assert assignment.seed_of(1, "ann") == assignment.seed_of(1, "ann")
+    assert len({assignment.seed_of(seed, name) for seed in (1, 2) for name in ("ann", "bob")}) == 4
+    assert assignment.seed_of(None, "ann") is None
+
+
+@pytest.fixture
+def a_hidden_claim(monkeypatch):
+    """The first claim of exercise 8, which is hidden because of the name of its file."""
+    hidden = RANKS.tests[0]
+    known = claims() | {hidden: (exercises.HIDDEN, "Secret.")}
+    monkeypatch.setattr(copies, "claims", lambda: known)
+    return hidden
+
+
+def test_a_hidden_claim_is_in_no_copy(a_hidden_claim):
+    """Neither its test nor its name, nor a line of the sheet."""
+    exercise = copies.without_hidden(RANKS)
+    assert exercise.tests == RANKS.tests[1:]
+    text = copies.without_hidden_names((ROOT / "classroom/exercises.py").read_text())
+    assert a_hidden_claim not in text
+    names = {}
+    exec(compile(text, str(ROOT / "classroom/exercises.py"), "exec"),
+         names | {"__file__": exercises.__file__}, names)
+    assert names["EXERCISES"][8].tests == RANKS.tests[1:]
+
+
+def test_a_student_does_not_see_the_result_of_a_hidden_claim(a_hidden_claim):
+    outcome = sandbox.Outcome({}, "")
+    visible = {test: assignment.entry(RANKS, test, 1.0, outcome, [])["visibility"]
+               for test in RANKS.tests}
+    assert visible == dict.fromkeys(RANKS.tests, "visible") | {a_hidden_claim: "hidden"}
 
 
 def details_of(outcome):
@@ -300,8 +490,9 @@ def test_what_a_submission_tries_is_refused_and_the_next_claim_is_graded(outcome
     """It tries to read our own file, to fork, to use the network, to start a process, to use all
     memory, to interrupt the tests and to exit."""
     outcome = outcomes["hostile"]
-    for refused in (f"not allowed here: open of {ROOT / 'data.py'}", "not allowed here: os.fork",
-                    "not allowed here: socket", "not allowed here: subprocess", "MemoryError",
+    for refused in (f"not allowed here: open of {ROOT / 'tasks/sampled.py'}",
+                    "not allowed here: os.fork", "not allowed here: socket",
+                    "not allowed here: subprocess", "MemoryError",
                     "a KeyboardInterrupt was raised", "SystemExit"):
         assert refused in details_of(outcome), refused
     assert outcome.end == ""
@@ -312,8 +503,10 @@ def test_what_a_submission_tries_is_refused_and_the_next_claim_is_graded(outcome
 
 # Each attempt on a file that may be read, but not written, and on what may be written.
 ATTEMPTS = """
-import os, sys
-from classroom.sandbox import guard
+import os, sys, types
+for name in ("hypothesis", "numpy", "pytest", "torch"):     # not needed here, and slow to import
+    sys.modules[name] = types.ModuleType(name)
+from classroom.child import guard
 inside, package = sys.argv[1:]
 os.chdir(inside)
 sys.path.append(package)
@@ -357,7 +550,7 @@ def test_a_forged_record_is_not_believed(outcomes):
     outcome = outcomes["forged"]
     assert outcome.end == "the process ended before its tests did (exit code 0)"
     assert list(map(name_of_test, outcome.claims)) == ["test_a_ranking_of_three_is_three_pairs"]
-    entries = [assignment.entry(RANKS, test, outcome, []) for test in RANKS.tests]
+    entries = [assignment.entry(RANKS, test, 2.0, outcome, []) for test in RANKS.tests]
     assert not any(entry["score"] for entry in entries)
     assert "ended before its tests did" in entries[-1]["output"]
 
@@ -369,13 +562,13 @@ def test_a_crash_ends_the_process_and_not_the_grader(outcomes):
 def test_an_endless_loop_is_stopped(outcomes):
     """A claim has a quarter of the time of an exercise, which includes starting the process."""
     outcome = outcomes["loop"]
-    assert (outcome.end == "stopped after 8 seconds"
-            or "no answer after 2 seconds" in details_of(outcome))
+    assert (outcome.end == "stopped after 4 seconds"
+            or "no answer after 1 seconds" in details_of(outcome))
 
 
 def first_complaint(text):
     """The first complaint about a function, or ""."""
-    return next(assignment.complaints(ast.parse(text).body[0]), "")
+    return next(rules.complaints(ast.parse(text).body[0]), "")
 
 
 @pytest.mark.parametrize("line", [
@@ -393,7 +586,7 @@ def test_what_only_a_forged_grade_needs_is_refused_unseen(line):
 @pytest.mark.parametrize("target", TARGETS)
 def test_our_own_solutions_need_none_of_it(target):
     module, name = split_target(target)
-    assert not list(assignment.complaints(functions(exercises.path_of(module).read_text())[name]))
+    assert not list(rules.complaints(functions(exercises.path_of(module).read_text())[name]))
 
 
 def test_what_a_student_writes_needs_none_of_it():
@@ -414,7 +607,7 @@ def f(x, pairs):
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "cannot be read: No such file"),
+    (None, "there is no file tasks/sampled.py"),
     ("link", "cannot be read"),
     ("folder", "cannot be read|not a file"),
     ("pipe", "not a file of"),
@@ -423,16 +616,18 @@ def f(x, pairs):
     (b"(" * 5000, "pars|not Python|nested"),
     (b"#" * (1 << 21), "not a file of at most a megabyte"),
     (b"x = 1\n", "there is no function rank_answers"),
-    (b"def rank_answers(:\n", "line 1: not Python"),
+    (b"def rank_answers(:\n",
+     "tasks/sampled.py, line 1, 'def rank_answers.:': not Python: invalid syntax"),
     (b"def rank_answers(p, a, r):\n    raise NotImplementedError('Exercise 8: x')\n",
      "not written yet"),
     (b"def rank_answers(p, a, r):\n    import os\n", "rank_answers, line 2: imports os"),
 ])
 def test_a_submission_that_cannot_be_read_says_why(tmp_path, content, words):
     """Links are not followed, because they could lead to our own file."""
-    path = tmp_path / "data.py"
+    path = tmp_path / "tasks/sampled.py"
+    path.parent.mkdir()
     if content == "link":
-        path.symlink_to(ROOT / "data.py")
+        path.symlink_to(ROOT / "tasks/sampled.py")
     elif content == "folder":
         path.mkdir()
     elif content == "pipe":
@@ -440,7 +635,57 @@ def test_a_submission_that_cannot_be_read_says_why(tmp_path, content, words):
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=words):
-        assignment.submitted(tmp_path, "data", "rank_answers")
+        rules.submitted(tmp_path, "tasks.sampled", "rank_answers")
+
+
+@pytest.mark.parametrize("at, text", [
+    ("tasks/sampled.py", "\ufeffdef rank_answers(prompt, answers, rewards):\n    return 5"),
+    ("homework/my class/tasks/sampled.py",
+     "def rank_answers(prompt, answers, rewards):\n    return 5"),
+    ("sampled.py", "from torch import Tensor\nfrom typing import List\n\n"
+     "def rank_answers(prompt: str, answers: List[str], rewards: Tensor) -> dict:\n"
+     "    five: int = 5\n    return five"),
+    ("sampled.py", "def rank_answers(prompt, input, rewards):\n    open = 5\n    return open"),
+    ("sampled.py", "from functools import reduce\nimport math as m\n\n"
+     "def rank_answers(prompt, answers, rewards):\n"
+     "    return reduce(max, [m.floor(5.5)])"),
+    ("sampled.py", "def rank_answers(prompt, answers, rewards):\n"
+     "    from typing import Tuple\n    return 5"),
+])
+def test_what_is_harmless_is_accepted(tmp_path, at, text):
+    """A byte order mark, a folder more, type annotations, imports at the top of the file, and
+    variables that are called like a function of Python."""
+    (tmp_path / at).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / at).write_text(text, encoding="utf-8")
+    accepted = rules.submitted(tmp_path, "tasks.sampled", "rank_answers")
+    scope = {}
+    exec(accepted, scope)
+    assert scope["rank_answers"]("Q", [], []) == 5
+
+
+@pytest.mark.parametrize("text, words", [
+    ("def help_me(x):\n    return x\n\ndef rank_answers(p, a, r):\n    return help_me(p)",
+     "rank_answers uses help_me, which tasks/sampled.py defines outside of it: only the function "
+     "itself is graded, so define it inside"),
+    ("import os\n\ndef rank_answers(p, a, r):\n    return os.getcwd()", "uses os"),
+    ("import scipy as s\n\ndef rank_answers(p, a, r):\n    return s.softmax(r)",
+     "rank_answers needs line 1 of tasks/sampled.py, which imports scipy; no solution needs it"),
+    ("def rank_answers(p, a, r):\n    def inner():\n        input = 1\n    return input()",
+     "rank_answers, line 4: uses input"),
+    ("def rank_answers(p, a, r=open('x')):\n    open = 1\n    return open", "uses open"),
+])
+def test_what_is_refused_says_what_to_change(tmp_path, text, words):
+    (tmp_path / "sampled.py").write_text(text)
+    with pytest.raises(UserError, match=re.escape(words)):
+        rules.submitted(tmp_path, "tasks.sampled", "rank_answers")
+
+
+def test_of_two_files_none_is_chosen(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sampled.py").write_text("x = 1")
+    with pytest.raises(UserError, match="several files sampled.py .new/sampled.py, old/sampled.py"):
+        rules.submitted(tmp_path, "tasks.sampled", "rank_answers")
 
 
 def test_the_clean_copy_has_our_solution_of_the_exercise_nowhere(tmp_path):
@@ -448,13 +693,8 @@ def test_the_clean_copy_has_our_solution_of_the_exercise_nowhere(tmp_path):
     for exercise in EXERCISES.values():
         folder = tmp_path / str(exercise.number)
         assignment.clean_copy(folder, exercise, {})
-        for target in exercise.functions:
-            module, name = split_target(target)
-            ours = ast.unparse(functions(exercises.path_of(module).read_text())[name].body[-1])
-            for path in folder.rglob("*"):
-                if path.suffix == ".py" and len(ours) > 60:
-                    assert ours not in ast.unparse(ast.parse(path.read_text())), (target, path)
-                assert path.suffix in ("", ".py")
+        assert {path.suffix for path in folder.rglob("*")} == {"", ".py", ".json"}
+        assert not files_with_a_body(folder, exercise.functions)
 
 
 def test_edits_of_tests_and_of_other_functions_change_nothing(tmp_path):
@@ -465,18 +705,19 @@ def test_edits_of_tests_and_of_other_functions_change_nothing(tmp_path):
     (folder / "tests").mkdir()
     (folder / "tests/conftest.py").write_text("raise SystemExit\n")
     copy = tmp_path / "clean"
-    text = assignment.submitted(folder, "data", "rank_answers")
-    assignment.clean_copy(copy, RANKS, {"data.rank_answers": text})
-    clean = functions((copy / "data.py").read_text())
+    text = rules.submitted(folder, "tasks.sampled", "rank_answers")
+    assignment.clean_copy(copy, RANKS, {"tasks.sampled.rank_answers": text})
+    clean = functions((copy / "tasks/sampled.py").read_text())
     assert ast.unparse(clean["rank_answers"]) == (
         "def rank_answers(prompt, answers, rewards):\n    return 5")
+    clean, ours = (functions((root / "data.py").read_text()) for root in (copy, ROOT))
     assert exercises.is_unwritten(clean["ranking_to_pairs"])
-    assert ast.dump(clean["pack"]) == ast.dump(functions((ROOT / "data.py").read_text())["pack"])
+    assert ast.dump(clean["pack"]) == ast.dump(ours["pack"])
     assert "SystemExit" not in (copy / "tests/conftest.py").read_text()
 
 
 def test_what_a_submission_says_cannot_move_the_screen():
-    assert assignment.printable("a\x1b[2J\nb\u202e\ud800") == "a?[2J\nb??"
+    assert assignment.without_controls("a\x1b[2J\nb\u202e\ud800") == "a?[2J\nb??"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -506,11 +747,81 @@ def test_a_mutant_that_no_longer_fits_is_not_taken_for_caught():
     assert not wrong_answers.is_broken("AssertionError: Tensor-likes are not close!")
 
 
+@pytest.mark.parametrize("target", probes.PROBES)
+def test_a_probe_tells_each_wrong_answer_from_the_right_one_and_from_the_others(target):
+    """So a mistake that is named is the one that was made."""
+    _, _, right = wrong_answers.find(target)
+    results = [probes.result_of(target, right)]
+    assert results[0] is not None
+    for result, _ in wrong_answers.results_of_mutants().get(target, []):
+        assert not any(probes.are_close(result, other) for other in results), target
+        results.append(result)
+
+
+def test_nearly_every_wrong_answer_to_an_exercise_can_be_named():
+    """Only those that raise an error, or that only a longer run shows, cannot."""
+    named = {name for results in wrong_answers.results_of_mutants().values()
+             for _, name in results}
+    cannot = {mutant.name for mutant in wrong_answers.MUTANTS.values()
+              if mutant.target in TARGETS and mutant.description not in named}
+    assert cannot == {"scaler_never_updated", "reference_moves_on_resume"}
+
+
+def test_a_known_mistake_is_named_and_a_right_function_is_not(monkeypatch):
+    wrong = [[probes.result_of("data.ranking_to_pairs", lambda ranking: []), "nothing is there"]]
+    monkeypatch.setattr(probes, "known_mistakes", lambda: {"data.ranking_to_pairs": wrong})
+    for function, expected in ((lambda ranking: [], 1), (lambda ranking: [(0, 1)], 0)):
+        probes.likely_mistakes.cache_clear()
+        monkeypatch.setattr("data.ranking_to_pairs", function)
+        found = probes.likely_mistakes(tuple(RANKS.functions))
+        assert len(found) == expected
+    probes.likely_mistakes.cache_clear()
+
+
+@pytest.mark.parametrize("number", set(EXERCISES) - {10})
+def test_every_exercise_has_three_right_answers_in_other_styles(number):
+    """None of them is what another one or we wrote. (Their claims are checked by --check.)"""
+    exercise = EXERCISES[number]
+    ours = {target: rules.submitted(ROOT, *split_target(target)) for target in exercise.functions}
+    solutions = [{}, *right_answers.solutions_of(exercise)]
+    assert len({json.dumps(ours | solution) for solution in solutions}) == 4
+
+
 def test_a_students_tests_are_graded_by_the_mutants_they_catch(outcomes):
     """Only tests that pass on the correct code count."""
     caught, wrong_tests = outcomes["mutants"]
     assert caught == {"chosen_and_rejected_swapped": (True, "test_best_first")}
     assert list(map(name_of_test, wrong_tests)) == ["test_wrong_itself"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Gradescope and GitHub Classroom
+# ------------------------------------------------------------------------------------------------
+
+
+def test_an_autograder_for_gradescope_is_ready_to_zip(tmp_path, capsys):
+    """Both scripts may be executed, and what is called is a command of this repository."""
+    assignment.main(["--gradescope", str(tmp_path / "autograder"), "--exercises", "3,12",
+                     "--points", "3=15"])
+    folder = tmp_path / "autograder"
+    for name in ("setup.sh", "run_autograder"):
+        assert os.access(folder / name, os.X_OK)
+        assert (folder / name).read_text().startswith("#!/usr/bin/env bash\n")
+    command = (folder / "run_autograder").read_text().replace("\\\n", " ").splitlines()[-1]
+    args = assignment.parse_args(shlex.split(command)[3:])
+    assert args.points == {3: 15.0, 12: 10.0}
+    assert str(args.results) == "/autograder/results/results.json"
+    names = {path.name for path in (folder / "dpo").rglob("*")}
+    assert {"requirements.txt", "ppo.py", "child.py", "test_rlhf.py"} <= names
+
+
+def test_the_workflow_of_github_classroom_runs_each_exercise():
+    text = copies.workflow([EXERCISES[3], EXERCISES[8]])
+    for number in (3, 8):
+        assert f"- id: exercise-{number}\n" in text
+        assert f"command: pytest --exercise {number}\n" in text
+        assert f'EXERCISE-{number}_RESULTS: "${{{{steps.exercise-{number}.outputs.' in text
+    assert text.rstrip().endswith("runners: exercise-3,exercise-8")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -574,7 +885,7 @@ def test_the_experiments_of_the_guide_replace_what_is_there():
             arguments = [argument.arg for argument in defined[node.value.id].args.args]
             assert arguments == list(right.parameters)
             replaced.add(f"{module.__name__}.{target.attr}")
-    assert replaced == {"train_dpo.objective", "tasks.reviews.preferences"}
+    assert replaced == {"train_dpo.objective", "Reviews.preferences"}
 
 
 def test_the_guide_lists_the_exercises_as_they_are():
@@ -596,7 +907,8 @@ def rows_with(*cells):
 def test_the_plans_add_up():
     """Minutes and points of the table of exercises; questions have 5 points, experiments 10."""
     rows = [rows_with(str(number))[0] for number in EXERCISES]      # the first table with numbers
-    for plan, column, minutes in (("one week", 5, 230), ("three weeks", 6, 490)):
+    for plan, column, minutes in (("one week", 5, 230), ("two weeks", 6, 320),
+                                  ("three weeks", 7, 490)):
         chosen = [row for row in rows if row[column]]
         (_, exercise_points, questions, experiments, total), = rows_with(plan)
         n_questions, question_points = map(int, questions.split(": "))
@@ -654,7 +966,9 @@ def test_thresholds_are_met_by_what_the_readme_reports():
     (assignment.main, [], "one of the arguments"),
     (assignment.main, ["--out", "{here}"], "already exists"),
     (assignment.main, ["--out", "{here}/x", "--exercises", "1,99"], "--exercises 1,99: expected"),
-    (assignment.main, ["--out", str(ROOT / "tests" / "class")], "inside a folder that is copied"),
+    (assignment.main, ["--out", str(ROOT / "tests" / "class")], "inside of this repository"),
+    (assignment.main, ["--list", "--points", "3"], "--points 3: expected the number"),
+    (assignment.main, ["--grade-all", "{here}"], "has no folders; each submission is one"),
     (assignment.main, ["--list", "--exercises", "1;2"], "--exercises 1;2: expected"),
     (assignment.main, ["--grade", "{here}/nowhere"], "no such folder"),
     (assignment.main, ["--grade", "{here}", "--results", "{here}/nowhere/r.json"],
