@@ -34,6 +34,11 @@ class Parser(argparse.ArgumentParser):
             self.groups[title] = self.add_argument_group(title)
         return self.groups[title].add_argument
 
+    def format_help(self):
+        """The help, with the flags that change no result at the end."""
+        self._action_groups.sort(key=lambda group: group.title == "speed and memory")
+        return super().format_help()
+
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 

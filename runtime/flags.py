@@ -85,10 +85,17 @@ def default_of(name, defaults, tasks):
         value = differences.get(name, defaults.get(name))
         if value is not None and value != defaults.get(name):
             tasks_of.setdefault(value, []).append(task)
-    words = [f"{value:g} for {', '.join(names)}" for value, names in tasks_of.items()]
+    words = [f"{as_typed(value)} for {', '.join(names)}" for value, names in tasks_of.items()]
     if name in defaults:
-        words = [f"{defaults[name]:g}", *words]
+        words = [as_typed(defaults[name]), *words]
     return "default " + "; ".join(words)
+
+
+def as_typed(value):
+    """A number as people write it: 1e-6, 0.5, 150, 25,000."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.0e}".replace("e-0", "e-") if 0 < value < 1e-3 else f"{value:g}"
 
 
 def fill_in(args, *tables):
