@@ -331,11 +331,12 @@ def main(argv=None):
 
 
 def draw_groups(chosen, args):
-    """A picture for each group of the chosen runs. A run that stopped at step 0 has no curves."""
+    """A picture for each group of the chosen runs. A run that stopped at step 0 has no curves, only
+    what was held out before."""
     make_folder(args.assets or args.out)
     for group in dict.fromkeys(symptom.group for symptom in chosen if symptom.group):
         symptoms = [symptom for symptom in chosen if symptom.group == group
-                    and (args.out / symptom.name / "dpo_metrics.csv").exists()]
+                    and "loss" in read_metrics(args.out / symptom.name / "dpo_metrics.csv")]
         if symptoms:
             draw_symptoms(symptoms, args.out, (args.assets or args.out) / f"symptoms-{group}.svg")
 

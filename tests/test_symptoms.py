@@ -124,7 +124,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(symptoms, "SYMPTOMS", [
         Symptom("healthy", "", "nothing"),
         Symptom("wrong_start", "start", "reference forgotten", "", ("reference_forgotten",))])
-    monkeypatch.setattr(symptoms, "draw_symptoms", lambda *_: None)
+    monkeypatch.setattr(symptoms, "draw_groups", lambda *_: None)
     torch.manual_seed(0)
     save_checkpoint(tmp_path / "sft.pt", GPT(GPTConfig(64, TOKENIZER.n_vocab, 1, 2, 16), 0.3),
                     tokenizer="reviews", source="reviews")
@@ -204,6 +204,22 @@ def test_the_pictures_say_what_their_axes_lines_and_dots_are(tmp_path, capsys):
     metrics = {"chosen_logp": ([0, 5], [-20.0, -25.0]), "held_out_chosen_logp": ([0], [-21.0])}
     symptoms.draw_metrics(ax, ["chosen_logp"], 1, metrics, [BLUE])
     assert drawn == [[], [-21.0]]
+
+
+def test_a_run_that_stopped_at_step_0_is_not_drawn(tmp_path, monkeypatch):
+    """Its log has held-out values, from before the first step, and no loss."""
+    header = ",".join(["step", *train_dpo.COLUMNS])
+    before = "0" + "".join("," + "-2.0" * name.startswith("held_out") for name in train_dpo.COLUMNS)
+    after = "5" + ",-2.0" * len(train_dpo.COLUMNS)
+    for name, lines in (("stopped", [header, before]), ("went_on", [header, before, after])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dpo_metrics.csv").write_text("\n".join(lines) + "\n")
+    drawn = []
+    monkeypatch.setattr(symptoms, "draw_symptoms",
+                        lambda runs, *_: drawn.append([run.name for run in runs]))
+    symptoms.draw_groups([Symptom("stopped", "x", ""), Symptom("went_on", "x", ""),
+                          Symptom("stopped", "y", "")], SimpleNamespace(out=tmp_path, assets=None))
+    assert drawn == [["went_on"]]
 
 
 # ------------------------------------------------------------------------------------------------
