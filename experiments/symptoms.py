@@ -149,7 +149,8 @@ def prepare_shared_files(out):
     if not (out / "preferences.jsonl").exists():
         train_dpo.main(["--out", str(out), "--steps", "1", "--eval-prompts", "2", "--resume"])
     if not (out / "untrained" / "sft.pt").exists():
-        train_sft.main(["--out", str(out / "untrained"), "--reviews", "100", "--steps", "1"])
+        train_sft.main(["--out", str(out / "untrained"), "--reviews", "100", "--steps", "1",
+                        "--lr", "1e-9"])            # a step that leaves the weights as they are
 
 
 def flags_of(symptom, out):

@@ -3,6 +3,7 @@
     pytest tests/test_symptoms.py
 """
 
+import csv
 import importlib.util
 import json
 import re
@@ -168,6 +169,16 @@ def test_only_the_runs_asked_for_are_made_and_the_healthy_one(small, monkeypatch
     assert trained == ["healthy"]
     symptoms.main([*small, "--only", "wrong_start"])
     assert trained == ["healthy", "wrong_start"]
+
+
+def test_the_model_without_sft_has_learned_nothing(tmp_path):
+    """train_sft.py wants a step; after it, the loss is what it was. The default rate
+    would lower it by 0.8."""
+    (tmp_path / "preferences.jsonl").touch()
+    symptoms.prepare_shared_files(tmp_path)
+    with open(tmp_path / "untrained" / "sft_metrics.csv", newline="") as file:
+        before, after = [float(row["held_out_loss"]) for row in csv.DictReader(file)]
+    assert after == pytest.approx(before, abs=1e-4)
 
 
 def test_a_name_that_is_not_in_the_table_is_refused(capsys):
