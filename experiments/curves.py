@@ -50,8 +50,6 @@ def read_metrics(path):
                         "to the folder of its run") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a dpo_metrics.csv of train_dpo.py") from error
-    if not metrics:
-        raise UserError(f"{path}: it has no steps yet")
     return metrics
 
 
@@ -188,6 +186,9 @@ def main(argv=None):
     if args.out and args.out.suffix != ".svg":
         raise UserError(f"--out {args.out}: expected a name that ends in .svg")
     metrics = {str(folder): read_metrics(folder / "dpo_metrics.csv") for folder in args.folder}
+    for folder, of_run in metrics.items():
+        if "loss" not in of_run:
+            raise UserError(f"{folder}/dpo_metrics.csv: it has no steps yet")
     draw_curves(metrics, args.out or args.folder[0] / "curves.svg")
 
 

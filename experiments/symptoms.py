@@ -149,7 +149,8 @@ def prepare_shared_files(out):
     if not (out / "preferences.jsonl").exists():
         train_dpo.main(["--out", str(out), "--steps", "1", "--eval-prompts", "2", "--resume"])
     if not (out / "untrained" / "sft.pt").exists():
-        train_sft.main(["--out", str(out / "untrained"), "--reviews", "100", "--steps", "1"])
+        train_sft.main(["--out", str(out / "untrained"), "--reviews", "100", "--steps", "1",
+                        "--lr", "1e-9"])            # a step that leaves the weights as they are
 
 
 def flags_of(symptom, out):
@@ -331,11 +332,12 @@ def main(argv=None):
 
 
 def draw_groups(chosen, args):
-    """A picture for each group of the chosen runs. A run that stopped at step 0 has no curves."""
+    """A picture for each group of the chosen runs. A run that stopped at step 0 has no curves, only
+    what was held out before."""
     make_folder(args.assets or args.out)
     for group in dict.fromkeys(symptom.group for symptom in chosen if symptom.group):
         symptoms = [symptom for symptom in chosen if symptom.group == group
-                    and (args.out / symptom.name / "dpo_metrics.csv").exists()]
+                    and "loss" in read_metrics(args.out / symptom.name / "dpo_metrics.csv")]
         if symptoms:
             draw_symptoms(symptoms, args.out, (args.assets or args.out) / f"symptoms-{group}.svg")
 

@@ -422,7 +422,8 @@ def test_without_matplotlib_one_sentence_says_how_to_get_it(tmp_path, capsys, mo
     (METRICS.replace("0.693147", "inf"), "line 2: not a row"),
     (METRICS.replace("\n40,", "\n4" + 400 * "0" + ","), "line 4: not a row"),
     (METRICS.replace("0.693147", "0" * 200_000), "not a dpo_metrics.csv"),
-    (b"\xff\xfe", "not a dpo_metrics.csv"), (METRICS.splitlines()[0], "it has no steps yet")])
+    (b"\xff\xfe", "not a dpo_metrics.csv"), (METRICS.splitlines()[0], "it has no steps yet"),
+    ("\n".join(METRICS.splitlines()[:2]), "it has no steps yet")])         # row 0: held out only
 def test_a_folder_without_metrics_is_refused(tmp_path, capsys, content, words):
     if content is not None:
         content = content if isinstance(content, bytes) else content.encode()

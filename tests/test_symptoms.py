@@ -3,6 +3,7 @@
     pytest tests/test_symptoms.py
 """
 
+import csv
 import importlib.util
 import json
 import re
@@ -124,7 +125,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(symptoms, "SYMPTOMS", [
         Symptom("healthy", "", "nothing"),
         Symptom("wrong_start", "start", "reference forgotten", "", ("reference_forgotten",))])
-    monkeypatch.setattr(symptoms, "draw_symptoms", lambda *_: None)
+    monkeypatch.setattr(symptoms, "draw_groups", lambda *_: None)
     torch.manual_seed(0)
     save_checkpoint(tmp_path / "sft.pt", GPT(GPTConfig(64, TOKENIZER.n_vocab, 1, 2, 16), 0.3),
                     tokenizer="reviews", source="reviews")
@@ -170,6 +171,16 @@ def test_only_the_runs_asked_for_are_made_and_the_healthy_one(small, monkeypatch
     assert trained == ["healthy", "wrong_start"]
 
 
+def test_the_model_without_sft_has_learned_nothing(tmp_path):
+    """train_sft.py wants a step; after it, the loss is what it was. The default rate
+    would lower it by 0.8."""
+    (tmp_path / "preferences.jsonl").touch()
+    symptoms.prepare_shared_files(tmp_path)
+    with open(tmp_path / "untrained" / "sft_metrics.csv", newline="") as file:
+        before, after = [float(row["held_out_loss"]) for row in csv.DictReader(file)]
+    assert after == pytest.approx(before, abs=1e-4)
+
+
 def test_a_name_that_is_not_in_the_table_is_refused(capsys):
     with pytest.raises(SystemExit) as caught:
         symptoms.main(["--only", "healthy,sick"])
@@ -204,6 +215,22 @@ def test_the_pictures_say_what_their_axes_lines_and_dots_are(tmp_path, capsys):
     metrics = {"chosen_logp": ([0, 5], [-20.0, -25.0]), "held_out_chosen_logp": ([0], [-21.0])}
     symptoms.draw_metrics(ax, ["chosen_logp"], 1, metrics, [BLUE])
     assert drawn == [[], [-21.0]]
+
+
+def test_a_run_that_stopped_at_step_0_is_not_drawn(tmp_path, monkeypatch):
+    """Its log has held-out values, from before the first step, and no loss."""
+    header = ",".join(["step", *train_dpo.COLUMNS])
+    before = "0" + "".join("," + "-2.0" * name.startswith("held_out") for name in train_dpo.COLUMNS)
+    after = "5" + ",-2.0" * len(train_dpo.COLUMNS)
+    for name, lines in (("stopped", [header, before]), ("went_on", [header, before, after])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dpo_metrics.csv").write_text("\n".join(lines) + "\n")
+    drawn = []
+    monkeypatch.setattr(symptoms, "draw_symptoms",
+                        lambda runs, *_: drawn.append([run.name for run in runs]))
+    symptoms.draw_groups([Symptom("stopped", "x", ""), Symptom("went_on", "x", ""),
+                          Symptom("stopped", "y", "")], SimpleNamespace(out=tmp_path, assets=None))
+    assert drawn == [["went_on"]]
 
 
 # ------------------------------------------------------------------------------------------------
