@@ -50,11 +50,12 @@ from tasks.flags import parse_dpo_flags
 from train_sft import grad_scaler, update, warmup
 
 # The numbers that decide the result, those of Appendix B. It does not mention clipping; 10 is the
-# value in the authors' code. Tasks with a reward sample four answers to each prompt, as in C.1. A
-# task may have other numbers: its attribute `dpo`.
+# value in the authors' code. Tasks with a reward sample four answers to each of 25,000 prompts, as
+# in C.1. A task may have other numbers: its attribute `dpo`.
 DEFAULTS = {"batch": 64, "epochs": 1.0, "lr": 1e-6, "warmup": 150, "beta": 0.1, "clip": 10.0,
-            "weight_decay": 0.0, "samples": 4}
+            "weight_decay": 0.0, "samples": 4, "prefixes": 25_000, "gap": 0.0}
 LOSSES = ["dpo", "plackett_luce", "unlikelihood"]
+ON_RANKINGS = ["plackett_luce"]         # those whose batches are whole rankings, not pairs
 
 
 # ------------------------------------------------------------------------------------------------
@@ -176,14 +177,15 @@ def train(policy, preferences, held_out, args):
     held_out: more of them, for evaluation only. args: the flags of parse_args.
 
     The loss of a step is the sum of the losses of `objective` over all its micro-batches, divided
-    by args.batch, the number of pairs (for plackett_luce, of whole rankings). Adam's rate warms up
+    by args.batch: every batch has exactly so many pairs (or rankings; the last one of an epoch
+    takes some of the next). Adam's rate warms up
     to args.lr and then stays there. At step 0, the rewards go through check_start.
     """
-    batches = Batches(preferences, args.batch, args.seed, whole=args.loss == "plackett_luce")
+    batches = Batches(preferences, args.batch, args.seed, whole=args.loss in ON_RANKINGS)
     optimizer, scaler = policy.optimizer(args.lr, args.weight_decay), grad_scaler(policy)
     run = Run("dpo", COLUMNS, args, batches, held_out, model=policy, optimizer=optimizer,
               scaler=scaler)
-    tie = args.beta * tie_in_nats(policy.precision)                 # smaller margins are ties
+    tie = args.beta * tie_in_nats(policy.precision)                 # what rounding alone can cause
 
     def evaluate():
         evaluate_preferences(policy, held_out, args, run.log)
@@ -191,12 +193,12 @@ def train(policy, preferences, held_out, args):
         for batch in run.micro_batches(step):                       # their gradients add up
             logps = policy.logps(batch)                             # (N,) log pi(y|x)
             losses, rewards = objective(logps, batch, args)         # per pair (ranking), per answer
+            if step == 0:
+                check_start(rewards, args, policy.precision)
             loss = losses.sum() / args.batch                        # its share of the batch mean
             scaler.scale(loss).backward()
             run.log.add(len(losses), loss=losses.detach().sum())    # a sum, and its count
             run.log.add(len(batch.chosen), **describe(logps.detach(), rewards, batch, tie))
-            if step == 0:
-                check_start(rewards, args, policy.precision)
         lr = args.lr * warmup(step, run.n_warmup)
         grad_norm = update(policy, optimizer, scaler, lr, args.clip)
         run.log.note_update(step, grad_norm, lr)
@@ -227,7 +229,8 @@ def check_start(rewards, args, precision):
     """Check that the policy equals the reference before the first update, so that every implicit
     reward is 0 (and the loss of DPO is log 2). If it does not, the two were computed differently,
     and every later number would be wrong. Raises UserError."""
-    # What rounding can do to the longest answer of a batch, in nats, with room to spare.
+    # What rounding can do to the longest answer of a batch, in nats, with room to spare. (None is
+    # float32.)
     nats = 0.01 if precision is None else 1.0
     largest = rewards.abs().max()
     if not largest <= args.beta * nats:                             # NaN is refused too
@@ -250,13 +253,14 @@ def evaluate_preferences(policy, held_out, args, log):
 COLUMNS = {"loss": ("loss", ".4f"), "accuracy": ("accuracy", ".1%"), "margin": ("margin", "+z.3f"),
            "chosen_reward": ("chosen", "+z.3f"), "rejected_reward": ("rejected", "+z.3f"),
            "chosen_logp": None, "rejected_logp": None, "grad_norm": ("grad norm", ".2f"),
-           "lr": None, "held_out_loss": ("held out:", ".4f"),
+           "lr": None, "held_out_loss": ("held out", ".4f"),
            "held_out_accuracy": ("accuracy", ".1%"), "held_out_margin": ("margin", "+z.3f"),
            "held_out_chosen_reward": None, "held_out_rejected_reward": None,
            "held_out_chosen_logp": None, "held_out_rejected_logp": None}
 LEGEND = """\
-Means since the line above. chosen, rejected: implicit rewards of these answers; margin: the first
-minus the second; accuracy: share of pairs with a margin above 0; held out: pairs not trained on."""
+Means over the steps since the line above. chosen, rejected: implicit rewards; margin: the first
+minus the second; accuracy: share of pairs with a margin above 0 (a tie counts half); grad norm: of
+the last step. On the right: loss, accuracy and margin now, on pairs that are not trained on."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -290,13 +294,14 @@ def main(argv=None):
     add_reference(reference, preferences + held_out, args)
 
     print(f"\n4 of 5: DPO on {sum(len(item.pairs) for item in preferences):,} pairs of "
-          f"{len(preferences):,} prompts, {args.loss}, beta {args.beta:g}, on {device}\n{LEGEND}\n")
+          f"{len(preferences):,} prompts ({len(held_out):,} held out), {args.loss}, "
+          f"beta {args.beta:g}, on {device}\n{LEGEND}\n")
     train(policy, preferences, held_out, args)
     save_checkpoint(args.out / "dpo.pt", policy, reference, **facts, stage="dpo", beta=args.beta,
                     loss=args.loss)
     print(f"wrote {args.out / 'dpo.pt'}")
 
-    print("\n5 of 5: both models measured on held-out prompts")
+    print("\n5 of 5: both models measured on prompts that were not trained on")
     measure(args.out / "results.json", {"sft": reference, "dpo": policy}, reference, prompts,
             tokenizer, args, beta=args.beta)
     print(f"try: python sample.py --compare {args.sft} {args.out / 'dpo.pt'}")
@@ -304,7 +309,7 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    return parse_dpo_flags(__doc__, argv, DEFAULTS, LOSSES)
+    return parse_dpo_flags(__doc__, argv, DEFAULTS, LOSSES, ON_RANKINGS)
 
 
 if __name__ == "__main__":

@@ -47,17 +47,18 @@ def add_training_flags(parser, defaults, unit, tasks=None):
         help=f"of matrices ({default('weight_decay')}: plain Adam)")
     add = parser.group("saving and logging")
     add("--resume", action="store_true",
-        help="continue a run with the same flags that was stopped or killed")
+        help="continue a run that was stopped or killed; give the same flags")
     add("--save-every", type=number_type(float, 0), default=5.0,
         help="minutes between saves of the training state, for --resume (default 5; 0: every step)")
     add("--log-every", type=number_type(int, 1),
-        help="steps between log lines (default: a tenth of the run)")
-    add("--strict", action="store_true",
+        help="steps between log lines (default: about a tenth of the run)")
+    parser.group("the data")(
+        "--strict", action="store_true",
         help="treat rows that are skipped or cut as errors (default: count them)")
     add = parser.group("speed and memory")
     add("--accumulate", type=number_type(int, 1),
-        help="micro-batches per step; more save memory and change nothing else (default: as few as "
-             "fit in the free memory, by an estimate; --resume keeps their number)")
+        help="micro-batches per step; more take less memory and change no result (default: as few "
+             "as fit in the free memory, by an estimate; --resume keeps their number)")
     add("--row-length", type=number_type(int, 2),
         help="longest packed row, in tokens, at most the model's block size, which is the default")
 

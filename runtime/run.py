@@ -69,8 +69,8 @@ class Run:
         """
         resumed = self.begin()
         if self.n_warmup < self.args.warmup:
-            print(f"warm-up: {self.n_warmup} steps, half of the run, instead of --warmup "
-                  f"{self.args.warmup}")
+            print(f"the learning rate warms up over {self.n_warmup} steps, half of the run, not "
+                  f"over {self.args.warmup}")
         with noting_signals(self.signals):
             if not resumed:
                 self.pause(evaluate)

@@ -7,8 +7,7 @@
     own_file    your own preferences, --data
 
 A task is a class; tasks/task.py says what it has to offer, and sampled.py how the tasks with a
-reward make their preferences. To add one, write its class in a file of its own and put it into the
-table below.
+reward make their preferences.
 """
 
 from data import encode_all

@@ -21,17 +21,19 @@ from tasks.tokenizers import TOKENIZERS
 
 def add_task_flags(parser):
     """Flags of every command that works in the folder of a run."""
-    add = parser.group("the run")
+    add = parser.group("the data")
     add("--task", choices=TASKS,
         help="; ".join(f"{name}, {task.summary}" for name, task in TASKS.items())
              + " (default reviews)")
     add("--data", type=path_type,
         help="your own preferences instead, .jsonl or .jsonl.gz (see docs/preferences.md); to talk "
-             "to a model, sample.py only needs the name, to find the run")
+             "to a model, only the name is needed, to find the run")
+    add = parser.group("the run")
     add("--out", type=path_type,
         help="folder of the run (default out/<task>, or out/<name of --data>)")
     add("--seed", type=number_type(int, 0, most=2**31), default=0,
         help="same seed, same machine: same run (default 0)")
+    add = parser.group("the data")
     add("--data-dir", type=path_type,
         help="imdb, hh and tldr: folder for the published files (default: the cache of torch.hub)")
     add("--labeller", choices=["own", "siebert"], default="own",
@@ -154,8 +156,9 @@ def choose_initial_model(args, random):
 # ------------------------------------------------------------------------------------------------
 
 
-def parse_dpo_flags(doc, argv, defaults, losses):
-    """The flags of train_dpo.py. defaults: its table DEFAULTS. losses: the choices of --loss."""
+def parse_dpo_flags(doc, argv, defaults, losses, on_rankings):
+    """The flags of train_dpo.py. defaults: its table DEFAULTS. losses: the choices of --loss;
+    on_rankings: those that need whole rankings."""
     parser = Parser(doc)
     tasks = {name: task.dpo for name, task in TASKS.items()}
 
@@ -165,29 +168,31 @@ def parse_dpo_flags(doc, argv, defaults, losses):
     add = parser.group("the run")
     add("--sft", type=path_type,
         help="checkpoint to start from, or a folder as for --init (default: sft.pt of the run, "
-             "trained first if there is none)")
+             "trained first if there is none, with the defaults of train_sft.py)")
     add("--fresh", action="store_true", help="train SFT again even if there is an sft.pt")
     add = parser.group("DPO")
     add("--beta", type=number_type(float, 0, above=True),
         help="strength of the KL penalty; a larger one stays closer to the reference "
              f"({default('beta')})")
     add("--loss", default=next(iter(losses)), choices=losses,
-        help="dpo on pairs, Plackett-Luce on rankings (A.3), or the baseline of C.3 (default dpo)")
+        help="the functions <loss>_loss of train_dpo.py: dpo on pairs, Plackett-Luce on rankings "
+             "(A.3), the baseline of C.3 (default dpo)")
     add_training_flags(parser, defaults, "pairs (or rankings with plackett_luce)", tasks)
     add_evaluation_flag(parser)
     add = parser.group("sampling and measuring")
     add("--prefixes", type=number_type(int, 10),
-        help=f"reviews, imdb: prompts to sample answers for ({default('prefixes')})")
+        help=f"tasks with a reward: prompts to sample answers for ({default('prefixes')})")
     add("--samples", type=number_type(int, 2),
-        help=f"reviews, imdb: answers sampled for each prompt ({default('samples')})")
+        help=f"tasks with a reward: answers sampled for each prompt ({default('samples')})")
     add("--gap", type=number_type(float, 0),
-        help="reviews, imdb: answers to one prompt are a tie if their rewards differ by less than "
-             f"this; only the best of them is kept ({default('gap')})")
+        help="tasks with a reward: answers to one prompt are a tie if their rewards differ by less "
+             f"than this; only the best of them is kept ({default('gap')})")
     add_measuring_flags(parser)
     add_model_flags(parser)
     args = parser.parse_args(argv)
     choose_task(args)
     fill_in(args, task_of(args).dpo, defaults)
+    args.on_rankings = args.loss in on_rankings
     check_intervals(args)
     if args.sft and (args.fresh or args.init):
         raise UserError("--fresh and --init are for a new SFT model, but --sft names an existing "
@@ -257,5 +262,5 @@ def check_sample_flags(args):
         if given and not evaluating:
             raise UserError(f"{flag} is for --evaluate, and has no effect without it")
     if args.baseline and not task_of(args).has_reward:
-        raise UserError("--baseline: a win rate needs a reward, which only reviews and imdb have; "
+        raise UserError("--baseline: a win rate needs a reward, which only some tasks have; "
                         "python -m experiments.win_rate asks people or a model")

@@ -3,7 +3,7 @@ r"""Anthropic's helpful-base dialogues (HH): 43,835 pairs, and a test file of 2,
 The prompt is the dialogue up to its last "\n\nAssistant:". SFT trains on the chosen answers.
 """
 
-from data import best_answers, load_preferences
+from data import load_preferences
 from runtime.files import cache_folder, download
 from runtime.hub import HUB
 from runtime.rows import as_dialogue, read_and_report
@@ -25,10 +25,6 @@ class HH(Task):
 
     def held_out(self, args):
         return read_and_report("hh, held out", args.strict, load_dialogues, "test", args.data_dir)
-
-    def sft_examples(self, args):
-        training, held_out = self.preferences(args)
-        return best_answers(training), best_answers(held_out)
 
     def as_prompt(self, text, args):
         """A question as a dialogue of one turn."""

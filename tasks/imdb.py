@@ -206,7 +206,7 @@ def digest_of_rewards(args):
 class IMDb(SampledTask):
     name = "imdb"
     summary = "real film reviews"
-    dpo = {"prefixes": 25_000, "gap": 0.5}
+    dpo = {"gap": 0.5}
     max_new_tokens = 60
     answers_must_end = False        # most are cut
     judge_lr = 5e-5

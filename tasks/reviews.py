@@ -175,7 +175,7 @@ class Reviews(SampledTask):
     # further; the run has only 176 steps; and with beta 0.1, fewer texts would be well-formed. Its
     # gradients have norms of 2 to 3, so that at 1 every step is clipped (README, Questions).
     tokenizer = "reviews"
-    dpo = {"beta": 0.5, "lr": 1e-4, "warmup": 50, "clip": 1.0, "prefixes": 2100, "gap": 0.0}
+    dpo = {"beta": 0.5, "lr": 1e-4, "warmup": 50, "clip": 1.0, "prefixes": 2100}
     reward_lr = 3e-3
     ppo_preset = "small"
     least_block_size = 64

@@ -32,6 +32,14 @@ class SampledTask(Task):
         """--prefixes prompts to sample answers for, as texts; one in ten is held out."""
         raise NotImplementedError
 
+    def prompts(self, items, tokenizer, args):
+        """At most --eval-prompts new prompts to measure on. Not those of the preferences (items),
+        of which there are few."""
+        raise NotImplementedError
+
+    def grades(self, args, reference, tokenizer):
+        return {"reward": self.reward(args)}
+
     def digest(self, args):
         """A digest of what the rewards depend on."""
         raise NotImplementedError

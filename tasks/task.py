@@ -1,8 +1,8 @@
-"""What a task is. To add one, write such a class in a file of its own and name it in TASKS."""
+"""What a task is. tasks/hh.py is a short example; CONTRIBUTING.md says how to add one."""
 
 import zlib
 
-from data import check_rankings, encode_all
+from data import best_answers, check_rankings, encode_all
 from runtime.errors import UserError
 from runtime.rows import read_and_report
 
@@ -20,8 +20,9 @@ class Task:
 
     # -- settings --------------------------------------------------------------------------------
 
-    tokenizer = "gpt2"          # a name in tasks.tokenizers; with gpt2, SFT starts from GPT-2
-    random = {}                 # differences from train_sft.RANDOM, for SFT from random weights
+    tokenizer = "gpt2"          # with gpt2, SFT starts from GPT-2, which is downloaded; with one of
+                                # the other tasks.tokenizers, from random weights
+    random = {}                 # differences from train_sft.RANDOM, for random weights
     dpo = {}                    # differences from train_dpo.DEFAULTS
     reward_lr = 1e-5            # of experiments.reward_model
     ppo_preset = "pretrained"   # of experiments.ppo
@@ -32,8 +33,10 @@ class Task:
     # -- texts and preferences -------------------------------------------------------------------
 
     def sft_examples(self, args):
-        """(training, held-out) lists of data.Preference, one answer each and no pairs."""
-        raise NotImplementedError
+        """(training, held-out) lists of data.Preference, one answer each and no pairs. Here, the
+        best answers of the preferences."""
+        training, held_out = self.preferences(args)
+        return best_answers(training), best_answers(held_out)
 
     def preferences(self, args):
         """(training, held-out) lists of data.Preference."""
@@ -63,7 +66,7 @@ class Task:
         """The same of the preferences. Raises UserError if --loss needs rankings without ties and
         some are not."""
         splits = self.encoded(self.preferences(args), self.source(args), tokenizer, args)
-        if getattr(args, "loss", None) == "plackett_luce":
+        if getattr(args, "on_rankings", False):
             check_rankings(splits[0] + splits[1], self.source(args))
         return splits
 

@@ -562,7 +562,7 @@ def test_a_second_round_in_another_folder_is_measured_against_its_own_start(
 def test_a_warm_up_takes_at_most_half_of_the_run_and_says_so(tmp_path, capsys):
     """Of seven steps it takes three, with a third, two thirds and all of the learning rate."""
     train(train_dpo, tmp_path, warmup=100, log_every=1)
-    said = "warm-up: 3 steps, half of the run, instead of --warmup 100\n"
+    said = "the learning rate warms up over 3 steps, half of the run, not over 100\n"
     assert said in capsys.readouterr().out
     rates = [float(row["lr"]) for row in rows_of(tmp_path / "dpo_metrics.csv")[1:]]
     assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, *[1e-2] * 5], rel=1e-5)

@@ -59,7 +59,8 @@ def in_backquotes(page):
 def commands(page):
     """Every command of a page: the lines of its bash blocks without their comments, and what is in
     backquotes and begins like one; those joined by && separately."""
-    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    lines = [line for block in blocks(page, "bash")
+             for line in block.replace("\\\n", " ").splitlines()]
     lines += [code for code in in_backquotes(page)
               if code.startswith(("python ", "pytest", "pip "))]
     return [part.strip() for line in lines for part in line.split("#")[0].split("&&")
@@ -257,8 +258,9 @@ def test_the_defaults_that_are_quoted_are_the_defaults():
 @pytest.mark.parametrize("script, sentences", [
     (train_dpo, ["default 150; {warmup} for reviews",
                  "default 0.1; {beta:g} for reviews, imdb-small, tldr",
-                 "default 1e-6; {lr} for reviews, imdb-small", "default {prefixes:,} for reviews",
-                 "default {gap:g} for reviews; 0.5 for imdb"]),
+                 "default 1e-6; {lr} for reviews, imdb-small",
+                 "default 25,000; {prefixes:,} for reviews",
+                 "default {gap:g}; 0.5 for imdb, imdb-small"]),
     (train_sft, ["default {reviews:,}, written first", "default 2e-5; {lr:g} for reviews",
                  "default {n_layer}; 6 for imdb-small", "default {n_head}; 8 for imdb-small",
                  "default {n_embd}; 256 for imdb-small",
