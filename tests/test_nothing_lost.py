@@ -3,8 +3,9 @@
     pytest tests/test_nothing_lost.py
 
 After a kill, only what is on disk is left. Most tests here kill a run with an exception that
-nothing catches, in the same process, which is fast; one sends SIGKILL to real processes. "The same
-end" is always meant to the last bit: weights, the optimizer's moments, all of dpo_metrics.csv.
+nothing catches, in the same process, which is fast; one sends SIGKILL to real processes, which work
+in the background. "The same end" is always meant to the last bit: weights, the optimizer's moments,
+all of dpo_metrics.csv.
 """
 
 import csv
