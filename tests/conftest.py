@@ -1,5 +1,5 @@
-"""Settings of the whole test suite: the import path, the marker for tests that need a GPU, and the
-exercises of a class.
+"""Settings of the whole test suite: the import path, the marker for tests that need a GPU, the
+exercises of a class, and work in the background.
 
     pytest --exercise 3             # the claims of one exercise, and in words what is still wrong
 
@@ -10,6 +10,7 @@ tests that fail show what the student still has to do.
 import functools
 import importlib
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -259,3 +260,52 @@ def refused(exercise):
             if "not written yet" not in str(error):
                 sentences.append(str(error))
     return sentences
+
+
+# ------------------------------------------------------------------------------------------------
+# Work in the background
+# ------------------------------------------------------------------------------------------------
+
+
+class Background:
+    """A process that works while other tests run, started by the `start` of a test file."""
+
+    def __init__(self, start, folder):
+        self.folder = folder
+        self.output, self.errors = folder / "stdout", folder / "stderr"
+        with open(self.output, "w") as output, open(self.errors, "w") as errors:
+            self.process = start(folder, stdout=output, stderr=errors)
+
+    def wait(self):
+        """Wait until the process ends, successfully. Returns its folder."""
+        assert self.process.wait() == 0, self.errors.read_text()[-3000:]
+        return self.folder
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.terminate()        # torchrun ends its workers, too
+            self.process.wait()
+
+
+STARTED = {}
+
+
+@pytest.fixture(scope="session")
+def in_background():
+    """{function start(folder, **streams) that returned a Popen: its Background}."""
+    return STARTED
+
+
+def pytest_collection_finish(session):
+    """Start the long work of the tests that will run. A test file lists it in BACKGROUND, {fixture
+    that waits for it: function that starts it}. Several cores are then busy, and waiting is short.
+    """
+    if session.config.option.collectonly:
+        return
+    for item in session.items:
+        for fixture, start in getattr(item.module, "BACKGROUND", {}).items():
+            if fixture in item.fixturenames and start not in STARTED:
+                folder = tempfile.TemporaryDirectory()
+                session.config.add_cleanup(folder.cleanup)
+                STARTED[start] = Background(start, Path(folder.name))
+                session.config.add_cleanup(STARTED[start].stop)

@@ -129,7 +129,7 @@ def small(monkeypatch, run):
     for name, value in {"BETAS": [0.5], "STEPS": [2], "EPOCHS": [1], "NUMBERS": [1, 2],
                         "TARGETS": [1]}.items():
         monkeypatch.setattr(frontier, name, value)
-    small = ppo.PRESETS["small"] | {"batch": 32, "minibatch": 32}
+    small = ppo.PRESETS["small"] | {"batch": 32, "minibatch": 32, "epochs": 1}
     monkeypatch.setattr(ppo, "PRESETS", {"small": small})
 
     def copied(task, model, tokenizer, sample_answers, args):

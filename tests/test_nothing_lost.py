@@ -3,12 +3,14 @@
     pytest tests/test_nothing_lost.py
 
 After a kill, only what is on disk is left. Most tests here kill a run with an exception that
-nothing catches, in the same process, which is fast; one sends SIGKILL to real processes. "The same
-end" is always meant to the last bit: weights, the optimizer's moments, all of dpo_metrics.csv.
+nothing catches, in the same process, which is fast; one sends SIGKILL to real processes, which work
+in the background. "The same end" is always meant to the last bit: weights, the optimizer's moments,
+all of dpo_metrics.csv.
 """
 
 import csv
 import errno
+import itertools
 import json
 import math
 import os
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -188,45 +191,88 @@ def test_what_is_compared_would_show_one_step_more_or_less(untouched, tmp_path):
     assert not same(state["optimizer"], expected["optimizer"]) and metrics != expected_metrics
 
 
-def test_sigkill_in_every_phase_of_dpo_costs_nothing_but_the_phase(tmp_path):
-    """A process is killed while it samples, the next while it computes the reference, the next
-    while it trains, and the last one finishes. Every file is then that of an uninterrupted run."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = ("--prefixes 40 --samples 4 --max-new-tokens 96 --eval-prompts 20 --steps 10 "
-             "--batch 16 --accumulate 2 --seed 3 --device cpu").split()
-    train_sft.main(("--n-layer 1 --n-head 2 --n-embd 16 --block-size 128 --reviews 200 --steps 120 "
-                    f"--lr 1e-2 --seed 3 --device cpu --out {whole}").split())
+DEATHS = {      # {phase: what is called in the midst of it, and how often until it is killed there}
+    "sampling": (GPT, "hidden", 20), "reference": (GPT, "logps", 2),
+    "training": (train_dpo, "update", 4)}
+
+
+def run_and_kill(folder):
+    """Make one run of DPO in folder/whole, and another in folder/killed: a process sends itself
+    SIGKILL while it samples, the next while it computes the reference, the next while it trains,
+    and the last one finishes. All are forks of this process, which has imported everything and
+    used nothing. Exit codes go to folder/codes.json, what they print to folder/*.txt."""
+    whole, killed = folder / "whole", folder / "killed"
+    sft = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 128 --reviews 200 --steps 120 "
+           f"--lr 1e-2 --seed 3 --device cpu --out {whole}").split()
+    dpo = ("--prefixes 40 --samples 4 --max-new-tokens 96 --eval-prompts 20 --steps 10 "
+           "--batch 16 --accumulate 2 --seed 3 --device cpu --out").split()
+    again = [*dpo, str(killed), "--resume", "--save-every", "0"]
+    assert torch._dynamo            # torch.optim imports it, which takes longer than all the rest
+    codes = {"sft": in_fork(lambda: train_sft.main(sft), folder / "sft.txt")}
     killed.mkdir()
     (killed / "sft.pt").write_bytes((whole / "sft.pt").read_bytes())
-    train_dpo.main([*flags, "--out", str(whole)])
+    codes["whole"] = in_fork(lambda: train_dpo.main([*dpo, str(whole)]), folder / "whole.txt")
+    for phase, death in DEATHS.items():
+        codes[phase] = in_fork(lambda: die_at(*death) or train_dpo.main(again),
+                               folder / f"{phase}.txt")
+        codes[phase] = codes[phase], (killed / "dpo.pt").exists()
+    codes["last"] = in_fork(lambda: train_dpo.main(again), folder / "last.txt")
+    (folder / "codes.json").write_text(json.dumps(codes))
 
-    def start():
-        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-        return subprocess.Popen(
-            [sys.executable, "-u", ROOT / "train_dpo.py", "--out", killed, *flags, "--resume",
-             "--save-every", "0"], env=environment, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT)
 
-    for phase in ("sampling", "reference", "training"):
-        process = start()
-        if phase == "sampling":
-            while "starting from" not in process.stdout.readline():
-                pass
-        there = killed / {"reference": "preferences.key", "training": "dpo_state.pt"}.get(phase, "")
-        while process.poll() is None and not there.exists():
-            time.sleep(0.002)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL and not (killed / "dpo.pt").exists()
-    process = start()
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
+def in_fork(function, output):
+    """Call a function in a fork of this process; what it prints goes to a file. Returns the exit
+    code, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with open(output, "w") as file, redirect_stdout(file):
+                function()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die_at(owner, name, number):
+    """Have this process send itself SIGKILL when owner.name is called for this number of times."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def dying(*arguments, **more):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **more)
+    setattr(owner, name, dying)
+
+
+def start_killing(folder, **streams):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, __file__, folder], env=environment, **streams)
+
+
+BACKGROUND = {"kills": start_killing}           # see conftest.py
+
+
+@pytest.fixture(scope="module")
+def kills(in_background):
+    """The folder of run_and_kill."""
+    return in_background[start_killing].wait()
+
+
+def test_sigkill_in_every_phase_of_dpo_costs_nothing_but_the_phase(kills):
+    """Every file is that of an uninterrupted run."""
+    codes = json.loads((kills / "codes.json").read_text())
+    died = [-signal.SIGKILL, False]             # and there was no dpo.pt yet
+    assert codes == {"sft": 0, "whole": 0, **dict.fromkeys(DEATHS, died), "last": 0}
+    output = (kills / "last.txt").read_text()
     assert output.count("already computed") >= 2 and "going on" in output
-    names = {path.name for path in killed.iterdir()}
+    names = {path.name for path in (kills / "killed").iterdir()}
     assert names == {"dpo.pt", "dpo_metrics.csv", "preferences.jsonl", "preferences.key",
                      "reference.json", "reference.key", "results.json", "sft.pt"}
     for name in names:
-        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+        files = [kills / folder / name for folder in ("whole", "killed")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
 
 
 def test_finished_phases_are_not_repeated_unless_something_they_depend_on_changed(
@@ -885,3 +931,8 @@ def test_flags_that_begin_again_and_go_on_contradict_each_other(capsys):
     with pytest.raises(SystemExit) as caught:
         train_dpo.main(["--fresh", "--resume"])
     assert caught.value.code == 2 and "choose" in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_and_kill(Path(sys.argv[1]))

@@ -3,8 +3,8 @@
     pytest tests/test_processes.py
     torchrun --nproc_per_node 2 tests/test_processes.py FOLDER      # what the two processes do
 
-The first command starts the second, which makes each run of RUNS and leaves its weights and metrics
-in a folder of their own. pytest then makes the same runs in one process and compares.
+The first command starts the second in the background, which makes each run of RUNS and leaves its
+weights and metrics in a folder of their own. pytest makes the same runs in one process, to compare.
 """
 
 import copy
@@ -12,11 +12,11 @@ import csv
 import itertools
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -112,7 +112,12 @@ def stop_in_step(number):
 
 
 def work(folder):
-    """What each of the two processes does: all RUNS, a stopped and resumed one, both commands."""
+    """What each of the two processes does: a wrong command, all RUNS, a stopped and resumed one,
+    both commands."""
+    try:
+        train_dpo.main(["--beta", "-1"])                        # before the processes are joined
+    except SystemExit as error:
+        (folder / f"code_{os.environ['RANK']}").write_text(str(error.code))
     for name in RUNS:
         calls, right = [], train_sft.sum_gradients              # which all loops call by update()
         train_sft.sum_gradients = lambda model: calls.append(1) or right(model)
@@ -134,12 +139,19 @@ def work(folder):
     train_dpo.main([*DPO, "--out", str(folder / "commands")])
 
 
-def torchrun(*arguments, **changes):
-    """Run a script in two processes until both end. Returns the CompletedProcess."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | changes
-    return subprocess.run(
+def torchrun(*arguments, **streams):
+    """Start a script in two processes. Returns the Popen of the process that waits for both."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True)
+         *map(str, arguments)], cwd=ROOT, env=environment, text=True, **streams)
+
+
+def start_pair(folder, **streams):
+    return torchrun(__file__, folder, **streams)
+
+
+BACKGROUND = {"pair": start_pair}           # see conftest.py
 
 
 def rows_of(path):
@@ -159,13 +171,9 @@ def assert_alike(left, right, within=2e-6):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair(in_background):
     """The folder of two processes that have done their `work`."""
-    folder = tmp_path_factory.mktemp("pair")
-    done = torchrun(__file__, folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "printed").write_text(done.stdout)
-    return folder
+    return in_background[start_pair].wait()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -275,18 +283,18 @@ def test_both_commands_write_under_torchrun_what_they_write_alone(folders):
 
 
 def test_the_first_process_alone_speaks(pair):
-    printed = (pair / "printed").read_text()
+    printed = (pair / "stdout").read_text()
     for line in ("starting from", "wrote", "DPO on", "SFT of", "held-out prompts, one sample"):
         count = printed.count(line)
         assert count == (3 if line == "wrote" else 1), line
 
 
-def test_bad_input_under_torchrun_is_said_once_by_the_script():
-    """torchrun adds a report of its own after the sentence."""
-    done = torchrun("train_dpo.py", "--beta", "-1")
-    assert done.returncode != 0
-    assert done.stderr.count("train_dpo.py: argument --beta: expected") == 1
-    assert "train_dpo.py, process 1" not in done.stderr
+def test_bad_input_under_torchrun_is_said_once_by_the_script(pair):
+    """Both processes end with 2."""
+    said = (pair / "stderr").read_text()
+    assert said.count("train_dpo.py: argument --beta: expected") == 1
+    assert "train_dpo.py, process 1" not in said
+    assert [(pair / f"code_{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
 
 
 @pytest.mark.parametrize("asked_before, said", [(0, True), (1, False)])
@@ -311,42 +319,37 @@ def test_an_error_is_said_by_the_process_that_has_it_first(asked_before, said, m
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can do this")
-def test_workers_do_not_outlive_a_torchrun_that_was_killed(tmp_path):
-    """They would wait for each other for hours, or go on writing where a new run has begun."""
-    script = tmp_path / "worker.py"
-    script.write_text("import os, sys, time, torch\n"
-                      "from runtime.parallel import join_processes\n"
-                      "join_processes(torch.device('cpu'))\n"
-                      "open(f'{sys.argv[1]}/{os.getpid()}.pid', 'w').close()\n"
-                      "time.sleep(300)\n")
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                 "--nproc_per_node", "2", script, tmp_path],
-                                env=os.environ | environment, stderr=subprocess.DEVNULL)
-    while len(workers := [path.stem for path in tmp_path.glob("*.pid")]) < 2:
-        assert launcher.poll() is None
-        time.sleep(0.05)
-
-    def runs(worker):
-        status = Path(f"/proc/{worker}/stat")
-        return status.exists() and status.read_text().rpartition(")")[2].split()[0] not in "ZX"
-    assert all(map(runs, workers))
-    launcher.kill()
-    launcher.wait()
-    until = time.monotonic() + 30
-    while any(map(runs, workers)) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not any(map(runs, workers))
+def test_workers_do_not_outlive_a_torchrun_that_was_killed():
+    """They would wait for each other for hours, or go on writing where a new run has begun. Here a
+    child stands for torchrun and its child for a worker; only they write to the pipe. So when
+    the child is killed, reading ends if the worker, too, has ended."""
+    reading, writing = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        if os.fork() == 0:
+            signal.alarm(60)                    # ends it if nothing else does
+            runtime.parallel.end_with_torchrun()
+            os.write(writing, b"ready")
+        signal.pause()
+        os._exit(1)
+    os.close(writing)
+    assert os.read(reading, 5) == b"ready"
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    assert select.select([reading], [], [], 30)[0] and os.read(reading, 5) == b""
+    os.close(reading)
 
 
 @pytest.mark.parametrize("left_over", [{"RANK": "1", "WORLD_SIZE": "2"},
                                        {"RANK": "abc", "WORLD_SIZE": "1", "LOCAL_RANK": "7"}])
-def test_variables_that_a_cluster_left_over_change_nothing(left_over):
+def test_variables_that_a_cluster_left_over_change_nothing(left_over, monkeypatch, capsys):
     """Only torchrun makes a run one of several processes."""
-    done = subprocess.run([sys.executable, "train_dpo.py", "--beta", "-1"], cwd=ROOT,
-                          env=os.environ | left_over, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("train_dpo.py: argument --beta: expected")
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        train_dpo.main(["--beta", "-1"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("train_dpo.py: argument --beta: expected")
 
 
 @pytest.mark.parametrize("module, argv, what", [
@@ -392,7 +395,7 @@ def test_a_batch_that_is_too_small_in_some_step_is_refused_before_the_first(tmp_
 def test_what_is_no_tensor_of_a_gpu_goes_by_way_of_the_cpu(monkeypatch, tmp_path):
     """By default PyTorch chooses only the accelerator's backend, which cannot send CPU tensors."""
     asked = []
-    monkeypatch.setattr(runtime.parallel, "end_with_torchrun", lambda: None)
+    monkeypatch.setattr(runtime.parallel, "end_with_torchrun", lambda: asked.append("end"))
     monkeypatch.setattr(runtime.parallel, "STORES", [])
     monkeypatch.setattr(runtime.parallel.dist, "rendezvous", lambda url: iter([("store", 1, 2)]))
     monkeypatch.setattr(runtime.parallel.dist, "init_process_group",
@@ -409,7 +412,7 @@ def test_what_is_no_tensor_of_a_gpu_goes_by_way_of_the_cpu(monkeypatch, tmp_path
     for device, expected in (("cuda", "cuda:1"), ("cpu", "cpu")):
         args = train_dpo.parse_args(["--device", device])
         assert set_up(args) == torch.device(expected)
-    assert asked == [1, "cpu:gloo,cuda:nccl", "gloo"]
+    assert asked == [1, "end", "cpu:gloo,cuda:nccl", "end", "gloo"]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")         # the first of them says so too
     with pytest.raises(UserError, match="more processes than the 2 cuda devices"):
         set_up(train_dpo.parse_args([]))
@@ -420,8 +423,7 @@ def test_what_is_no_tensor_of_a_gpu_goes_by_way_of_the_cpu(monkeypatch, tmp_path
 def test_two_gpus_end_with_the_weights_of_one(tmp_path):
     """Over NCCL, in float32, for which TF32 is not used."""
     flags = [*SFT, "--device", "cuda", "--precision", "float32"]
-    done = torchrun("train_sft.py", *flags, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert torchrun("train_sft.py", *flags, "--out", tmp_path / "two").wait() == 0
     train_sft.main([*flags, "--out", str(tmp_path / "one")])
     weights = [load_checkpoint(tmp_path / name / "sft.pt")[0].wte.weight for name in ("one", "two")]
     torch.testing.assert_close(*weights, rtol=0, atol=1e-4)

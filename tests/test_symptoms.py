@@ -6,6 +6,8 @@
 import csv
 import importlib.util
 import json
+import multiprocessing
+import pickle
 import re
 import shlex
 from pathlib import Path
@@ -120,7 +122,16 @@ def test_a_changed_file_is_one_that_train_dpo_reads(symptom, tmp_path):
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """The flags for a folder with a tiny SFT model and preferences, and a table of two runs of two
-    steps, one of which is stopped by the check that policy and reference start equal."""
+    steps, one of which is stopped by the check that policy and reference start equal. Their
+    processes are forks, which need not import PyTorch. Their arguments are such that those of new
+    processes could be."""
+    def fork(target, args, daemon):
+        return context.Process(target=pickle.loads(pickle.dumps(target)), daemon=daemon,
+                               args=pickle.loads(pickle.dumps(args)))
+    if not torch.cuda.is_available():               # with a card, a fork cannot train
+        context = multiprocessing.get_context("fork")
+        monkeypatch.setattr(symptoms, "multiprocessing", SimpleNamespace(
+            get_context=lambda method: {"spawn": SimpleNamespace(Process=fork)}[method]))
     monkeypatch.setattr(symptoms, "HEALTHY", "--steps 2 --max-new-tokens 4 --device cpu")
     monkeypatch.setattr(symptoms, "SYMPTOMS", [
         Symptom("healthy", "", "nothing"),
