@@ -99,7 +99,7 @@ def random_rankings(rows):
 
 SYMPTOMS = [
     Symptom("healthy", "", "nothing"),
-    Symptom("healthy_60", "", "nothing; its first 60 steps", "--steps 60"),
+    Symptom("healthy_60", "", "60 steps, 30 of them warm-up", "--steps 60"),
     Symptom("healthy_120", "", "nothing; its first 120 steps", "--steps 120"),
     # The loss stays at log 2.
     Symptom("lr_too_small", "stuck", "learning rate 1e-6", "--lr 1e-6"),
