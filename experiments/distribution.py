@@ -18,7 +18,7 @@ another on the same axis, and --of says of what:
                                   beta log(pi / pi_ref) of the chosen answer minus the rejected one
 
 To see margins over training, train with several --steps: the learning rate of DPO does not decay,
-so the first 40 steps of a long run are the run of --steps 40.
+so a run of at least twice as many steps as --warmup is the beginning of every longer one.
 """
 
 import textwrap

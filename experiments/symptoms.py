@@ -99,7 +99,7 @@ def random_rankings(rows):
 
 SYMPTOMS = [
     Symptom("healthy", "", "nothing"),
-    Symptom("healthy_60", "", "nothing; its first 60 steps", "--steps 60"),
+    Symptom("healthy_60", "", "60 steps, 30 of them warm-up", "--steps 60"),
     Symptom("healthy_120", "", "nothing; its first 120 steps", "--steps 120"),
     # The loss stays at log 2.
     Symptom("lr_too_small", "stuck", "learning rate 1e-6", "--lr 1e-6"),
@@ -268,9 +268,12 @@ def draw_symptoms(symptoms, out, path):
 def draw_metrics(ax, names, scale, metrics, colours):
     """One or two metrics of a run over its steps: the first solid, the second dashed. Held-out
     values are dots. Of log-probs only they are shown, if they were logged: those of a training
-    batch say more about the batch than about the run."""
+    batch say more about the batch than about the run. Neither is the last training value, if it is
+    the mean of fewer steps than the others."""
     for name, colour, line in zip(names, colours, ["-", "--"]):
         steps, values = metrics.get(name, ([], []))
+        if len(steps) > 1 and steps[-1] - steps[-2] < steps[0]:
+            steps, values = steps[:-1], values[:-1]
         held_out_steps, held_out = metrics.get(f"held_out_{name}", ([], []))
         dots = "o"
         if held_out and name.endswith("logp"):

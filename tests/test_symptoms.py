@@ -227,6 +227,10 @@ def test_the_pictures_say_what_their_axes_lines_and_dots_are(tmp_path, capsys):
     symptoms.draw_metrics(ax, ["chosen_logp"], 1, metrics, [BLUE])
     assert drawn == [[], [-21.0]]
 
+    drawn.clear()                           # 10 steps, 10 steps, and a last one
+    symptoms.draw_metrics(ax, ["loss"], 1, {"loss": ([10, 20, 21], [0.7, 0.5, 0.9])}, [BLUE])
+    assert drawn == [[0.7, 0.5], []]
+
 
 def test_a_run_that_stopped_at_step_0_is_not_drawn(tmp_path, monkeypatch):
     """Its log has held-out values, from before the first step, and no loss."""
