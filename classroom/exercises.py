@@ -177,6 +177,18 @@ EXERCISES = {exercise.number: exercise for exercise in [
          "test_where_nothing_has_moved_the_gradient_is_that_of_reinforce",
          "test_a_token_that_moved_far_enough_is_not_pushed_further_but_may_come_back",
          "test_clipped_value_loss_is_the_larger_of_two_errors_written_out"]),
+    Exercise(
+        14, "a round of online DPO",
+        "K answers of the policy of now, judged and ranked: K (K - 1) / 2 pairs; pi_ref as before",
+        ["experiments.online.sample_round"], [1, 2, 7, 8],
+        "the top of experiments/online.py; sample.sample_answers, sample.logps_of, ppo.judged",
+        ["test_a_round_compares_answers_of_the_policy_as_it_is_now",
+         "test_fresh_answers_have_the_log_probs_of_the_reference",
+         "test_the_judge_reads_each_prompt_once_followed_by_an_answer",
+         "test_every_round_draws_other_answers_and_the_same_in_another_run",
+         "test_the_better_answer_of_every_pair_is_the_chosen_one_and_ties_make_no_pair",
+         "test_equal_answers_are_never_compared_whatever_the_judge_says",
+         "test_a_round_in_which_all_answers_tie_is_refused"]),
 ]}
 
 

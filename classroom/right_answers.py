@@ -13,6 +13,11 @@ import torch.nn.functional as F
 
 from classroom.exercises import functions, parse, split_target
 from classroom.rules import text_to_grade
+from data import Encoded, ranking_to_pairs
+from experiments.ppo import judged
+from runtime.errors import UserError
+from sample import logps_of, sample_answers
+from tasks.sampled import rank_answers
 from train_dpo import implicit_reward, log_partition, plackett_luce
 
 
@@ -191,6 +196,33 @@ class Loops:
             losses.append(torch.maximum((value - wanted) ** 2, (near - wanted) ** 2) / 2)
         return torch.stack(losses)
 
+    def sample_round(policy, reference, prompts, score_answers, eot, number, args):
+        one_each = []
+        for prompt in prompts:
+            for _ in range(args.samples):
+                one_each.append(Encoded(prompt, [], []))
+        seed = 10**6 * (args.seed + 1) + number
+        sampled = sample_answers(policy, [item.prompt for item in one_each], args.max_new_tokens,
+                                 seed, eot)
+        for item, answer in zip(one_each, sampled):
+            item.answers.append(answer)
+        rewards = judged(one_each, score_answers, eot, args)
+        found = []
+        for n, prompt in enumerate(prompts):
+            answers, their_rewards = [], []
+            for k in range(n * args.samples, (n + 1) * args.samples):
+                if sampled[k] not in answers:
+                    answers.append(sampled[k])
+                    their_rewards.append(rewards[k])
+            row = rank_answers(prompt, answers, their_rewards)
+            if row is not None:
+                item = Encoded(prompt, row["answers"], ranking_to_pairs(row["ranking"]))
+                item.ref_logps = logps_of(reference, [item], args.row_length)[0]
+                found.append(item)
+        if len(found) == 0:
+            raise UserError(f"round {number + 1}: no prompt got two answers of different reward")
+        return found, sampled, rewards
+
 
 class Vectorised:
     """No loop at all."""
@@ -321,6 +353,26 @@ class Vectorised:
         errors = torch.stack([values - returns, clipped - returns]) ** 2
         return errors.max(0).values / 2
 
+    def sample_round(policy, reference, prompts, score_answers, eot, number, args):
+        K = args.samples
+        asked = [prompts[i // K] for i in range(K * len(prompts))]
+        answers = sample_answers(policy, asked, args.max_new_tokens,
+                                 10**6 * (args.seed + 1) + number, eot)
+        items = [Encoded(prompt, [answer], []) for prompt, answer in zip(asked, answers)]
+        rewards = judged(items, score_answers, eot, args)
+        different = [i for i in range(len(answers))
+                     if answers[i] not in answers[i - i % K:i]]
+        rows = [rank_answers(prompt, [answers[i] for i in different if i // K == n],
+                             [rewards[i] for i in different if i // K == n])
+                for n, prompt in enumerate(prompts)]
+        ranked = [Encoded(row["prompt"], row["answers"], ranking_to_pairs(row["ranking"]))
+                  for row in rows if row]
+        if not ranked:
+            raise UserError(f"round {number + 1}: no prompt got two answers of different reward")
+        ref_logps = logps_of(reference, ranked, args.row_length)
+        return [Encoded(item.prompt, item.answers, item.pairs, logps)
+                for item, logps in zip(ranked, ref_logps)], answers, rewards
+
 
 class Terse:
     """Other formulas for the same numbers."""
@@ -445,6 +497,28 @@ class Terse:
     def clipped_value_loss(values, old_values, returns, clip):
         clipped = old_values + torch.clip(values - old_values, -clip, clip)
         return 0.5 * torch.max((values - returns).abs(), (clipped - returns).abs()).square()
+
+    def sample_round(policy, reference, prompts, score_answers, eot, number, args):
+        asked = sum(([prompt] * args.samples for prompt in prompts), [])
+        answers = sample_answers(policy, asked, args.max_new_tokens,
+                                 1_000_000 + args.seed * 1_000_000 + number, eot)
+        rewards = judged([Encoded(x, [y], []) for x, y in zip(asked, answers)], score_answers, eot,
+                         args)
+        items = []
+        for start in range(0, len(asked), args.samples):
+            mine = range(start, start + args.samples)
+            # Of equal rewards and of equal answers, the first one stays.
+            kept = [i for i in mine if all(rewards[i] != rewards[j] and answers[i] != answers[j]
+                                           for j in range(start, i))]
+            if len(kept) > 1:
+                pairs = [(a, b) for a, i in enumerate(kept) for b, j in enumerate(kept)
+                         if rewards[i] > rewards[j]]
+                items.append(Encoded(asked[start], [answers[i] for i in kept], pairs))
+        if not items:
+            raise UserError(f"round {number + 1}: no prompt got two answers of different reward")
+        for i, logps in enumerate(logps_of(reference, items, args.row_length)):
+            items[i].ref_logps = logps
+        return items, answers, rewards
 
 
 def solutions_of(exercise):

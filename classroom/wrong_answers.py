@@ -1187,6 +1187,67 @@ def beta_goes_the_other_way(right, self, kl, n_answers):
 
 
 # ------------------------------------------------------------------------------------------------
+# experiments/: a round of online DPO
+# ------------------------------------------------------------------------------------------------
+
+
+@replaces("experiments.online.sample_round",
+          "test_a_round_compares_answers_of_the_policy_as_it_is_now")
+def answers_of_round_0_again(right, policy, reference, *more):
+    """Every round ranks answers of the SFT model: that is offline DPO with more of them."""
+    return right(reference, reference, *more)
+
+
+@replaces("experiments.online.sample_round",
+          "test_fresh_answers_have_the_log_probs_of_the_reference")
+def reference_moves_with_the_policy(right, policy, reference, *more):
+    """TRL #1824: each round starts from the last one's result as its reference, so nothing keeps
+    the policy near the SFT model, and the KL that is reported is that of one round."""
+    return right(policy, policy, *more)
+
+
+@replaces("experiments.online.sample_round",
+          "test_fresh_answers_have_the_log_probs_of_the_reference")
+def reference_logps_of_stale_answers(right, policy, reference, prompts, score_answers, eot, number,
+                                     args):
+    """The log-probs are computed once, as in offline DPO, and belong to answers of an earlier
+    round."""
+    fresh, *rest = right(policy, reference, prompts, score_answers, eot, number, args)
+    stale, *_ = right(policy, reference, prompts, score_answers, eot, number + 1, args)
+    for item, earlier in zip(fresh, itertools.cycle(stale)):
+        ref_logps = itertools.cycle(earlier.ref_logps)
+        item.ref_logps = list(itertools.islice(ref_logps, len(item.answers)))
+    return fresh, *rest
+
+
+@replaces("experiments.online.sample_round",
+          "test_the_judge_reads_each_prompt_once_followed_by_an_answer")
+def judge_reads_the_prompt_twice(right, policy, reference, prompts, score_answers, *more):
+    """The judge joins prompt and answer itself, but is given the whole text as the answer."""
+    def judge(items):
+        return score_answers([replace(item, answers=[[*item.prompt, *item.answers[0]]])
+                              for item in items])
+    return right(policy, reference, prompts, judge, *more)
+
+
+@replaces("experiments.online.sample_round",
+          "test_every_round_draws_other_answers_and_the_same_in_another_run")
+def same_random_numbers_in_each_round(right, policy, reference, prompts, score_answers, eot, number,
+                                      args):
+    """The seed is that of the run in every round, so a policy that has moved little writes nearly
+    the same answers again."""
+    return right(policy, reference, prompts, score_answers, eot, 0, args)
+
+
+@replaces("experiments.online.rank_answers",
+          "test_the_better_answer_of_every_pair_is_the_chosen_one_and_ties_make_no_pair")
+def ties_kept_in_a_round(right, prompt, answers, rewards):
+    """Answers of equal reward are compared as well: the one that was sampled first wins."""
+    ranking = sorted(range(len(answers)), key=lambda i: -rewards[i])
+    return {"prompt": prompt, "answers": answers, "ranking": ranking, "rewards": rewards}
+
+
+# ------------------------------------------------------------------------------------------------
 # What the mutants return
 # ------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ batches in a different order each time:
     sft_chosen      maximum likelihood on the best answer to each prompt, for several epochs
     ppo             RLHF: PPO with a reward model of the same pairs, for several targets of the KL
     ppo_gt          PPO with the ground-truth reward, for the same targets
+    online          DPO on the policy's own answers, ranked by that reward model, for several betas
 
 Each policy is measured as in train_dpo.py: ground-truth reward, well-formedness (or what the judge
 of imdb says) and sampled KL to the SFT model, on held-out prompts at temperature 1. For comparison,
@@ -48,7 +49,7 @@ from tqdm import tqdm
 import train_dpo
 import train_sft
 from data import Encoded
-from experiments import ppo, reward_model
+from experiments import online, ppo, reward_model
 from experiments.best_of import best_of, sample_and_measure
 from experiments.plot import BLUE, GOLD, GREEN, GREY, ORANGE, PURPLE, pyplot, save
 from model import GPT
@@ -69,6 +70,7 @@ BETAS = [0.15, 0.25, 0.5, 1.5, 5]
 STEPS = [90, 120, 135, 176, 300]        # of unlikelihood; an epoch of pairs has about 176
 EPOCHS = [1, 4, 16]                     # of sft_chosen
 TARGETS = [1, 2, 4]                     # KL of ppo and ppo_gt, in nats
+ONLINE_BETAS = [0.3, 0.5, 1]            # of online
 GOAL = 0.3                              # reward, for the comparison of costs
 NUMBERS = [1, 2, 4, 8, 16, 32, 64, 128]     # N of best of N
 
@@ -102,6 +104,8 @@ def settings():
         flags = ["--target-kl", str(target), "--epochs", PPO_EPOCHS]
         yield "ppo", f"KL {target}", ["--reward", "learned", *flags]
         yield "ppo_gt", f"KL {target}", ["--reward", "ground_truth", *flags]
+    for beta in ONLINE_BETAS:
+        yield "online", f"beta {beta}", ["--beta", str(beta)]
 
 
 @dataclass
@@ -157,8 +161,8 @@ def train_method(start, method, flags, folder):
     """Train a copy of the SFT model with one of the methods. Returns the policy."""
     policy = copy.deepcopy(start.model)
     remove_training_state(folder)   # an interrupted run starts over
-    if method in ("ppo", "ppo_gt"):
-        train_with_ppo(policy, start, flags, folder)
+    if method in ("ppo", "ppo_gt", "online"):
+        train_on_own_answers(policy, start, method, flags, folder)
     else:
         train_on_preferences(policy, start, method, flags, folder)
     remove_training_state(folder)   # the run has finished
@@ -182,15 +186,17 @@ def train_on_preferences(policy, start, method, flags, folder):
     module.train(policy, training, held_out, args)
 
 
-def train_with_ppo(policy, start, flags, folder):
-    """Train the policy with PPO on the prompts of the preferences, in place."""
-    args = ppo.parse_args(flags)
+def train_on_own_answers(policy, start, method, flags, folder):
+    """Train the policy with PPO or online DPO on the prompts of the preferences, in place."""
+    module = online if method == "online" else ppo
+    args = module.parse_args(flags)
     args.out, args.log_every = folder, 1
+    args.row_length = start.row_length
     args.reward_model = folder.parent / "reward.pt"
     prompts = [list(item.prompt) for item in start.training]
     score_answers, _ = ppo.reward_function(start.tokenizer, start.tokenizer_name, policy.device,
                                            args)
-    ppo.train(policy, start.model, prompts, score_answers, start.tokenizer.eot_token, args)
+    module.train(policy, start.model, prompts, score_answers, start.tokenizer.eot_token, args)
 
 
 def remove_training_state(folder):
@@ -206,10 +212,18 @@ def train_and_measure(start, args, method, flags, folder):
     seconds = time.process_time() - began
     tokens = 0
     if method in ("ppo", "ppo_gt"):
-        with open(folder / "ppo_metrics.csv", newline="") as file:
-            lengths = [float(row["length"]) for row in csv.DictReader(file)]
-        tokens = round(ppo.parse_args(flags).batch * sum(lengths))
-    return {**measure_policy(policy, start, args), "seconds": seconds, "sampled_tokens": tokens}
+        answers = ppo.parse_args(flags).batch
+        tokens = sum(answers * float(row["length"]) for row in rows_of(folder / "ppo_metrics.csv"))
+    elif method == "online":
+        tokens = sum(float(row["answers"]) * float(row["length"])
+                     for row in rows_of(folder / "online_metrics.csv") if row["answers"])
+    return {**measure_policy(policy, start, args), "seconds": seconds,
+            "sampled_tokens": round(tokens)}
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def computed_once(folder, config, compute, *arguments):
@@ -266,13 +280,16 @@ STYLES = {"dpo": (BLUE, "o", "-", "DPO, pairs"),
           "sft_chosen": (PURPLE, "s", ":", "SFT on the chosen answers"),
           "unlikelihood": (ORANGE, "X", "-.", "unlikelihood"),
           "ppo": (GOLD, "v", "-", "PPO, learned reward"),
-          "ppo_gt": (GOLD, "P", "--", "PPO, true reward")}
+          "ppo_gt": (GOLD, "P", "--", "PPO, true reward"),
+          "online": (BLUE, "D", "--", "DPO, own answers")}
 # Where the names stand for the reviews task: KL and reward, or KL and share of well-formed texts.
 NAME_PLACES = {
     "reward": {"dpo": (5.9, 0.46), "plackett_luce": (4.95, 0.43), "sft_chosen": (1.25, 0.222),
-               "unlikelihood": (4.6, 0.355), "ppo": (4.75, 0.575), "ppo_gt": (4.75, 0.64)},
+               "unlikelihood": (4.6, 0.355), "ppo": (4.75, 0.575), "ppo_gt": (4.75, 0.64),
+               "online": (3.55, 0.52)},
     "well_formed": {"dpo": (5.5, 0.65), "plackett_luce": (4.95, 0.78), "sft_chosen": (0.1, 0.74),
-                    "unlikelihood": (6.9, 0.57), "ppo": (4.85, 0.975), "ppo_gt": (4.75, 0.92)}}
+                    "unlikelihood": (6.9, 0.57), "ppo": (4.85, 0.975), "ppo_gt": (4.75, 0.92),
+                    "online": (3.6, 0.885)}}
 
 REWARD = {"well_formed": "ground-truth reward, from -1 to 1",
           "judge": "probability of a favourable text, labeller"}
@@ -416,7 +433,7 @@ def main(argv=None):
     reference = computed_once(args.out / "reference", {**shared, "numbers": NUMBERS},
                               measure_reference, start, args, NUMBERS)
     learned = None
-    if "ppo" in own.only:
+    if {"ppo", "online"} & set(own.only):
         learned = computed_once(args.out / "reward_model", shared, fit_reward_model, start, args)
     runs = {}
     for name, method, own_flags in tqdm(list(grid(own.seeds, own.only)), "runs", disable=None):

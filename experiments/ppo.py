@@ -200,15 +200,23 @@ def rollout(policy, value_model, reference, prompts, score_answers, eot, step, a
     seed = 10**6 * (args.seed + 1) + step               # other answers in every step
     answers = sample_answers(policy, prompts, args.max_new_tokens, seed, eot)
     items = [Encoded(prompt, [answer], []) for prompt, answer in zip(prompts, answers)]
-    scores = score_answers(items)
-    if task_of(args).answers_must_end:
-        scores = [r if answer[-1] == eot else UNFINISHED for r, answer in zip(scores, answers)]
+    scores = judged(items, score_answers, eot, args)
     logps = by_token(policy, policy.token_logps, items)                     # (N, L)
     ref_logps = by_token(reference, reference.token_logps, items)
     values = by_token(value_model, value_model.values, items)
     lengths = torch.tensor([len(answer) for answer in answers], device=policy.device)
     mask = torch.arange(logps.size(1), device=policy.device) < lengths[:, None]
     return Rollout(items, mask, logps, ref_logps, values, logps.new_tensor(scores))
+
+
+def judged(items, score_answers, eot, args):
+    """The rewards of the answers of a list of Encoded, one each, with that of unfinished answers. A
+    list."""
+    rewards = score_answers(items)
+    if task_of(args).answers_must_end:
+        rewards = [r if item.answers[0][-1] == eot else UNFINISHED
+                   for r, item in zip(rewards, items)]
+    return rewards
 
 
 def advantages_and_returns(rolled, beta):
@@ -390,14 +398,20 @@ def reward_function(tokenizer, tokenizer_name, device, args):
         model, model.rewards, items, row_length, "rewards")], fingerprint(model)
 
 
-def parse_args(argv):
-    parser = Parser(__doc__)
-    add_task_flags(parser)
+def add_reward_flags(parser):
+    """The flags of reward_function."""
     add = parser.group("the run")
-    add("--sft", type=path_type, help="checkpoint to start from (default: sft.pt of the run)")
     add("--reward", choices=["learned", "ground_truth"], default="learned",
         help="the reward model, or the task's own reward if it has one (default learned)")
     add("--reward-model", type=path_type, help="default: reward.pt of the run")
+
+
+def parse_args(argv):
+    parser = Parser(__doc__)
+    add_task_flags(parser)
+    parser.group("the run")(
+        "--sft", type=path_type, help="checkpoint to start from (default: sft.pt of the run)")
+    add_reward_flags(parser)
     add = parser.group("PPO")
     add("--preset", choices=PRESETS,
         help="a row of the table PRESETS in this file, with --batch, --lr, --epochs and the flags "
@@ -420,10 +434,15 @@ def parse_args(argv):
     return args
 
 
-def check_flags(args):
-    """Raise UserError for flags that contradict each other."""
+def check_reward(args):
+    """Raise UserError if the task does not have the reward of --reward."""
     if args.reward == "ground_truth" and not task_of(args).has_reward:
         raise UserError("--reward ground_truth: only reviews and imdb have one")
+
+
+def check_flags(args):
+    """Raise UserError for flags that contradict each other."""
+    check_reward(args)
     if args.batch % args.minibatch:
         raise UserError(f"--batch {args.batch} is not a multiple of --minibatch {args.minibatch}")
     if args.target_kl and (args.beta == 0 or args.batch >= 5 * args.horizon):

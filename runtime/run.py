@@ -29,7 +29,8 @@ from runtime.parallel import all_reduce, barrier, process_rank, world_size
 # The flags that a run and its resumption must share.
 SAME_ON_RESUME = ["batch", "epochs", "steps", "seed", "lr", "warmup", "weight_decay", "clip",
                   "beta", "loss", "row_length", "compile", "log_every", "eval_every",
-                  "reward", "minibatch", "critic_lr", "target_kl", "horizon"]      # of PPO
+                  "reward", "minibatch", "critic_lr", "target_kl", "horizon",      # of PPO
+                  "rounds", "samples"]                                             # of online DPO
 
 
 class Run:
@@ -115,9 +116,9 @@ class Run:
         self.flags = {name: getattr(self.args, name) for name in SAME_ON_RESUME
                       if hasattr(self.args, name)}
         self.flags |= {"device": self.model.device.type, "precision": str(self.model.precision)}
-        self.digests = {"weights to start from": fingerprint(self.model),
+        self.digests = {**self.more_digests, "weights to start from": fingerprint(self.model),
                         "data": fingerprint(self.batches.encoded),
-                        "held-out data": fingerprint(self.held_out), **self.more_digests}
+                        "held-out data": fingerprint(self.held_out)}
         if resuming:
             self.load(saved)
         elif self.args.resume:

@@ -29,7 +29,9 @@ from experiments import (
     curves,
     distribution,
     frontier,
+    online,
     ppo,
+    probe,
     reward_model,
     symptoms,
     win_rate,
@@ -76,7 +78,7 @@ def refused(main, argv, capsys):
 
 
 @pytest.mark.parametrize("module", [best_of, frontier, curves, distribution,
-                                    win_rate, reward_model, ppo, symptoms])
+                                    win_rate, reward_model, ppo, symptoms, online, probe])
 def test_every_flag_is_read(module):
     source = Path(module.__file__).read_text()
     root = Path(sample.__file__).parent
@@ -127,7 +129,7 @@ def test_a_saved_picture_has_few_lines_and_is_the_one_that_matplotlib_draws(tmp_
 def small(monkeypatch, run):
     """A grid of one run per method, with preferences copied from a file instead of sampled."""
     for name, value in {"BETAS": [0.5], "STEPS": [2], "EPOCHS": [1], "NUMBERS": [1, 2],
-                        "TARGETS": [1]}.items():
+                        "TARGETS": [1], "ONLINE_BETAS": [0.5]}.items():
         monkeypatch.setattr(frontier, name, value)
     small = ppo.PRESETS["small"] | {"batch": 32, "minibatch": 32, "epochs": 1}
     monkeypatch.setattr(ppo, "PRESETS", {"small": small})
@@ -135,6 +137,7 @@ def small(monkeypatch, run):
     def copied(task, model, tokenizer, sample_answers, args):
         task.source(args).write_bytes((run / "pairs.jsonl").read_bytes())
     monkeypatch.setattr(sampled.SampledTask, "sample_preferences", copied)
+    monkeypatch.setattr(sampled.SampledTask, "answers_must_end", False)     # an untrained one's
     return ("--seeds 1 --eval-prompts 6 --max-new-tokens 6 --warmup 1 --device cpu --sft "
             f"{run / 'sft.pt'}").split()
 
@@ -143,7 +146,7 @@ def no_picture(monkeypatch):
     monkeypatch.setattr(frontier, "draw_frontier", lambda *_: None)
 
 
-METHODS = ["dpo", "plackett_luce", "unlikelihood", "sft_chosen", "ppo", "ppo_gt"]
+METHODS = ["dpo", "plackett_luce", "unlikelihood", "sft_chosen", "ppo", "ppo_gt", "online"]
 
 
 def without_seconds(path):
@@ -164,16 +167,17 @@ def test_the_frontier_trains_each_method_from_one_start_and_measures_it(small, t
     numbers = json.loads((tmp_path / "frontier.json").read_text())
     assert list(numbers["runs"]) == ["dpo, beta 0.5, 0", "plackett_luce, beta 0.5, 0",
                                      "unlikelihood, 2 steps, 0", "sft_chosen, 1 epochs, 0",
-                                     "ppo, KL 1, 0", "ppo_gt, KL 1, 0"]
-    assert len(started) == 6 and all(torch.equal(started[0], other) for other in started)
+                                     "ppo, KL 1, 0", "ppo_gt, KL 1, 0", "online, beta 0.5, 0"]
+    assert len(started) == 7 and all(torch.equal(started[0], other) for other in started)
     found = [run["measures"] for run in numbers["runs"].values()]
-    assert len({m["kl"] for m in found}) == 6           # six policies, none of them the reference
+    assert len({m["kl"] for m in found}) == 7         # seven policies, none of them the reference
     assert all(m["kl"] != 0 and {"reward", "reward_se", "kl_se", "well_formed"} <= set(m)
                and "win_rate" not in m for m in found)
     assert list(numbers["reference"]["best_of"]) == ["N = 1", "N = 2"]
     assert 0 <= numbers["reward_model"]["accuracy"] <= 1
-    for run in numbers["runs"].values():                # only PPO samples while it trains
-        assert run["seconds"] > 0 and (run["sampled_tokens"] > 0) == ("ppo" in run["method"])
+    for run in numbers["runs"].values():
+        samples_while_it_trains = run["method"] in ("ppo", "ppo_gt", "online")
+        assert run["seconds"] > 0 and (run["sampled_tokens"] > 0) == samples_while_it_trains
 
 
 def test_only_the_methods_asked_for_are_run(small, tmp_path, monkeypatch, capsys):
@@ -296,7 +300,7 @@ def test_the_frontier_is_drawn_with_axes_and_names_and_is_the_same_every_time(tm
     for words in ("KL to the SFT model, nats", "ground-truth reward, from -1 to 1",
                   "share of well-formed texts", "best of", "unlikelihood", "beta 0.5",
                   "beta 0.1: KL 9", "the best possible", "PPO, true reward",
-                  "PPO, learned reward"):
+                  "PPO, learned reward", "DPO, own answers"):
         assert f"<!-- {words}" in picture, words
     assert_has_no_background(picture)
     assert (tmp_path / "again.svg").read_text() == picture

@@ -27,7 +27,8 @@ ORDER = [
     "train_dpo",
     "experiments.plot experiments.squeezing experiments.best_of experiments.packed_row "
     "experiments.curves experiments.distribution experiments.reward_model experiments.ppo "
-    "experiments.credit experiments.frontier experiments.win_rate experiments.benchmark",
+    "experiments.credit experiments.online experiments.probe experiments.frontier "
+    "experiments.win_rate experiments.benchmark",
     "classroom.exercises classroom.rules classroom.probes classroom.sandbox classroom.child "
     "classroom.wrong_answers classroom.copies classroom.right_answers classroom.assignment "
     "classroom.course",

@@ -36,7 +36,7 @@ import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
 from classroom import assignment  # noqa: E402
 from data import Batches, Encoded  # noqa: E402
-from experiments import benchmark, curves, frontier, ppo, reward_model  # noqa: E402
+from experiments import benchmark, curves, frontier, online, ppo, reward_model  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from runtime.cli import set_up  # noqa: E402
 from runtime.errors import UserError  # noqa: E402
@@ -55,6 +55,7 @@ RUNS = {
     **{loss: (train_dpo, dict(batch=11, loss=loss)) for loss in train_dpo.LOSSES},
     "reward model": (reward_model, dict(batch=13)),
     "PPO": (ppo, dict(batch=8, minibatch=4, accumulate=2, max_new_tokens=8, critic_lr=1e-2)),
+    "online": (online, dict(batch=13, samples=3, rounds=2, accumulate=2, max_new_tokens=8)),
 }
 STEPS = 4
 SFT = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 64 --reviews 600 --batch 93 --lr 2e-2 "
@@ -69,7 +70,7 @@ def train(name, out, **changes):
     args = script.parse_args(["--device", "cpu"])
     flags = flags | changes | dict(out=out, row_length=32, steps=STEPS, lr=1e-2, warmup=2,
                                    log_every=2)
-    if script is not ppo:
+    if script not in (ppo, online):
         flags["eval_every"] = 2
     for flag, value in flags.items():
         assert hasattr(args, flag), flag
@@ -85,10 +86,10 @@ def train(name, out, **changes):
              for n, draw in enumerate(torch.randint(0, 20, (7, 12), generator=numbers).tolist())]
     if script is train_sft:
         items = [Encoded(item.prompt, item.answers[:1], []) for item in items]
-    if script is ppo:
+    if script in (ppo, online):
         reference, prompts = copy.deepcopy(model), [item.prompt for item in items]
-        ppo.train(model, reference, prompts, lambda items: [len(item.answers[0]) / 8
-                                                            for item in items], 0, args)
+        script.train(model, reference, prompts, lambda items: [len(item.answers[0]) / 8
+                                                               for item in items], 0, args)
         return model
     if script is reward_model:
         model = ScalarGPT.from_gpt(model).double()
