@@ -6,6 +6,7 @@
 import csv
 import importlib.util
 import json
+import math
 import multiprocessing
 import pickle
 import re
@@ -156,9 +157,9 @@ def test_each_run_is_trained_with_its_mistake_and_measured_without(small, tmp_pa
                for name in ("healthy", "wrong_start")}
     assert {"reward", "kl", "win_rate", "accuracy", "seconds"} <= set(results["healthy"])
     assert "the policy does not start at its reference" in results["wrong_start"]["stopped"]
-    zero = torch.zeros(2)
-    losses, _ = train_dpo.dpo_loss(zero, zero + 5, torch.tensor([0]), torch.tensor([1]), 0.1)
-    assert losses.item() == pytest.approx(0.6931, abs=1e-4)
+    losses, _ = train_dpo.dpo_loss(torch.zeros(2), torch.tensor([5.0, 0.0]), torch.tensor([0]),
+                                   torch.tensor([1]), 0.1)
+    assert losses.item() == pytest.approx(math.log(1 + math.exp(0.5)))      # rewards -0.5 and 0
     assert "| `wrong_start` | stopped |" in (tmp_path / "symptoms.md").read_text()
 
     trained = []
