@@ -217,8 +217,8 @@ class Loops:
             row = rank_answers(prompt, answers, their_rewards)
             if row is not None:
                 item = Encoded(prompt, row["answers"], ranking_to_pairs(row["ranking"]))
-                item.ref_logps = logps_of(reference, [item], args.row_length)[0]
-                found.append(item)
+                [ref_logps] = logps_of(reference, [item], args.row_length)
+                found.append(Encoded(prompt, item.answers, item.pairs, ref_logps))
         if len(found) == 0:
             raise UserError(f"round {number + 1}: no prompt got two answers of different reward")
         return found, sampled, rewards
@@ -513,12 +513,11 @@ class Terse:
             if len(kept) > 1:
                 pairs = [(a, b) for a, i in enumerate(kept) for b, j in enumerate(kept)
                          if rewards[i] > rewards[j]]
-                items.append(Encoded(asked[start], [answers[i] for i in kept], pairs))
+                items.append((asked[start], [answers[i] for i in kept], pairs))
         if not items:
             raise UserError(f"round {number + 1}: no prompt got two answers of different reward")
-        for i, logps in enumerate(logps_of(reference, items, args.row_length)):
-            items[i].ref_logps = logps
-        return items, answers, rewards
+        ref_logps = logps_of(reference, [Encoded(*item) for item in items], args.row_length)
+        return [Encoded(*item, logps) for item, logps in zip(items, ref_logps)], answers, rewards
 
 
 def solutions_of(exercise):

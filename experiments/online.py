@@ -71,8 +71,9 @@ def sample_round(policy, reference, prompts, score_answers, eot, number, args):
             items.append(Encoded(row["prompt"], row["answers"], ranking_to_pairs(row["ranking"])))
     if not items:
         raise UserError(f"round {number + 1}: no prompt got two answers of different reward")
-    for item, ref_logps in zip(items, logps_of(reference, items, args.row_length)):
-        item.ref_logps = ref_logps                      # of the fresh answers
+    ref_logps = logps_of(reference, items, args.row_length)             # of the fresh answers
+    items = [Encoded(item.prompt, item.answers, item.pairs, logps)
+             for item, logps in zip(items, ref_logps)]
     return items, sampled, rewards
 
 

@@ -928,10 +928,10 @@ def test_each_written_question_has_a_rubric_of_three_levels():
 
 
 def test_every_experiment_has_a_threshold_and_every_page_of_the_reading_order_exists():
-    titles = re.findall(r"^### (\d)\. ", GUIDE, re.M)
-    assert titles == [str(n) for n in range(1, 10)]
+    titles = re.findall(r"^### (\d+)\. ", GUIDE, re.M)
+    assert titles == [str(n) for n in range(1, 11)]
     thresholds = GUIDE[GUIDE.index("### Thresholds"):GUIDE.index("### 1. ")]
-    assert re.findall(r"^\| (\d) \|", thresholds, re.M) == titles
+    assert re.findall(r"^\| (\d+) \|", thresholds, re.M) == titles
     pages = set(re.findall(r"`(docs/\w+\.md)`", GUIDE))
     assert len(pages) >= 8 and all((ROOT / page).exists() for page in pages)
 
