@@ -137,7 +137,10 @@ def small(monkeypatch, run):
     def copied(task, model, tokenizer, sample_answers, args):
         task.source(args).write_bytes((run / "pairs.jsonl").read_bytes())
     monkeypatch.setattr(sampled.SampledTask, "sample_preferences", copied)
-    monkeypatch.setattr(sampled.SampledTask, "answers_must_end", False)     # an untrained one's
+    # An untrained model's answers do not end and have no opinion.
+    monkeypatch.setattr(sampled.SampledTask, "answers_must_end", False)
+    monkeypatch.setattr(reviews.Reviews, "reward",
+                        lambda task, args: lambda texts: [len(text) % 5 / 5 for text in texts])
     return ("--seeds 1 --eval-prompts 6 --max-new-tokens 6 --warmup 1 --device cpu --sft "
             f"{run / 'sft.pt'}").split()
 

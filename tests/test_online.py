@@ -79,6 +79,7 @@ def test_fresh_answers_have_the_log_probs_of_the_reference(tmp_path):
 
 
 def test_the_judge_reads_each_prompt_once_followed_by_an_answer(tmp_path):
+    """As it read them in the preferences that it was fitted to."""
     args, policy, read = flags(tmp_path), gpt(1), []
 
     def judge(items):
@@ -129,6 +130,7 @@ def test_equal_answers_are_never_compared_whatever_the_judge_says(tmp_path):
 
 
 def test_a_round_in_which_all_answers_tie_is_refused(tmp_path):
+    """There is nothing to learn from it."""
     with pytest.raises(UserError, match="round 3: no prompt got two answers of different reward"):
         sample_round(gpt(), gpt(), PROMPTS, lambda items: [UNFINISHED] * len(items), EOT, 2,
                      flags(tmp_path))
