@@ -308,4 +308,5 @@ def pytest_collection_finish(session):
                 folder = tempfile.TemporaryDirectory()
                 session.config.add_cleanup(folder.cleanup)
                 STARTED[start] = Background(start, Path(folder.name))
+                session.config.add_cleanup(functools.partial(STARTED.pop, start))
                 session.config.add_cleanup(STARTED[start].stop)
