@@ -175,3 +175,21 @@ def test_the_reading_path_exists_and_is_short():
         for name in re.findall(r"`(\w+)`", cell):
             total += nodes[name].end_lineno - nodes[name].lineno + 1
     assert len(rows) == 5 and 250 < total <= 450
+
+
+# Files that a user has or that a command writes, and that are named in a docstring.
+NOT_OURS = {"EXERCISES.md", "tests/adapters.py", "my_tests.py", "symptoms.md"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_and_commands_named_in_docstrings_exist(module):
+    """(tests/test_readme.py checks those in the documents.)"""
+    path = path_of(module)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
+            continue
+        text = ast.get_docstring(node) or ""
+        for name in set(re.findall(r"[\w/-]+\.(?:py|md)\b", text)) - NOT_OURS:
+            assert (ROOT / name).exists() or (path.parent / name).exists(), name
+        for name in re.findall(r"python -m ([\w.]+)", text):
+            assert path_of(name).exists(), name
