@@ -252,7 +252,7 @@ class Batch:
     answer: torch.Tensor        # (B, T) 1, 2, ... in each group; 0 = prompt or padding
     source: torch.Tensor        # (S,) flat index of the token whose logits predict a scored token
     target: torch.Tensor        # (S,) id of the scored token
-    owner: torch.Tensor         # (S,) answer it belongs to, in [0, N - 1]
+    answer_of: torch.Tensor     # (S,) answer it belongs to, in [0, N - 1]
     last: torch.Tensor          # (N,) flat index of each answer's last token
     chosen: torch.Tensor        # (P,) answers in [0, N - 1]
     rejected: torch.Tensor      # (P,)
@@ -308,8 +308,8 @@ def write_rows(pieces, starts, row_length):
     tokens = np.zeros(shape, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
     group = np.full(shape, -1)
-    answer_of = np.zeros(shape, dtype=np.int64)
-    source, target, owner = [], [], []                  # an array for each answer
+    in_group = np.zeros(shape, dtype=np.int64)
+    source, target, answer_of = [], [], []              # an array for each answer
     last = {}                                           # {answer: flat index of its last token}
     for g, (piece, (row, start)) in enumerate(zip(pieces, starts)):
         n = len(piece.prompt)
@@ -317,10 +317,10 @@ def write_rows(pieces, starts, row_length):
         tokens[row, start:column] = piece.prompt
         positions[row, start:column] = np.arange(n)
         last_of_prompt = row * row_length + column - 1
-        for k, (answer, number) in enumerate(zip(piece.answers, piece.owners), 1):
+        for k, (answer, number) in enumerate(zip(piece.answers, piece.numbers), 1):
             end = column + len(answer)
             tokens[row, column:end] = answer
-            answer_of[row, column:end] = k
+            in_group[row, column:end] = k
             positions[row, column:end] = np.arange(n, n + len(answer))
             # A token is predicted at the one before it. Before the first token of an answer stands
             # the last token of the prompt, wherever the answer is in the row.
@@ -328,13 +328,14 @@ def write_rows(pieces, starts, row_length):
             predicted_at[0] = last_of_prompt
             source.append(predicted_at)
             target.append(answer)
-            owner.append(np.full(len(answer), number))
+            answer_of.append(np.full(len(answer), number))
             last[number] = row * row_length + end - 1
             column = end
         group[row, start:column] = g
-    arrays = {"tokens": tokens, "positions": positions, "group": group, "answer": answer_of,
+    arrays = {"tokens": tokens, "positions": positions, "group": group, "answer": in_group,
               "source": np.concatenate(source), "target": np.concatenate(target, dtype=np.int64),
-              "owner": np.concatenate(owner), "last": np.array([last[n] for n in sorted(last)])}
+              "answer_of": np.concatenate(answer_of),
+              "last": np.array([last[n] for n in sorted(last)])}
     return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 

@@ -224,8 +224,9 @@ class GPT(nn.Module):
     def logps(self, batch):
         """log pi(y|x) = sum over the tokens of y of log pi(token | all before it), for each answer.
 
-        batch: a packed data.Batch. owner (S,): the answer that each scored token belongs to. N is
-        batch.n_answers. Returns (N,) in the dtype of the weights, so in float32 under autocast too.
+        batch: a packed data.Batch. answer_of (S,): the answer that each scored token belongs to. N
+        is batch.n_answers. Returns (N,) in the dtype of the weights, so in float32 under autocast
+        too.
 
         For one answer in a row of its own, this is the usual shift of logits against labels:
 
@@ -235,7 +236,7 @@ class GPT(nn.Module):
             logp = token_logps[len(prompt) - 1:].sum()      # without those of the prompt
         """
         token_logps = self.token_logps(batch)                                    # (S,)
-        return token_logps.new_zeros(batch.n_answers).index_add(0, batch.owner, token_logps)
+        return token_logps.new_zeros(batch.n_answers).index_add(0, batch.answer_of, token_logps)
 
     def token_logps(self, batch):
         """log pi(token | all before it) for each scored token of a packed data.Batch, (S,), in the

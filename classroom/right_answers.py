@@ -45,7 +45,7 @@ class Loops:
 
     def logps(self, batch):
         scored = self.token_logps(batch)
-        return torch.stack([scored[batch.owner == n].sum() for n in range(batch.n_answers)])
+        return torch.stack([scored[batch.answer_of == n].sum() for n in range(batch.n_answers)])
 
     def token_logps(self, batch):
         h = self.hidden(batch.tokens, batch.positions, batch.mask())
@@ -244,7 +244,7 @@ class Vectorised:
     def logps(self, batch):
         scored = self.token_logps(batch)
         sums = torch.zeros(batch.n_answers, dtype=scored.dtype, device=scored.device)
-        return sums.scatter_add(0, batch.owner, scored)
+        return sums.scatter_add(0, batch.answer_of, scored)
 
     def token_logps(self, batch):
         hidden = self.hidden(batch.tokens, batch.positions, batch.mask())
@@ -388,7 +388,7 @@ class Terse:
 
     def logps(self, batch):
         scored = self.token_logps(batch)
-        belongs = batch.owner == torch.arange(batch.n_answers, device=scored.device)[:, None]
+        belongs = batch.answer_of == torch.arange(batch.n_answers, device=scored.device)[:, None]
         return torch.where(belongs, scored, 0.0).sum(1)
 
     def token_logps(self, batch):

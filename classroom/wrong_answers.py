@@ -117,32 +117,32 @@ def padded_columns_not_hidden(right, self, hidden, *more):
 # ------------------------------------------------------------------------------------------------
 
 
-def begins(owner):
+def begins(answer_of):
     """True at the first scored token of each answer. The tokens of an answer are consecutive."""
-    first = owner.new_ones(len(owner)).bool()
-    first[1:] = owner[1:] != owner[:-1]
+    first = answer_of.new_ones(len(answer_of)).bool()
+    first[1:] = answer_of[1:] != answer_of[:-1]
     return first
 
 
 def only(batch, selected):
     """The batch with only those scored tokens for which selected, (S,) bool, is True."""
     return replace(batch, source=batch.source[selected], target=batch.target[selected],
-                   owner=batch.owner[selected])
+                   answer_of=batch.answer_of[selected])
 
 
 def prompts_scored(batch):
     """The batch with other scored tokens: for each answer, those of its prompt instead of its own.
     The first token of a prompt is left out, because nothing predicts it."""
     group, answer, tokens = batch.group.flatten(), batch.answer.flatten(), batch.tokens.flatten()
-    sources, targets, owners = [], [], []
+    sources, targets, numbers = [], [], []
     for n in range(batch.n_answers):
-        prompt = group[batch.source[batch.owner == n][0]]
+        prompt = group[batch.source[batch.answer_of == n][0]]
         places = ((group == prompt) & (answer == 0)).nonzero()[1:, 0]
         sources.append(places - 1)
         targets.append(tokens[places])
-        owners.append(torch.full_like(places, n))
+        numbers.append(torch.full_like(places, n))
     return replace(batch, source=torch.cat(sources), target=torch.cat(targets),
-                   owner=torch.cat(owners))
+                   answer_of=torch.cat(numbers))
 
 
 @replaces("model.GPT.logps", "test_packed_logps_are_those_of_one_row_a_sequence")
@@ -155,20 +155,20 @@ def no_shift(right, self, batch):
 @replaces("model.GPT.logps", "test_probabilities_of_all_next_tokens_sum_to_one")
 def first_token_dropped(right, self, batch):
     """fw-ai/cookbook #388, minimind #621: the labels are shifted once more than the logits."""
-    return right(self, only(batch, ~begins(batch.owner)))
+    return right(self, only(batch, ~begins(batch.answer_of)))
 
 
 @replaces("model.GPT.logps", "test_packed_logps_are_those_of_one_row_a_sequence")
 def end_of_text_not_scored(right, self, batch):
     """rasbt/LLMs-from-scratch: the policy never learns where to stop."""
-    return right(self, only(batch, ~begins(batch.owner.flip(0)).flip(0)))
+    return right(self, only(batch, ~begins(batch.answer_of.flip(0)).flip(0)))
 
 
 @replaces("model.GPT.logps", "test_logps_follow_the_chain_rule")
 def mean_for_sum(right, self, batch):
     """rasbt/LLMs-from-scratch, minimind #659, Liger-Kernel #693: a mean over the tokens, but log
     pi(y|x) is a sum."""
-    return right(self, batch) / batch.owner.bincount(minlength=batch.n_answers)
+    return right(self, batch) / batch.answer_of.bincount(minlength=batch.n_answers)
 
 
 @replaces("model.GPT.token_logps", "test_logps_follow_the_chain_rule")
@@ -200,10 +200,10 @@ def loss_mask_inverted(right, self, batch):
 @replaces("model.GPT.logps", "test_packed_logps_are_those_of_one_row_a_sequence")
 def chosen_mask_on_rejected(right, self, batch):
     """CosyVoice #1449: the second answer is scored only up to the length of the first."""
-    lengths = batch.owner.bincount(minlength=batch.n_answers)
+    lengths = batch.answer_of.bincount(minlength=batch.n_answers)
     first = lengths.cumsum(0) - lengths                             # (N,) of its scored tokens
-    place = torch.arange(len(batch.owner)) - first[batch.owner]     # (S,) within the answer
-    length_of_chosen = lengths[batch.owner // 2 * 2]                # (S,)
+    place = torch.arange(len(batch.answer_of)) - first[batch.answer_of]     # (S,) within the answer
+    length_of_chosen = lengths[batch.answer_of // 2 * 2]                # (S,)
     return right(self, only(batch, place < length_of_chosen))
 
 
@@ -526,7 +526,7 @@ def first_token_predicted_by_the_sibling(right, encoded, row_length):
     """The place before an answer in the row is the last one of the previous answer, not of the
     prompt."""
     batch = right(encoded, row_length)
-    source, first = batch.source.clone(), begins(batch.owner)
+    source, first = batch.source.clone(), begins(batch.answer_of)
     second = (first.roll(1) & ~first).nonzero()[:, 0]       # predicted at the place of the first
     source[second - 1] = source[second] - 1
     return replace(batch, source=source)
@@ -1272,14 +1272,14 @@ def results_of_mutants():
 
 
 def find(target):
-    """(owner, name, value) of "module.function" or "module.Class.method". Raises UserError."""
+    """(answer_of, name, value) of "module.function" or "module.Class.method". Raises UserError."""
     module, path = split_target(target)
     *path, name = path.split(".")
     try:
-        owner = importlib.import_module(module)
+        answer_of = importlib.import_module(module)
         for attribute in path:
-            owner = getattr(owner, attribute)
-        return owner, name, vars(owner)[name]
+            answer_of = getattr(answer_of, attribute)
+        return answer_of, name, vars(answer_of)[name]
     except (ImportError, AttributeError, KeyError):
         raise UserError(f"{target} no longer exists, but classroom/wrong_answers.py or "
                         "classroom/exercises.py names it") from None
@@ -1297,13 +1297,13 @@ def our_modules():
 def apply(mutant_name):
     """Replace a function with its mutant, in every module that has imported it."""
     mutant = MUTANTS[mutant_name]
-    owner, name, right = find(mutant.target)
+    answer_of, name, right = find(mutant.target)
 
     @functools.wraps(right)
     def wrong(*arguments, **named):
         return mutant.wrong(right, *arguments, **named)
     del wrong.__wrapped__
-    setattr(owner, name, wrong)
+    setattr(answer_of, name, wrong)
     for module in our_modules():
         for key, value in list(vars(module).items()):
             if value is right:

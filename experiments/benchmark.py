@@ -195,18 +195,18 @@ def pad(encoded):
     rows = [item.prompt + item.answers[0] for item in encoded]
     T = max(map(len, rows))
     tokens = np.zeros((len(rows), T), dtype=np.int64)
-    source, target, owner, ref_logps = [], [], [], []
+    source, target, answer_of, ref_logps = [], [], [], []
     for row, (item, ids) in enumerate(zip(encoded, rows)):
         answer = item.answers[0]
         tokens[row, :len(ids)] = ids
         source.append(np.arange(len(item.prompt) - 1, len(ids) - 1) + row * T)
         target.append(answer)
-        owner.append(np.full(len(answer), row))
+        answer_of.append(np.full(len(answer), row))
         ref_logps.append(item.ref_logps[0] if item.ref_logps else 0.0)
     return Batch(tokens=torch.from_numpy(tokens), positions=None, group=None, answer=None,
                  source=torch.from_numpy(np.concatenate(source)),
                  target=torch.from_numpy(np.concatenate(target, dtype=np.int64)),
-                 owner=torch.from_numpy(np.concatenate(owner)), last=None,
+                 answer_of=torch.from_numpy(np.concatenate(answer_of)), last=None,
                  chosen=None, rejected=None, rankings=None, ref_logps=torch.tensor(ref_logps))
 
 
@@ -238,7 +238,7 @@ def log_probs(model, batch, rung):
     else:
         hidden = model.hidden(batch.tokens).flatten(0, 1)[batch.source]         # (S, C)
         token_logps = -F.cross_entropy(model.head(hidden), batch.target, reduction="none")
-    return token_logps.new_zeros(batch.n_answers).index_add(0, batch.owner, token_logps)
+    return token_logps.new_zeros(batch.n_answers).index_add(0, batch.answer_of, token_logps)
 
 
 def gradients(model, reference, items, rung):

@@ -299,8 +299,8 @@ def token_places(batch):
     before = batch.positions.flatten()[batch.source]                # (S,)
     larger = batch.tokens.size(1)                                   # than any position
     last_of_prompt = before.new_full((batch.n_answers,), larger)
-    last_of_prompt = last_of_prompt.scatter_reduce(0, batch.owner, before, "amin")      # (N,)
-    return batch.owner, before - last_of_prompt[batch.owner]
+    last_of_prompt = last_of_prompt.scatter_reduce(0, batch.answer_of, before, "amin")      # (N,)
+    return batch.answer_of, before - last_of_prompt[batch.answer_of]
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ data.Encoded, of which the lists `prompt` and `answers` are used.
 import math
 from collections import namedtuple
 
-# A prompt with as many of its answers as fit in a row, as ids. owners: the numbers of those answers
-# in the batch. length: the number of tokens of them all.
-Piece = namedtuple("Piece", "prompt answers owners length")
+# A prompt with as many of its answers as fit in a row, as ids. numbers: those of these answers in
+# the batch. length: the number of tokens of them all.
+Piece = namedtuple("Piece", "prompt answers numbers length")
 
 
 def count_tokens(item):

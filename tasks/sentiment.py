@@ -157,7 +157,7 @@ def train_judge(judge, reviews, tokenizer, lr):
     for step, indices in enumerate(tqdm(batches, "judge", disable=None)):
         batch = pack_for_model([items[i] for i in indices], judge.config.block_size, judge)
         log_odds = judge.values(batch)                                  # (S,)
-        labels = favourable[indices.to(judge.device)][batch.owner]      # (S,)
+        labels = favourable[indices.to(judge.device)][batch.answer_of]      # (S,)
         F.binary_cross_entropy_with_logits(log_odds, labels).backward()
         torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
         for group in optimizer.param_groups:

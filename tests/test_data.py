@@ -1001,7 +1001,7 @@ def test_the_example_at_the_top_of_the_module_down_to_every_number():
     # "great" and "dull" are both predicted by "was", in column 3; "saw" by "I", in column 11.
     same(batch.source, [3, 4, 5, 3, 7, 8, 11, 12, 13])
     same(batch.target, [great, mark, EOT, dull, stop, EOT, saw, it, EOT])
-    same(batch.owner, [0, 0, 0, 1, 1, 1, 2, 2, 2])
+    same(batch.answer_of, [0, 0, 0, 1, 1, 1, 2, 2, 2])
     same(batch.chosen, [0])
     same(batch.rejected, [1])
     same(batch.rankings, [[0, 1], [2, -1]])
@@ -1030,11 +1030,11 @@ def read_back(batch):
     positions, the token). What is visible is read from mask(), entry by entry."""
     T, mask = batch.tokens.size(1), batch.mask()
     found = [[] for _ in range(batch.n_answers)]
-    for source, target, owner in zip(*map(torch.Tensor.tolist,
-                                          (batch.source, batch.target, batch.owner))):
+    for source, target, answer_of in zip(*map(torch.Tensor.tolist,
+                                          (batch.source, batch.target, batch.answer_of))):
         row, column = divmod(source, T)
         seen = [j for j in range(T) if mask[row, column, j]]
-        found[owner].append((batch.tokens[row, seen].tolist(),
+        found[answer_of].append((batch.tokens[row, seen].tolist(),
                              batch.positions[row, seen].tolist(), target))
     return found
 
@@ -1116,7 +1116,7 @@ def test_end_of_text_and_padding_inside_an_answer_are_scored_like_any_token():
     same(batch.group, [[0, 0, 0, 0, 0, 0, 0, -1, -1, -1]])
     same(batch.target, [0, 0, 7, 0, 5, 0])
     same(batch.source, [0, 1, 2, 3, 0, 5])
-    same(batch.owner, [0, 0, 0, 0, 1, 1])
+    same(batch.answer_of, [0, 0, 0, 0, 1, 1])
 
 
 def test_an_answer_has_exactly_one_end_of_text_and_it_is_scored():
@@ -1125,7 +1125,7 @@ def test_an_answer_has_exactly_one_end_of_text_and_it_is_scored():
                    for a in ("good", "dull", "weak")]
     batch = pack(encode_all(preferences, TOKENIZER, 24, Skipped()), 24)
     for n in range(batch.n_answers):
-        scored = batch.target[batch.owner == n].tolist()
+        scored = batch.target[batch.answer_of == n].tolist()
         assert scored.count(EOT) == 1 and scored[-1] == EOT
 
 
@@ -1150,7 +1150,7 @@ def test_a_prompt_is_repeated_when_its_answers_do_not_fit_in_a_row_together():
     same(batch.answer, [[0, 0, 1, 1, 2, 2, 0], [0, 0, 1, 1, 0, 0, 0]])
     same(batch.group, [[0, 0, 0, 0, 0, 0, -1], [1, 1, 1, 1, -1, -1, -1]])
     same(batch.source, [1, 2, 1, 4, 7 + 1, 7 + 2])
-    same(batch.owner, [0, 0, 1, 1, 2, 2])
+    same(batch.answer_of, [0, 0, 1, 1, 2, 2])
     same(batch.chosen, [2, 2, 0])
     same(batch.rejected, [0, 1, 1])
     same(batch.rankings, [[2, 0, 1]])

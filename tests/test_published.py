@@ -152,9 +152,9 @@ def test_trap_11_exactly_the_answers_are_scored_whatever_the_dialogue(tmp_path_f
     item = one(tmp_path_factory.mktemp("rows"), hh_row(*turns, rejected=rejected), 4000)
     batch = pack([item], 4000)
     for n, text in enumerate([turns[-1], rejected]):
-        scored = batch.target[batch.owner == n].tolist()
+        scored = batch.target[batch.answer_of == n].tolist()
         assert TOKENIZER.decode(scored[:-1]) == f" {text}" and scored[-1] == EOT
-        assert batch.answer.flatten()[batch.source[batch.owner == n]][0] == 0
+        assert batch.answer.flatten()[batch.source[batch.answer_of == n]][0] == 0
 
 
 @pytest.mark.skipif("DPO_HH_FILE" not in os.environ or "TIKTOKEN_CACHE_DIR" not in os.environ,
@@ -175,10 +175,10 @@ def test_all_the_traps_on_the_real_file_with_the_real_tokens():
     for start in range(0, len(items), 64):
         part = items[start:start + 64]
         batch = pack(part, 1024)
-        owners = batch.owner.tolist()
+        numbers = batch.answer_of.tolist()
         scored = [[] for _ in range(batch.n_answers)]
-        for owner, token in zip(owners, batch.target.tolist()):
-            scored[owner].append(token)
+        for number, token in zip(numbers, batch.target.tolist()):
+            scored[number].append(token)
         for n, item in enumerate(part):
             prompt = gpt2.decode(item.prompt[1:])
             assert item.prompt[0] == 50256 and 50256 not in item.prompt[1:]
