@@ -421,7 +421,7 @@ def held_out_prompts_trained_on(right, *arguments):
 
 @replaces("tasks.sampled.rank_answers", "test_of_answers_that_tie_the_first_stands_for_all")
 def ties_as_wins(right, prompt, answers, rewards):
-    """sorted() puts tied answers in an arbitrary order, and the policy learns this order."""
+    """Tied answers are still in the ranking, so they make pairs although neither is better."""
     if len(set(rewards)) < 2:
         return None
     return {"prompt": prompt, "answers": list(answers), "rewards": list(rewards),
@@ -724,7 +724,8 @@ def reference_forgotten(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
 
 @replaces("train_dpo.dpo_loss", "test_rewards_carry_no_gradient_and_losses_do")
 def rewards_not_detached(right, pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
-    """A graph is kept alive for a number on the screen, or the number is trained on by mistake."""
+    """The rewards are returned without .detach(): a graph is kept alive for a number on the screen,
+    or the number is trained on by mistake."""
     losses, _ = right(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)
     return losses, beta * (pi_logps - ref_logps)
 

@@ -129,11 +129,12 @@ def separate(answers, gap):
 
 def rank_answers(prompt, answers, rewards):
     """C.1: rank sampled answers by their rewards, best first. Returns a row for a preferences file,
-    or None if all rewards are equal. A row is a dict with "prompt"; "answers" and "rewards", lists
-    in the order given; and "ranking", a list of indices into them, best first.
+    a dict: "prompt"; "answers" and "rewards", lists in the order given; and "ranking", a list of
+    indices into them, best first.
 
-    If several answers have the same reward, the first is kept and the others are dropped. K answers
-    make K (K - 1) / 2 pairs (six for C.1's four) unless some of them tie.
+    If several answers have the same reward, the first is kept and the others are left out of all
+    three lists. Returns None if fewer than two answers are left. K answers make K (K - 1) / 2 pairs
+    (six for C.1's four) unless some of them tie.
     """
     first = {}
     for answer, reward in zip(answers, rewards):
