@@ -195,13 +195,18 @@ def clear_pairs(item):
     """The indices of the pairs of an Encoded that are still clear although some of its answers are
     equal: of several pairs of the same two answers, the first. If one copy of an answer was better
     than another answer and a second copy was worse, all pairs of that answer are dropped."""
-    as_ids = [(tuple(item.answers[w]), tuple(item.answers[l])) for w, l in item.pairs]
     answers = [tuple(answer) for answer in item.answers]
-    unclear = {answer for pair in as_ids if pair[0] != pair[1] and pair[::-1] in as_ids
-               for answer in pair if answers.count(answer) > 1}
-    return [i for i, (chosen, rejected) in enumerate(as_ids)
-            if chosen != rejected and not {chosen, rejected} & unclear
-            and (chosen, rejected) not in as_ids[:i]]
+    pairs = [(answers[w], answers[l]) for w, l in item.pairs]
+    unclear = set()
+    for chosen, rejected in pairs:
+        if chosen != rejected and (rejected, chosen) in pairs:          # once better, once worse
+            unclear |= {answer for answer in (chosen, rejected) if answers.count(answer) > 1}
+    kept = []
+    for i, (chosen, rejected) in enumerate(pairs):
+        repeated = (chosen, rejected) in pairs[:i]
+        if chosen != rejected and not repeated and not unclear & {chosen, rejected}:
+            kept.append(i)
+    return kept
 
 
 def encode_all(preferences, tokenizer, row_length, skipped):
