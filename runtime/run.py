@@ -58,7 +58,7 @@ class Run:
         self.n_steps = args.steps or math.ceil(args.epochs * batches.per_epoch / args.batch)
         self.n_warmup = min(args.warmup, self.n_steps // 2)
         self.log_every, self.eval_every = intervals(args, self.n_steps)
-        self.signals, self.stop_signal = [], 0          # those of this process; that of any process
+        self.signals = []                               # those that this process received
         self.saved_at = time.monotonic()
 
     def steps(self, evaluate=None):
@@ -93,12 +93,12 @@ class Run:
         if self.is_due(self.log_every):
             self.log.write(self.step)
         due = time.monotonic() - self.saved_at >= 60 * self.args.save_every
+        # All processes save and stop at the same step.
         signalled, due = all_reduce([max(self.signals, default=0), due], dist.ReduceOp.MAX)
-        self.stop_signal = int(signalled)           # all processes save and stop at the same step
-        if self.stop_signal or due or self.step in (0, self.n_steps):
+        if signalled or due or self.step in (0, self.n_steps):
             self.save()
-        if self.stop_signal:
-            raise Interrupted(self.stop_signal, f"stopped after {self.step} steps; the same "
+        if signalled:
+            raise Interrupted(int(signalled), f"stopped after {self.step} steps; the same "
                               "command with --resume, without --fresh, goes on from there")
 
     def is_due(self, every):

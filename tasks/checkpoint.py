@@ -72,7 +72,9 @@ def initial_model(args, tokenizer, device):
         if name != args.tokenizer:
             raise UserError(f"--init {args.init} was trained with the {name} tokenizer: it needs "
                             f"--tokenizer {name}")
-    return prepared(model.to(device), args)
+    model = model.to(device)
+    set_precision(model, args.precision)
+    return model
 
 
 def open_pretrained(name_or_dir):
@@ -93,12 +95,6 @@ def open_pretrained(name_or_dir):
     return model, name
 
 
-def prepared(model, args):
-    """A model on its device, with the precision of the flags."""
-    set_precision(model, args.precision)
-    return model
-
-
 def open_checkpoint(path, device, args):
     """(model ready for use, tokenizer, facts) of a checkpoint, or of a folder in the layout of the
     Hugging Face hub. Raises UserError."""
@@ -116,7 +112,8 @@ def open_checkpoint(path, device, args):
     if tokenizer.n_vocab != model.config.vocab_size:
         raise UserError(f"{path}: made for {model.config.vocab_size} ids, but the {name} tokenizer "
                         f"has {tokenizer.n_vocab}")
-    return prepared(model, args), tokenizer, facts
+    set_precision(model, args.precision)
+    return model, tokenizer, facts
 
 
 def open_policies(paths, device, args):
